@@ -1,0 +1,116 @@
+"""The reduction from a profile to a problem, and its inverse.
+
+    Profile, backend, scale, objective, rank multiple, budget  ->  Problem
+    choice of options                                          ->  rank of every layer
+
+Every layer is a group; its options are the multiples of ``rank_multiple`` that save parameters, and
+dense. Rounding happens here, in the list of options, never after solving. Nothing else knows both
+sides.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from rankopt.curves import FloatArray, loss_at, scale_factor
+from rankopt.errors import BudgetError
+from rankopt.layers import DENSE, IntArray, Layer
+from rankopt.profile import Profile
+from rankopt_solvers import Group, Problem
+
+#: ``total``: largest sum of retained Fisher information. ``layerwise``: largest sum of each
+#: layer's retained share. ``maxmin``: largest smallest retained share.
+Objective = Literal["total", "layerwise", "maxmin"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Allocation:
+    """All ranks on offer, with their costs and losses; budgets come later.
+
+    Attributes:
+        layers: the planned layers.
+        ranks: the options of each layer; DENSE is the last.
+        groups: one group for each layer, with the same options.
+        lost_shares: share of the layer's own energy that each option loses, between 0 and 1.
+        full_losses: loss of retaining nothing, in the unit of ``total``.
+        objective: what the losses mean.
+    """
+
+    layers: tuple[Layer, ...]
+    ranks: tuple[IntArray, ...]
+    groups: tuple[Group, ...]
+    lost_shares: tuple[FloatArray, ...]
+    full_losses: tuple[float, ...]
+    objective: Objective
+
+    def problem(self, budget: int) -> Problem:
+        """The problem under a budget of parameters."""
+        return Problem(self.groups, budget, "max" if self.objective == "maxmin" else "sum")
+
+    def fairness_problem(self, budget: int) -> Problem:
+        """Minimise the largest lost share, whatever the objective: what ``threshold`` needs."""
+        groups = tuple(
+            Group(group.name, group.cost, lost)
+            for group, lost in zip(self.groups, self.lost_shares, strict=True)
+        )
+        return Problem(groups, budget, "max")
+
+    def retained_total(self, choice: Sequence[int]) -> float:
+        """Retained share of the Fisher information of all layers together, in [0, 1]."""
+        full = math.fsum(self.full_losses)
+        lost = [f * x[j] for f, x, j in zip(self.full_losses, self.lost_shares, choice, strict=True)]
+        return 1.0 - math.fsum(lost) / full if full > 0 else 1.0
+
+    def retained(self, choice: Sequence[int]) -> tuple[float, ...]:
+        """Retained share of each layer's own Fisher information."""
+        return tuple(1.0 - float(x[j]) for x, j in zip(self.lost_shares, choice, strict=True))
+
+    def ranks_of(self, choice: Sequence[int]) -> tuple[int | None, ...]:
+        """The inverse: rank of each layer, None for dense."""
+        found = [int(r[j]) for r, j in zip(self.ranks, choice, strict=True)]
+        return tuple(None if rank == DENSE else rank for rank in found)
+
+
+def allocation(
+    profile: Profile, backend: str, scale: str, objective: Objective, rank_multiple: int
+) -> Allocation:
+    """Tabulate cost and loss of every rank of every layer.
+
+    Args:
+        profile: with spectra of the backend.
+        backend: whose curve the losses follow.
+        scale: unit of the losses of the ``total`` objective (see curves).
+        objective: the other two objectives lose shares, which have no unit.
+        rank_multiple: ranks on offer are multiples of it.
+
+    Raises:
+        BudgetError: unknown objective, or a multiple below 1.
+        ProfileError: the profile lacks the backend.
+    """
+    if objective not in get_args(Objective):
+        known = ", ".join(get_args(Objective))
+        raise BudgetError(f"unknown objective {objective!r}; known: {known}")
+    if isinstance(rank_multiple, bool) or int(rank_multiple) != rank_multiple or rank_multiple < 1:
+        raise BudgetError(f"rank_multiple must be a whole number above 0, got {rank_multiple!r}")
+    spectra = profile.spectra(backend)
+    ranks, groups, shares, full = [], [], [], []
+    for layer in profile.info.layers:
+        offered = layer.ranks(int(rank_multiple))
+        energies = spectra[layer.name]
+        lost = loss_at(energies, offered)
+        total = float(loss_at(energies, np.zeros(1, dtype=np.int64))[0])
+        # A layer without any Fisher information loses nothing at any rank.
+        lost_share = lost / total if total > 0 else np.zeros_like(lost)
+        cost = np.where(offered == DENSE, layer.dense_cost, offered * layer.rank_cost)
+        factor = scale_factor(layer, scale)
+        loss = lost * factor if objective == "total" else lost_share
+        ranks.append(offered)
+        groups.append(Group(layer.name, cost, loss))
+        shares.append(lost_share)
+        full.append(total * factor)
+    return Allocation(
+        profile.info.layers, tuple(ranks), tuple(groups), tuple(shares), tuple(full), objective
+    )

@@ -1,0 +1,77 @@
+"""Budgets: from "keep 60 %" to an integer, with the denominator said aloud.
+
+What is planned are the weights of the planned layers; embeddings, heads, norms and biases stay.
+``keep`` is a share of the planned layers' weights, ``keep_total`` of the whole model's parameters
+(so what stays must be paid for first), ``max_params`` a number of parameters for the planned layers.
+"""
+
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Literal
+
+from rankopt.errors import BudgetError, InfeasibleBudgetError
+from rankopt.profile import ProfileInfo
+
+BudgetKind = Literal["keep", "keep_total", "max_params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much was asked for, and how many parameters that is.
+
+    Attributes:
+        kind: which of the three ways it was asked in.
+        asked: the number given.
+        parameters: largest total of the planned layers' parameters.
+    """
+
+    kind: BudgetKind
+    asked: float
+    parameters: int
+
+
+def find_budget(
+    info: ProfileInfo,
+    keep: float | None = None,
+    keep_total: float | None = None,
+    max_params: int | None = None,
+) -> Budget | None:
+    """The budget that was asked for, or None.
+
+    Raises:
+        BudgetError: two were given, or a share outside (0, 1], or a number below 1.
+        InfeasibleBudgetError: a share of the whole model below what stays anyway.
+    """
+    given = [
+        (kind, value)
+        for kind, value in (("keep", keep), ("keep_total", keep_total), ("max_params", max_params))
+        if value is not None
+    ]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise BudgetError(f"give one budget, not {' and '.join(kind for kind, _ in given)}")
+    if max_params is not None:
+        if isinstance(max_params, bool) or int(max_params) != max_params or max_params < 1:
+            raise BudgetError(f"max_params must be a whole number above 0, got {max_params!r}")
+        return Budget("max_params", int(max_params), int(max_params))
+    if keep is not None:
+        return Budget("keep", keep, _share("keep", keep, info.planned_parameters))
+    assert keep_total is not None
+    fixed = info.model_parameters - info.planned_parameters
+    parameters = _share("keep_total", keep_total, info.model_parameters) - fixed
+    if parameters <= 0:
+        raise InfeasibleBudgetError(
+            f"keep_total={keep_total} of {info.model_parameters:,} parameters is less than the "
+            f"{fixed:,} that no plan touches (embeddings, heads, norms, biases): "
+            f"ask for more than {fixed / info.model_parameters:.4f}"
+        )
+    return Budget("keep_total", keep_total, parameters)
+
+
+def _share(kind: str, share: float, whole: int) -> int:
+    if not (isinstance(share, int | float) and math.isfinite(share) and 0 < share <= 1):
+        raise BudgetError(f"{kind} is a share above 0 and at most 1, got {share!r}")
+    # In fractions of decimal text, so that 0.7 of 10 is 7 and not 6.
+    return math.floor(Fraction(str(share)) * whole)

@@ -1,0 +1,291 @@
+"""Text in, batches out: files with named columns, or data sets by name.
+
+A source is a ``.txt``, ``.jsonl``, ``.tsv`` or ``.csv`` file, or the name of a data set for the
+``datasets`` library: ``NAME`` or ``NAME:CONFIG`` (a local folder is a name too). TSV has no quoting,
+CSV has.
+
+* Language models: all texts, joined by the end-of-text token, cut into windows of ``max_length``
+  tokens; what is left at the end is dropped. No padding.
+* Classification and regression: one example a row, texts padded to the longest of the batch.
+* Token classification: the text column holds a list of words, the label column a list of classes
+  (JSON lists in TSV and CSV); the first piece of a word carries its label.
+
+With ``examples`` fewer than there are, they are taken at equal distances over the whole source.
+"""
+
+import csv
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankopt.errors import DataError, MissingExtraError
+from rankopt.tasks import IGNORED, Batch
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Which columns to read.
+
+    Attributes:
+        text: the text, or the list of words.
+        pair: the second text, if there is one.
+        label: class (number or name), number, or list of classes; not read for language models.
+    """
+
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+
+
+def read_rows(source: str, split: str | None = None) -> Sequence[Row]:
+    """Rows of a file or data set, as mappings from column to value; ``.txt`` is one row.
+
+    Raises:
+        DataError: missing or unreadable, or a split of a file.
+    """
+    path = Path(source)
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".tsv": _read_table, ".csv": _read_table}
+    if path.suffix.lower() not in readers:
+        return _read_dataset(source, split)
+    if not path.is_file():
+        raise DataError(f"no data file at {source}")
+    if split is not None:
+        raise DataError(f"{source} is a file and has no split {split!r}")
+    try:
+        rows = readers[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not UTF-8 text: {error}") from error
+    if not rows:
+        raise DataError(f"{source} has no rows")
+    return rows
+
+
+def _read_txt(path: Path) -> list[Row]:
+    return [{"text": path.read_text(encoding="utf-8")}]
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: a JSON object is wanted")
+        rows.append(row)
+    return rows
+
+
+def _read_table(path: Path) -> list[Row]:
+    # A cell may be a whole document; the default limit is 128 KiB.
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    tabs = path.suffix.lower() == ".tsv"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if tabs:
+            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        else:
+            reader = csv.DictReader(file)
+        rows: list[Row] = []
+        for row in reader:
+            if None in row or None in row.values():
+                columns = len(reader.fieldnames or [])
+                raise DataError(f"{path}, line {reader.line_num}: not {columns} columns")
+            rows.append(row)
+    return rows
+
+
+def _read_dataset(source: str, split: str | None) -> Sequence[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError(f"the data set {source!r}", "datasets", "data") from error
+    name, _, config = source.partition(":")
+    try:
+        loaded: Any = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:
+        # datasets raises a dozen unrelated types for "not found"; all are the user's to mend.
+        raise DataError(
+            f"{source!r} is neither a .txt, .jsonl, .tsv or .csv file nor a data set that could "
+            f"be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    rows: Sequence[Row] = loaded
+    return rows
+
+
+def load_batches(
+    source: str,
+    tokenizer: Any,
+    task: str,
+    *,
+    columns: Columns | None = None,
+    split: str | None = None,
+    max_length: int = 256,
+    batch_size: int = 4,
+    examples: int | None = None,
+    label2id: Mapping[str, int] | None = None,
+) -> list[Batch]:
+    """Read a source into batches for a task.
+
+    Args:
+        source: file or data set.
+        tokenizer: of the model.
+        task: see ProfileInfo.
+        columns: names of the columns.
+        split: of a data set; ``train`` if not given.
+        max_length: tokens of a window, or at most of an example.
+        batch_size: examples of a batch.
+        examples: how many to take, at equal distances; all if not given.
+        label2id: for labels given as names.
+
+    Raises:
+        DataError: missing file or column, unknown label, too little text.
+    """
+    if max_length < 2 or batch_size < 1 or (examples is not None and examples < 1):
+        raise DataError(
+            "max_length must be at least 2, batch_size and examples at least 1; got "
+            f"{max_length}, {batch_size}, {examples}"
+        )
+    columns = columns or Columns()
+    rows = read_rows(source, split)
+    if task == "causal-lm":
+        texts = [str(value) for value in _column(source, rows, columns.text)]
+        return text_batches(texts, tokenizer, max_length, batch_size, examples)
+    if task not in ("sequence-classification", "regression", "token-classification"):
+        raise DataError(
+            f"reading data for {task} models is not supported: make the batches yourself and call "
+            "rankopt.profile_model"
+        )
+    texts, labels = (_column(source, rows, name) for name in (columns.text, columns.label))
+    pairs = None if columns.pair is None else _column(source, rows, columns.pair)
+    taken = spread(len(rows), examples)
+    if task == "token-classification":
+        encoded = [_encode_words(tokenizer, texts[n], labels[n], max_length) for n in taken]
+        return _padded(tokenizer, encoded, batch_size)
+    encoded = []
+    for n in taken:
+        text = (texts[n],) if pairs is None else (texts[n], pairs[n])
+        entry = dict(tokenizer(*text, truncation=True, max_length=max_length))
+        entry["labels"] = _label(source, n, labels[n], task, label2id or {})
+        encoded.append(entry)
+    return _padded(tokenizer, encoded, batch_size)
+
+
+def text_batches(
+    texts: Iterable[str],
+    tokenizer: Any,
+    max_length: int = 256,
+    batch_size: int = 4,
+    examples: int | None = None,
+) -> list[Batch]:
+    """Cut texts into windows for a causal language model.
+
+    Args:
+        texts: joined by the tokenizer's end-of-text token, if it has one.
+        tokenizer: of the model.
+        max_length: tokens of a window.
+        batch_size: windows of a batch.
+        examples: how many windows to take, at equal distances; all if not given.
+
+    Returns:
+        Batches of ``input_ids`` and ``attention_mask``, shape ``(batch_size, max_length)``.
+
+    Raises:
+        DataError: less text than one window.
+    """
+    tokens: list[int] = []
+    for text in texts:
+        if tokens and tokenizer.eos_token_id is not None:
+            tokens.append(tokenizer.eos_token_id)
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = len(tokens) // max_length
+    if not windows:
+        raise DataError(f"the text has {len(tokens)} tokens, less than one window of {max_length}")
+    starts = [max_length * n for n in spread(windows, examples)]
+    ids = torch.tensor([tokens[start : start + max_length] for start in starts])
+    return [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)}
+        for part in ids.split(batch_size)
+    ]
+
+
+def spread(available: int, wanted: int | None) -> list[int]:
+    """``wanted`` of ``available`` indices at equal distances; all if there are not more."""
+    if wanted is None or wanted >= available:
+        return list(range(available))
+    return [n * available // wanted for n in range(wanted)]
+
+
+def require_columns(source: str, rows: Sequence[Row], *names: str | None) -> None:
+    """Raise DataError if the first row lacks a column, naming those that it has."""
+    for name in names:
+        if name is not None and name not in rows[0]:
+            columns = ", ".join(map(str, rows[0]))
+            raise DataError(f"{source} has no column {name!r}; it has: {columns}")
+
+
+def _column(source: str, rows: Sequence[Row], name: str) -> list[Any]:
+    require_columns(source, rows, name)
+    try:
+        return [row[name] for row in rows]
+    except KeyError as error:
+        number = next(n for n, row in enumerate(rows, 1) if name not in row)
+        raise DataError(f"{source}, row {number}: no column {name!r}") from error
+
+
+def _label(
+    source: str, row: int, value: Any, task: str, label2id: Mapping[str, int]
+) -> int | float:
+    try:
+        if task == "regression":
+            return float(value)
+        if str(value) in label2id:
+            return label2id[str(value)]
+        number = float(value)
+        if number != int(number) or int(number) < 0:
+            raise ValueError
+        return int(number)
+    except (TypeError, ValueError) as error:
+        wanted = "a number" if task == "regression" else "a class number"
+        known = f" or one of {', '.join(label2id)}" if label2id and task != "regression" else ""
+        raise DataError(
+            f"{source}, row {row + 1}: the label {value!r} is not {wanted}{known}"
+        ) from error
+
+
+def _encode_words(tokenizer: Any, words: Any, labels: Any, max_length: int) -> dict[str, Any]:
+    words = json.loads(words) if isinstance(words, str) else list(words)
+    labels = json.loads(labels) if isinstance(labels, str) else list(labels)
+    if len(words) != len(labels):
+        raise DataError(f"{len(words)} words but {len(labels)} labels: {' '.join(words[:8])} ...")
+    encoding = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+    pieces: list[int] = []
+    previous = None
+    for word in encoding.word_ids():
+        pieces.append(IGNORED if word is None or word == previous else int(labels[word]))
+        previous = word
+    return {**dict(encoding), "labels": pieces}
+
+
+def _padded(tokenizer: Any, encoded: list[dict[str, Any]], batch_size: int) -> list[Batch]:
+    batches: list[Batch] = []
+    for start in range(0, len(encoded), batch_size):
+        part = encoded[start : start + batch_size]
+        labels = [entry["labels"] for entry in part]
+        inputs = [{k: v for k, v in entry.items() if k != "labels"} for entry in part]
+        batch = dict(tokenizer.pad(inputs, padding=True, return_tensors="pt"))
+        if isinstance(labels[0], list):
+            width = batch["input_ids"].shape[1]
+            labels = [row + [IGNORED] * (width - len(row)) for row in labels]
+        batch["labels"] = torch.tensor(labels)
+        batches.append(batch)
+    return batches

@@ -1,0 +1,128 @@
+"""The measured loss, the task's metric and the size of a model."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rankopt.discover import model_size
+from rankopt.errors import DataError, MissingExtraError
+from rankopt.tasks import IGNORED, Batch, loss_terms, mean_loss, prepare, task_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        task: see ProfileInfo.
+        loss: mean of the model's own loss over all targets; nats for likelihoods, squared error
+            for regressions.
+        metrics: ``perplexity`` of language models, ``accuracy`` of classifiers (``f1`` and
+            ``matthews`` too if there are two classes), ``pearson`` and ``spearman`` of regressions.
+        examples: seen.
+        targets: predicted tokens, or labels.
+        planned_parameters: weights of the plannable layers, as they are now.
+        model_parameters: of the whole model, tied ones once.
+        model_bytes: the same in bytes.
+    """
+
+    task: str
+    loss: float
+    metrics: dict[str, float]
+    examples: int
+    targets: int
+    planned_parameters: int
+    model_parameters: int
+    model_bytes: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, progress: bool | None = None
+) -> Evaluation:
+    """Measure a dense or compressed model; in eval mode, the model is left as it was.
+
+    Args:
+        model: a transformers model with a head.
+        batches: as for profile_model. Perplexity is that of the batches' windows: each starts
+            without context, and its first token is not predicted.
+        progress: a bar on stderr; by default if it is a terminal.
+
+    Raises:
+        DataError: no batches, or batches without targets.
+    """
+    task = task_of(model)
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    summed, examples, targets = 0.0, 0, 0
+    truths: list[Tensor] = []
+    guesses: list[Tensor] = []
+    silent = None if progress is None else not progress
+    try:
+        for batch in tqdm(batches, desc="Evaluate", unit="batch", disable=silent):
+            ready = prepare(task, batch, device)
+            terms = loss_terms(task, ready["labels"])
+            loss, output = mean_loss(model, ready)
+            summed += float(loss.double() * terms.sum())
+            examples, targets = examples + len(terms), targets + int(terms.sum())
+            if not task.endswith("-lm"):
+                truth, guess = _answers(task, ready["labels"], output.logits)
+                truths.append(truth.cpu())
+                guesses.append(guess.cpu())
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not examples:
+        raise DataError("no batches were given")
+    loss_mean = summed / targets
+    if task.endswith("-lm"):
+        metrics = {"perplexity": math.exp(min(loss_mean, 700.0))}
+    else:
+        metrics = _metrics(task, torch.cat(truths), torch.cat(guesses))
+    size = model_size(model)
+    return Evaluation(
+        task,
+        loss_mean,
+        metrics,
+        examples,
+        targets,
+        size.planned,
+        size.model,
+        size.model_bytes,
+    )
+
+
+def _answers(task: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """True and predicted labels, flat; classes of token classifiers without the ignored ones."""
+    if task == "regression":
+        return labels.reshape(-1).float(), logits.reshape(-1).float()
+    if labels.is_floating_point():
+        return labels.reshape(-1).long(), (logits.reshape(-1) > 0).long()
+    guess = logits.argmax(-1)
+    kept = labels != IGNORED
+    return labels[kept], guess[kept]
+
+
+def _metrics(task: str, truth: Tensor, guess: Tensor) -> dict[str, float]:
+    try:
+        from scipy import stats
+        from sklearn import metrics
+    except ImportError as error:
+        missing = str(error.name).split(".")[0]
+        raise MissingExtraError("measuring a task's metric", missing, "eval") from error
+    found: dict[str, Any] = {}
+    if task == "regression":
+        found["pearson"] = stats.pearsonr(truth, guess).statistic
+        found["spearman"] = stats.spearmanr(truth, guess).statistic
+    else:
+        found["accuracy"] = metrics.accuracy_score(truth, guess)
+        if int(torch.cat([truth, guess]).max()) <= 1:
+            found["f1"] = metrics.f1_score(truth, guess, zero_division=0.0)
+            found["matthews"] = metrics.matthews_corrcoef(truth, guess)
+    return {name: float(value) for name, value in found.items()}

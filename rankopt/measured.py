@@ -1,0 +1,35 @@
+"""The measured loss of many plans of one model."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
+
+from rankopt.compare import Row
+from rankopt.evaluation import Evaluation, evaluate
+from rankopt.profile import Profile
+from rankopt.surgery import FactorCache, applied
+from rankopt.tasks import Batch
+
+
+def measure_rows(
+    model: nn.Module, profile: Profile, rows: Iterable[Row], batches: Sequence[Batch]
+) -> Iterator[Row]:
+    """Apply each row's plan in turn, evaluate, and restore the dense model.
+
+    Layers are decomposed once for all plans, and plans with the same ranks are evaluated once.
+
+    Args:
+        model: the dense model that was profiled.
+        profile: that the rows were planned from.
+        rows: plans to measure.
+        batches: held-out data.
+    """
+    cache: FactorCache = {}
+    seen: dict[tuple[tuple[str, int | None], ...], Evaluation] = {}
+    for row in rows:
+        ranks = tuple(row.plan.ranks.items())
+        if ranks not in seen:
+            with applied(model, row.plan, profile, cache) as compressed:
+                seen[ranks] = evaluate(compressed, batches)
+        yield dataclasses.replace(row, measured=seen[ranks])

@@ -1,0 +1,266 @@
+"""The plan: the rank of every layer, with its certificate, as versioned JSON.
+
+The schema is published as ``plan.schema.json`` beside this file. Reading is strict: unknown or
+repeated keys, wrong types, NaN, ranks that save nothing and sums that do not add up are errors.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rankopt.budget import BudgetKind
+from rankopt.errors import PlanError
+from rankopt.files import whole_file
+from rankopt.layers import Layer
+
+FORMAT_VERSION = 1
+#: No honest plan is larger; a larger file is not read.
+LARGEST_FILE = 64 * 2**20
+
+Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+Loss = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+_STRICT = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class PlannedLayer(BaseModel):
+    """What happens to one layer.
+
+    Attributes:
+        layer: the matrix.
+        rank: its rank, or null to leave it dense.
+        parameters: what that costs.
+        retained: share of the layer's own Fisher information that is retained.
+    """
+
+    model_config = _STRICT
+
+    layer: Layer
+    rank: Annotated[int, Field(ge=1)] | None
+    parameters: Count
+    retained: Share
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PlannedLayer":
+        if self.rank is not None and self.rank > self.layer.largest_rank:
+            raise ValueError(
+                f"layer {self.layer.name}: rank {self.rank} saves nothing; "
+                f"the largest that does is {self.layer.largest_rank} (null keeps it dense)"
+            )
+        if self.parameters != self.layer.cost(self.rank):
+            raise ValueError(
+                f"layer {self.layer.name}: rank {self.rank} has {self.layer.cost(self.rank)} "
+                f"parameters, not {self.parameters}"
+            )
+        return self
+
+
+class AskedBudget(BaseModel):
+    """The budget.
+
+    Attributes:
+        kind: ``keep``, ``keep_total``, ``max_params``; or ``share``, a threshold without a budget.
+        asked: the number given.
+        parameters: what it allows the planned layers.
+    """
+
+    model_config = _STRICT
+
+    kind: BudgetKind | Literal["share"]
+    asked: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    parameters: Count
+
+
+class Certificate(BaseModel):
+    """How good the plan provably is.
+
+    Attributes:
+        loss: of the plan, in ``unit``.
+        bound: no plan within the budget has a smaller loss.
+        gap: (loss - bound) / loss; 0 is proven optimal.
+        status: ``optimal``, ``feasible`` or ``time_limit``.
+        unit: of loss and bound.
+    """
+
+    model_config = _STRICT
+
+    loss: Loss
+    bound: Loss
+    gap: Share
+    status: Literal["optimal", "feasible", "time_limit"]
+    unit: str
+
+
+class Size(BaseModel):
+    """Parameters and bytes before and after, with both denominators.
+
+    Attributes:
+        planned_dense: parameters of the planned layers, all dense.
+        planned: the same under the plan.
+        model_dense: parameters of the whole model, tied ones once.
+        model: the same under the plan.
+        model_bytes_dense: bytes of the whole model.
+        model_bytes: the same under the plan.
+    """
+
+    model_config = _STRICT
+
+    planned_dense: Count
+    planned: Count
+    model_dense: Count
+    model: Count
+    model_bytes_dense: Count
+    model_bytes: Count
+
+
+class Plan(BaseModel):
+    """The rank of every planned layer, and the proof.
+
+    Attributes:
+        format: always ``rankopt-plan``.
+        format_version: of the file.
+        rankopt: version that made it.
+        backend: how the layers will be factorised.
+        scale: unit in which the layers were compared (see curves).
+        solver: who chose.
+        objective: what was maximised.
+        rank_multiple: ranks are multiples of it.
+        budget: what was asked.
+        certificate: how good the choice provably is.
+        retained_total: share of the Fisher information of all layers together.
+        retained_worst: the smallest retained share of a layer.
+        worst_layer: that layer.
+        size: parameters and bytes.
+        architecture: class of the model.
+        fingerprint: of the model.
+        profile_digest: of the profile.
+        layers: the ranks.
+    """
+
+    model_config = _STRICT
+
+    format: Literal["rankopt-plan"] = "rankopt-plan"
+    format_version: Literal[1] = FORMAT_VERSION
+    rankopt: str
+    backend: str
+    scale: str
+    solver: str
+    objective: Literal["total", "layerwise", "maxmin"]
+    rank_multiple: Annotated[int, Field(ge=1)]
+    budget: AskedBudget
+    certificate: Certificate
+    retained_total: Share
+    retained_worst: Share
+    worst_layer: str
+    size: Size
+    architecture: str
+    fingerprint: str
+    profile_digest: str
+    layers: Annotated[tuple[PlannedLayer, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Plan":
+        names = [entry.layer.name for entry in self.layers]
+        if len(set(names)) != len(names):
+            raise ValueError("a layer is planned twice")
+        spent = sum(entry.parameters for entry in self.layers)
+        if spent != self.size.planned:
+            raise ValueError(f"the layers have {spent} parameters, not {self.size.planned}")
+        if spent > self.budget.parameters:
+            raise ValueError(f"the layers have {spent} parameters, over the budget")
+        for entry in self.layers:
+            if entry.rank is not None and entry.rank % self.rank_multiple:
+                raise ValueError(f"layer {entry.layer.name}: rank is not a multiple as claimed")
+        return self
+
+    @property
+    def ranks(self) -> dict[str, int | None]:
+        """Layer name -> rank, None for dense."""
+        return {entry.layer.name: entry.rank for entry in self.layers}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON; a reader never sees half of it."""
+        with whole_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Read and check a plan.
+
+        Raises:
+            PlanError: missing, not JSON, of another version, or inconsistent.
+        """
+        source = Path(path)
+        if not source.is_file():
+            raise PlanError(f"no plan at {source}: make one with `rankopt plan`")
+        if source.stat().st_size > LARGEST_FILE:
+            raise PlanError(f"{source} is larger than {LARGEST_FILE >> 20} MiB: not a plan")
+        try:
+            text = source.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{source} is not text: {error}") from error
+        return cls.from_json(text, str(source))
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> "Plan":
+        """Parse a plan's JSON; ``source`` is named in errors."""
+        try:
+            content = json.loads(
+                text, object_pairs_hook=_no_repeats, parse_constant=_no_constants
+            )
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{source}: not a plan: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != "rankopt-plan":
+            raise PlanError(f'{source}: not a plan: it has no "format": "rankopt-plan"')
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise PlanError(
+                f"{source}: plan format {version!r}; this rankopt reads {FORMAT_VERSION}"
+            )
+        try:
+            # From text, so that JSON's lists are accepted for tuples but no type is coerced.
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+            raise PlanError(f"{source}: {where or 'plan'}: {first['msg']}{more}") from error
+
+    def __str__(self) -> str:
+        size, proof = self.size, self.certificate
+        dense = sum(entry.rank is None for entry in self.layers)
+        return "\n".join(
+            [
+                f"{self.solver} plan, objective {self.objective}, backend {self.backend}",
+                f"  planned layers  {size.planned:,} of {size.planned_dense:,} parameters "
+                f"({size.planned / size.planned_dense:.4%}; budget {self.budget.parameters:,})",
+                f"  whole model     {size.model:,} of {size.model_dense:,} parameters "
+                f"({size.model / size.model_dense:.2%}), "
+                f"{size.model_bytes / 2**20:,.1f} of {size.model_bytes_dense / 2**20:,.1f} MiB",
+                f"  retained Fisher {self.retained_total:.4%} in total, "
+                f"{self.retained_worst:.2%} in the worst layer ({self.worst_layer})",
+                f"  loss            {proof.loss:.6g} {proof.unit}, at least {proof.bound:.6g} "
+                f"(gap {proof.gap:.2g}, {proof.status})",
+                f"  layers          {len(self.layers)}: {dense} dense, "
+                f"{len(self.layers) - dense} low rank",
+            ]
+        )
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is repeated")
+    return found
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")

@@ -1,0 +1,18 @@
+"""Choose one option of every group under a budget: torch-free, certified, pluggable.
+
+The problem is the multiple-choice knapsack (Sinha & Zoltners 1979): every group offers options
+``(cost, loss)``, exactly one option of each group is taken, the costs together stay within the
+budget, and the losses together (their sum, or their maximum) are as small as possible.
+"""
+
+from rankopt_solvers.problem import Group as Group
+from rankopt_solvers.problem import InfeasibleError as InfeasibleError
+from rankopt_solvers.problem import Problem as Problem
+from rankopt_solvers.problem import ProblemError as ProblemError
+from rankopt_solvers.registry import SOLVERS as SOLVERS
+from rankopt_solvers.registry import UnknownSolverError as UnknownSolverError
+from rankopt_solvers.registry import solve as solve
+from rankopt_solvers.solution import Solution as Solution
+from rankopt_solvers.solution import SolutionError as SolutionError
+from rankopt_solvers.solution import certify as certify
+from rankopt_solvers.solution import verify as verify
