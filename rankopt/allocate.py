@@ -61,7 +61,9 @@ class Allocation:
     def retained_total(self, choice: Sequence[int]) -> float:
         """Retained share of the Fisher information of all layers together, in [0, 1]."""
         full = math.fsum(self.full_losses)
-        lost = [f * x[j] for f, x, j in zip(self.full_losses, self.lost_shares, choice, strict=True)]
+        lost = [
+            f * x[j] for f, x, j in zip(self.full_losses, self.lost_shares, choice, strict=True)
+        ]
         return 1.0 - math.fsum(lost) / full if full > 0 else 1.0
 
     def retained(self, choice: Sequence[int]) -> tuple[float, ...]:

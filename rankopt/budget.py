@@ -2,7 +2,8 @@
 
 What is planned are the weights of the planned layers; embeddings, heads, norms and biases stay.
 ``keep`` is a share of the planned layers' weights, ``keep_total`` of the whole model's parameters
-(so what stays must be paid for first), ``max_params`` a number of parameters for the planned layers.
+(so what stays must be paid for first), ``max_params`` a number of parameters for the planned
+layers.
 """
 
 import dataclasses

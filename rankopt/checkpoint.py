@@ -73,5 +73,3 @@ def save_model(
             tokenizer.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / "rankopt_plan.json")
-
-

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperOption
 
 from rankopt._version import __version__
 from rankopt.compare import DEFAULT_STRATEGIES, Row, Strategy, compare
@@ -38,11 +37,11 @@ app = typer.Typer(
 class _SpreadOptions(TyperCommand):
     """Lets a repeatable option take several values: ``--keep 0.9 0.8`` is two of it."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         repeatable = {
-            name: param.type
+            name
             for param in self.params
-            if isinstance(param, click.Option) and param.multiple
+            if isinstance(param, TyperOption) and param.multiple
             for name in param.opts
         }
         spread: list[str] = []
@@ -70,7 +69,8 @@ class _SpreadOptions(TyperCommand):
 ModelArgument = Annotated[str, typer.Argument(help="A model folder or a hub name.")]
 ProfileArgument = Annotated[Path, typer.Argument(help="A profile file.")]
 DataOption = Annotated[
-    str, typer.Option("--data", help=".txt, .jsonl, .tsv or .csv file, or a data set NAME[:CONFIG].")
+    str,
+    typer.Option("--data", help=".txt, .jsonl, .tsv or .csv file, or a data set NAME[:CONFIG]."),
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Split of a data set (train).")]
 TextOption = Annotated[str, typer.Option(help="Column of the text, or of the list of words.")]
@@ -181,9 +181,7 @@ def profile(
         batch_size=batch_size,
         examples=examples,
     )
-    found = profile_model(
-        loaded, batches, backends=tuple(backend or ["fwsvd"]), keep_bases=bases
-    )
+    found = profile_model(loaded, batches, backends=tuple(backend or ["fwsvd"]), keep_bases=bases)
     found.save(output)
     typer.echo(found.info.model_dump_json() if as_json else profile_summary(found))
     _note(f"profile written to {output} ({output.stat().st_size / 2**20:.1f} MiB)")
@@ -249,7 +247,7 @@ def plan(
     cls=_SpreadOptions,
     epilog="Examples:\n\n"
     "rankopt compare profile.safetensors --keep 0.9 0.8 0.6\n\n"
-    "rankopt compare profile.safetensors --keep 0.8 --strategy uniform greedy knapsack/layerwise\n\n"
+    "rankopt compare profile.safetensors --keep 0.8 --strategy uniform greedy/layerwise\n\n"
     "rankopt compare profile.safetensors --keep 0.9 --model ./model --data heldout.txt",
 )
 def compare_command(

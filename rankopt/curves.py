@@ -37,9 +37,7 @@ def find_scale(backend: str, scale: str | None) -> str:
     if scale is None:
         return known[0]
     if scale not in known:
-        raise BudgetError(
-            f"backend {backend!r} has no scale {scale!r}; known: {', '.join(known)}"
-        )
+        raise BudgetError(f"backend {backend!r} has no scale {scale!r}; known: {', '.join(known)}")
     return scale
 
 

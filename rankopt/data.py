@@ -1,8 +1,8 @@
 """Text in, batches out: files with named columns, or data sets by name.
 
 A source is a ``.txt``, ``.jsonl``, ``.tsv`` or ``.csv`` file, or the name of a data set for the
-``datasets`` library: ``NAME`` or ``NAME:CONFIG`` (a local folder is a name too). TSV has no quoting,
-CSV has.
+``datasets`` library: ``NAME`` or ``NAME:CONFIG`` (a local folder is a name too). TSV has no
+quoting, CSV has.
 
 * Language models: all texts, joined by the end-of-text token, cut into windows of ``max_length``
   tokens; what is left at the end is dropped. No padding.
@@ -214,7 +214,7 @@ def text_batches(
     ids = torch.tensor([tokens[start : start + max_length] for start in starts])
     return [
         {"input_ids": part, "attention_mask": torch.ones_like(part)}
-        for part in ids.split(batch_size)
+        for part in torch.split(ids, batch_size)
     ]
 
 

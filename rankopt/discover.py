@@ -71,9 +71,7 @@ def find_layers(model: nn.Module) -> Found:
             reason = f"no rank of a {layer.out_features} x {layer.in_features} matrix saves any"
         parameters = sum(parameter.numel() for parameter in own)
         left_alone.append(
-            LeftAlone(
-                name=name, module=type(module).__name__, parameters=parameters, reason=reason
-            )
+            LeftAlone(name=name, module=type(module).__name__, parameters=parameters, reason=reason)
         )
     if not layers:
         raise ModelError(

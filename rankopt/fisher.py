@@ -2,8 +2,8 @@
 
 For a linear layer y = x W^T + b and example n, with inputs X_n (T, in) and gradients of the
 example's loss with respect to the outputs G_n (T, out), the gradient of the weight is
-dW_n = G_n^T X_n. The empirical Fisher information of input feature i, summed over its row of weights
-(a column of W in our layout), is
+dW_n = G_n^T X_n. The empirical Fisher information of input feature i, summed over its row of
+weights (a column of W in our layout), is
 
     rows_i = sum_n sum_o (dW_n)_oi^2 = sum_n sum_t X_n[t, i] (G_n G_n^T X_n)[t, i].
 
@@ -152,8 +152,9 @@ class RowFisher:
             if not torch.is_grad_enabled():
                 return output
             anchor = torch.zeros((), device=output.device, requires_grad=True)
-            tapped = _Tap.apply(output, x.detach(), anchor, lambda x, g: self._record(name, x, g))
-            assert isinstance(tapped, Tensor)
+            tapped: Tensor = _Tap.apply(  # type: ignore[no-untyped-call]
+                output, x.detach(), anchor, lambda x, g: self._record(name, x, g)
+            )
             return tapped
 
         return hook
@@ -181,7 +182,7 @@ class RowFisher:
         if wide.dim() == 2 and rows not in (examples, examples * self._tokens) and examples > 1:
             raise ModelError(
                 f"layer {name} sees {rows} rows for {examples} examples of {self._tokens} tokens: "
-                "which example a row belongs to is lost (routed experts?); profile with batch size 1"
+                "which example a row belongs to is lost (routed experts?); use batch size 1"
             )
         if rows % examples or (wide.dim() > 2 and wide.shape[0] % examples):
             raise ModelError(

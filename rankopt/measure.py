@@ -163,5 +163,5 @@ def _update(digest: "hashlib._Hash", batch: Batch) -> None:
 
 
 def _silent(progress: bool | None) -> bool | None:
-    """tqdm's ``disable``: None hides the bar unless stderr is a terminal."""
+    """Tqdm's ``disable``: None hides the bar unless stderr is a terminal."""
     return None if progress is None else not progress

@@ -143,7 +143,7 @@ class Plan(BaseModel):
     model_config = _STRICT
 
     format: Literal["rankopt-plan"] = "rankopt-plan"
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     rankopt: str
     backend: str
     scale: str
@@ -212,9 +212,7 @@ class Plan(BaseModel):
     def from_json(cls, text: str, source: str = "plan") -> "Plan":
         """Parse a plan's JSON; ``source`` is named in errors."""
         try:
-            content = json.loads(
-                text, object_pairs_hook=_no_repeats, parse_constant=_no_constants
-            )
+            content = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constants)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source}: not a plan: {error}") from error
         if not isinstance(content, dict) or content.get("format") != "rankopt-plan":

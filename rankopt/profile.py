@@ -247,7 +247,7 @@ def _read(
             metadata = dict(file.metadata() or {})
             names = [
                 name
-                for name in file.keys()
+                for name in file.keys()  # noqa: SIM118 (a safe_open is no dict)
                 if (name in wanted if wanted is not None else "/basis." not in name)
             ]
             return {name: file.get_tensor(name) for name in names}, metadata

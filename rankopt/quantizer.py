@@ -1,7 +1,7 @@
 """The hook through which ``from_pretrained`` rebuilds low-rank layers.
 
-transformers lets third parties register a ``quant_method``: its config names the low-rank layers, and
-``from_pretrained`` asks our quantizer to swap them in before the weights are loaded. Nothing is
+transformers lets third parties register a ``quant_method``: its config names the low-rank layers,
+and ``from_pretrained`` asks our quantizer to swap them in before the weights are loaded. Nothing is
 quantised; it is the place that transformers offers for changing modules on load.
 
 Without ``import rankopt`` transformers would only warn about the unknown method and load a dense
@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 METHOD = "rankopt"
 
 
-class RankoptConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
+class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What ``config.json`` says under ``quantization_config``.
 
     Args:
@@ -57,7 +57,7 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[no-untyped-call]
         self.ranks = dict(ranks)
 
 
-class RankoptQuantizer(HfQuantizer):
+class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps low-rank layers in on load and writes the guard on save."""
 
     requires_calibration = True

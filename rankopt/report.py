@@ -42,7 +42,7 @@ def comparison(rows: Sequence[Row], dense: "Evaluation | None" = None) -> Table:
     measured = any(row.measured is not None for row in rows)
     metrics = list(rows[0].measured.metrics) if rows and rows[0].measured else []
     columns = ["strategy", "keep", "parameters", "kept", "model", "MiB", "retained", "worst layer"]
-    columns += ["gap", "seconds"] + (["loss", *metrics] if measured else [])
+    columns += ["gap", "seconds", *(["loss", *metrics] if measured else [])]
     lines = []
     if dense is not None and rows:
         size = rows[0].plan.size

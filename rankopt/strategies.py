@@ -53,7 +53,7 @@ def _hand_out(problem: Problem, choice: list[int], targets: FloatArray) -> None:
 
 
 def _to_targets(problem: Problem, weights: FloatArray) -> list[int]:
-    """Options for costs ``factor * weights``, clipped to what each layer offers, factor bisected."""
+    """Options for costs ``factor * weights``, clipped to what is offered, the factor bisected."""
     problem.require_feasible()
     low_costs = np.array([group.cost[0] for group in problem.groups], dtype=np.float64)
     dense_costs = np.array([group.cost[-1] for group in problem.groups], dtype=np.float64)
@@ -114,7 +114,7 @@ def share_level(offered: Allocation, share: float) -> list[int]:
 
 
 def threshold(profile: Profile, offered: Allocation, budget: int) -> list[int]:
-    """The largest common retained share that the budget allows, then one more option where it fits."""
+    """The largest common retained share that the budget allows, then further options that fit."""
     problem = offered.fairness_problem(budget)
     choice = choice_within(problem, smallest_level(problem))
     assert choice is not None

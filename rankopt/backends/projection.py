@@ -53,11 +53,12 @@ def left_vectors(weight: Tensor, input_weights: Tensor, basis: Tensor) -> Tensor
     weight, basis = weight.double(), basis.double()
     width = basis.shape[1]
     if weight.shape[0] <= weight.shape[1]:
-        return torch.linalg.qr(basis).Q
+        orthonormal: Tensor = torch.linalg.qr(basis).Q
+        return orthonormal
     images = (weight * input_weights.double().sqrt()) @ basis
     lengths = images.norm(dim=0)
     live = int((lengths > _DEAD * lengths.max()).sum())
-    vectors = torch.linalg.qr(images[:, :live]).Q
+    vectors: Tensor = torch.linalg.qr(images[:, :live]).Q
     if live < width:
         rest = weight - vectors @ (vectors.T @ weight)
         more = torch.linalg.svd(rest, full_matrices=False).U[:, : width - live]

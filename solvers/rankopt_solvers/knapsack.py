@@ -7,8 +7,8 @@ One binary per option. Three things make the program trustworthy where the plain
   is left out (Dembo & Hammer 1980).
 * *Scale.* HiGHS stops at absolute tolerances (1e-7 and larger), so losses of 1e-9 would all look
   alike. The objective here is the reduced loss plus lam times the budget left over, scaled so that
-  U - D becomes SCALE: the same optimum, and tolerances that mean a tiny part of the gap that is left.
-  Costs enter as multiples of their common divisor.
+  U - D becomes SCALE: the same optimum, and tolerances that mean a tiny part of the gap that is
+  left. Costs enter as multiples of their common divisor.
 * *Recount.* The answer is read as one option for each group and counted again in integers; if it is
   missing, over budget or worse than greedy, the greedy choice is returned and ``stats`` says so.
 """
@@ -52,9 +52,7 @@ def _core(problem: Problem, lam: float, gap: float) -> _Core:
         reduced = priced - priced.min()
         kept = reduced <= gap * (1 + 1e-9) + 4 * np.finfo(float).eps * priced.max()
         extra = group.cost[options] - group.cost[options[0]]
-        parts.append(
-            (np.full(int(kept.sum()), index), options[kept], reduced[kept], extra[kept])
-        )
+        parts.append((np.full(int(kept.sum()), index), options[kept], reduced[kept], extra[kept]))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return _Core(*columns)
 

@@ -98,7 +98,9 @@ def certify(
     indices = checked_choice(problem, choice, solver)
     cost, loss = problem.cost_of(indices), problem.loss_of(indices)
     if cost > problem.budget:
-        raise SolutionError(f"{solver}: the choice costs {cost:,}, the budget is {problem.budget:,}")
+        raise SolutionError(
+            f"{solver}: the choice costs {cost:,}, the budget is {problem.budget:,}"
+        )
     bound, lam = bound_of(problem)
     status: Status = "time_limit" if timed_out else "feasible"
     if loss <= bound:
@@ -130,8 +132,10 @@ def verify(problem: Problem, solution: Solution) -> None:
         raise SolutionError(f"bound {solution.bound!r} lies above the loss {solution.loss!r}")
     if solution.status == "optimal" and solution.gap != 0.0:
         raise SolutionError(f"claimed optimal with a gap of {solution.gap:.3g}")
-    proven = _proven_max(problem, solution) if problem.objective == "max" else _proven_sum(
-        problem, solution.multiplier
+    proven = (
+        _proven_max(problem, solution)
+        if problem.objective == "max"
+        else _proven_sum(problem, solution.multiplier)
     )
     if solution.bound > proven + 1e-12 * max(proven, solution.loss):
         raise SolutionError(f"bound {solution.bound!r} is not proven: only {proven!r} is")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+
 from rankopt_solvers import Group, Problem
 from rankopt_solvers.problem import Objective
 

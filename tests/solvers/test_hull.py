@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rankopt_solvers import Group, Problem
 from rankopt_solvers.hull import hull_edges, lagrangian_bound, multiplier, tightened_budget
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+
 from rankopt_solvers import Group, InfeasibleError, Problem, ProblemError, solve
 from rankopt_solvers.problem import Objective
 

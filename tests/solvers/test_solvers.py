@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rankopt_solvers import (
     SOLVERS,
     Group,
@@ -217,6 +218,14 @@ def test_a_solver_that_returns_no_valid_choice_is_refused_by_name(
     problem = Problem((group("a", *table), group("b", *table)), 15, objective)
     with pytest.raises(SolutionError, match=f"wishful: .*{complaint}"):
         solve(problem, wishful)
+
+
+def test_a_solver_is_not_asked_about_an_infeasible_problem() -> None:
+    def never(problem: Problem) -> Solution:
+        raise AssertionError("called")
+
+    with pytest.raises(InfeasibleError):
+        solve(Problem((group("a", [5], [0.0]),), 4), never)
 
 
 def test_a_time_limit_is_passed_on_unless_the_bound_proves_the_choice() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from rankopt_solvers import Problem, Solution, SolutionError, certify, solve, verify
 
 
