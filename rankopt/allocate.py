@@ -97,10 +97,20 @@ def allocation(
         raise BudgetError(f"unknown objective {objective!r}; known: {known}")
     if isinstance(rank_multiple, bool) or int(rank_multiple) != rank_multiple or rank_multiple < 1:
         raise BudgetError(f"rank_multiple must be a whole number above 0, got {rank_multiple!r}")
+    key = (backend, scale, objective, int(rank_multiple))
+    if key not in profile.allocations:
+        profile.allocations[key] = _tabulate(profile, *key)
+    tabulated: Allocation = profile.allocations[key]
+    return tabulated
+
+
+def _tabulate(
+    profile: Profile, backend: str, scale: str, objective: Objective, rank_multiple: int
+) -> Allocation:
     spectra = profile.spectra(backend)
     ranks, groups, shares, full = [], [], [], []
     for layer in profile.info.layers:
-        offered = layer.ranks(int(rank_multiple))
+        offered = layer.ranks(rank_multiple)
         energies = spectra[layer.name]
         lost = loss_at(energies, offered)
         total = float(loss_at(energies, np.zeros(1, dtype=np.int64))[0])

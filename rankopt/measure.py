@@ -94,7 +94,7 @@ def profile_model(
         left_alone=found.left_alone,
     )
     rows = {name: fisher.rows[name].cpu().numpy() for name in found.modules}
-    return Profile(info, rows, energies, None, bases)
+    return Profile(info, rows, energies, _bases=bases)
 
 
 def _decompose(

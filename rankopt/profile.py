@@ -14,6 +14,7 @@ but the bases, and ``bases``, the sha256 of each basis, so that planning need no
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -97,6 +98,8 @@ class Profile:
     fisher_rows: Mapping[str, FloatArray]
     energies: Mapping[str, Mapping[str, FloatArray]]
     path: Path | None = None
+    #: Tabulated options (see allocate), kept because one profile is planned many times.
+    allocations: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     _bases: Mapping[str, BasisArray] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -155,6 +158,10 @@ class Profile:
 
     def digest(self) -> str:
         """sha256 over everything but the bases."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(_canonical(self.info).encode())
         for name, array in sorted(self._measures().items()):
             digest.update(bytes.fromhex(_sha256(name, array)))

@@ -9,7 +9,7 @@ those off the hull included, best saving per cost first.
 
 import numpy as np
 
-from rankopt_solvers.hull import hull_edges
+from rankopt_solvers.hull import HullEdges, hull_edges
 from rankopt_solvers.problem import Group, Problem
 from rankopt_solvers.solution import Solution, certify
 
@@ -44,24 +44,48 @@ def fill(problem: Problem, choice: list[int]) -> None:
                 steps[k] = _best_step(other, choice[k], left)
 
 
+def _walk(problem: Problem, edges: HullEdges, choice: list[int]) -> int:
+    """Take hull edges beyond the choice, in place, while they fit; then fill.
+
+    Returns:
+        The position of the first edge that did not fit, or -1.
+    """
+    left = problem.budget - problem.cost_of(choice)
+    blocked = np.zeros(len(problem.groups), dtype=bool)
+    first = -1
+    ends = zip(edges.group.tolist(), edges.target.tolist(), strict=True)
+    for position, (g, target) in enumerate(ends):
+        cost = problem.groups[g].cost
+        extra = int(cost[target] - cost[choice[g]])
+        if blocked[g] or extra <= 0:
+            continue
+        if extra > left:
+            blocked[g] = True
+            first = position if first < 0 else first
+            continue
+        choice[g], left = target, left - extra
+    fill(problem, choice)
+    return first
+
+
 def solve_greedy(problem: Problem) -> Solution:
     """Solve a sum problem greedily; the gap in the solution says how far off it can be.
+
+    Two walks are compared: one passes over the first edge that does not fit, one takes that edge
+    before all others. With a long edge to dense at the break, either can be the better one.
 
     Raises:
         InfeasibleError: even the cheapest choice is over the budget.
     """
     problem.require_feasible()
-    choice = [int(group.hull.vertices[0]) for group in problem.groups]
-    left = problem.budget - problem.cost_of(choice)
     edges = hull_edges(problem)
-    blocked = np.zeros(len(problem.groups), dtype=bool)
-    walk = zip(edges.group.tolist(), edges.target.tolist(), edges.cost.tolist(), strict=True)
-    for group, target, cost in walk:
-        if blocked[group]:
-            continue
-        if cost > left:
-            blocked[group] = True
-            continue
-        choice[group], left = target, left - cost
-    fill(problem, choice)
+    cheapest = [int(group.hull.vertices[0]) for group in problem.groups]
+    choice = list(cheapest)
+    broken = _walk(problem, edges, choice)
+    if broken >= 0:
+        other = list(cheapest)
+        other[int(edges.group[broken])] = int(edges.target[broken])
+        if problem.cost_of(other) <= problem.budget:
+            _walk(problem, edges, other)
+            choice = min(choice, other, key=problem.loss_of)
     return certify(problem, choice, "greedy")
