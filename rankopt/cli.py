@@ -22,6 +22,9 @@ from rankopt.planning import known_solvers, make_plan
 from rankopt.profile import Profile
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rankopt.data import Row as DataRow
     from rankopt.tasks import Batch
 
 app = typer.Typer(
@@ -94,8 +97,8 @@ def _batches(
     model: Any,
     model_name: str,
     *,
+    rows: "Sequence[DataRow]",
     columns: tuple[str, str | None, str],
-    split: str | None,
     max_length: int,
     batch_size: int,
     examples: int | None,
@@ -109,19 +112,21 @@ def _batches(
         load_tokenizer(model_name),
         task_of(model),
         columns=Columns(*columns),
-        split=split,
         max_length=max_length,
         batch_size=batch_size,
         examples=examples,
         label2id={str(k): int(v) for k, v in (model.config.label2id or {}).items()},
+        rows=rows,
     )
 
 
-def _check_data(source: str, split: str | None, columns: tuple[str, str | None]) -> None:
-    """Find a missing file or column before a model is loaded."""
+def _rows(source: str, split: str | None, *columns: str | None) -> "Sequence[DataRow]":
+    """Read data and find a missing column before a model is loaded."""
     from rankopt.data import read_rows, require_columns
 
-    require_columns(source, read_rows(source, split), *columns)
+    rows = read_rows(source, split)
+    require_columns(source, rows, *columns)
+    return rows
 
 
 def _writable(path: Path, force: bool) -> None:
@@ -165,7 +170,7 @@ def profile(
 ) -> None:
     """Measure what every rank of every layer retains."""
     _writable(output, force)
-    _check_data(data, split, (text_column, pair_column))
+    rows = _rows(data, split, text_column, pair_column)
     from rankopt.measure import profile_model
     from rankopt.models import load_model
     from rankopt.report import profile_summary
@@ -175,8 +180,8 @@ def profile(
         data,
         loaded,
         model,
+        rows=rows,
         columns=(text_column, pair_column, label_column),
-        split=split,
         max_length=max_length,
         batch_size=batch_size,
         examples=examples,
@@ -277,8 +282,7 @@ def compare_command(
     """Show strategies side by side: retained Fisher information, size, gap, and measured loss."""
     if (model is None) != (data is None):
         raise RankoptError("measuring the loss needs both --model and --data")
-    if data is not None:
-        _check_data(data, split, (text_column, pair_column))
+    data_rows = [] if data is None else _rows(data, split, text_column, pair_column)
     strategies = [Strategy.parse(text) for text in strategy] if strategy else DEFAULT_STRATEGIES
     loaded_profile = Profile.load(profile)
     rows = list(
@@ -301,8 +305,8 @@ def compare_command(
             data,
             loaded,
             model,
+            rows=data_rows,
             columns=(text_column, pair_column, label_column),
-            split=split,
             max_length=max_length,
             batch_size=batch_size,
             examples=examples,
@@ -384,7 +388,7 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure loss, the task's metric and size of a dense or compressed model."""
-    _check_data(data, split, (text_column, pair_column))
+    rows = _rows(data, split, text_column, pair_column)
     from rankopt.evaluation import evaluate
     from rankopt.models import load_model
     from rankopt.report import evaluation, print_table
@@ -394,8 +398,8 @@ def evaluate_command(
         data,
         loaded,
         model,
+        rows=rows,
         columns=(text_column, pair_column, label_column),
-        split=split,
         max_length=max_length,
         batch_size=batch_size,
         examples=examples,
@@ -408,9 +412,10 @@ def evaluate_command(
 
 
 @app.command(
+    cls=_SpreadOptions,
     epilog="Examples:\n\n"
     "rankopt demo\n\n"
-    "rankopt demo --output /tmp/demo --model ./another-causal-lm"
+    "rankopt demo --output /tmp/demo --model ./another-causal-lm",
 )
 def demo(
     output: Annotated[
@@ -471,6 +476,9 @@ def _options(
 
 def main() -> None:
     """Run the command line; mistakes end in one line on stderr and an exit code."""
+    if not sys.stderr.isatty():
+        # Ours hide themselves; those of transformers and datasets want to be told.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except RankoptError as error:

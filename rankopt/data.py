@@ -133,6 +133,7 @@ def load_batches(
     batch_size: int = 4,
     examples: int | None = None,
     label2id: Mapping[str, int] | None = None,
+    rows: Sequence[Row] | None = None,
 ) -> list[Batch]:
     """Read a source into batches for a task.
 
@@ -146,6 +147,7 @@ def load_batches(
         batch_size: examples of a batch.
         examples: how many to take, at equal distances; all if not given.
         label2id: for labels given as names.
+        rows: of the source, if they have been read already.
 
     Raises:
         DataError: missing file or column, unknown label, too little text.
@@ -156,7 +158,7 @@ def load_batches(
             f"{max_length}, {batch_size}, {examples}"
         )
     columns = columns or Columns()
-    rows = read_rows(source, split)
+    rows = read_rows(source, split) if rows is None else rows
     if task == "causal-lm":
         texts = [str(value) for value in _column(source, rows, columns.text)]
         return text_batches(texts, tokenizer, max_length, batch_size, examples)

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def cached_profile(model: Any, batches: list[Batch], path: Path) -> Profile:
         if same_model and profile.info.data_digest == data_digest(model, batches):
             return profile
     except ProfileError:
-        tqdm.write(f"no usable profile at {path}: measuring")
+        tqdm.write(f"no usable profile at {path}: measuring", file=sys.stderr)
     profile = profile_model(model, batches)
     profile.save(path)
     return profile

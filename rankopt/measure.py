@@ -1,6 +1,7 @@
 """From a model and batches to a profile."""
 
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
@@ -142,7 +143,10 @@ def _warn_of_padding(model: nn.Module, batch: Batch) -> None:
     if pad is None or pad == eos or ids is None or "attention_mask" in batch:
         return
     if bool((ids == pad).any()):
-        tqdm.write("warning: the batches hold padding but no attention_mask: it is learnt from")
+        tqdm.write(
+            "warning: the batches hold padding but no attention_mask: it is learnt from",
+            file=sys.stderr,
+        )
 
 
 def data_digest(model: nn.Module, batches: Iterable[Batch]) -> str:

@@ -129,9 +129,13 @@ def _solve(
         return certify(problem, STRATEGIES[solver](profile, offered, budget), solver)
     try:
         return solve(problem, solver, **options)
+    except InfeasibleError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise BudgetError(f"solver {solver}: {error}") from error
     except TypeError as error:
         if options and "unexpected keyword" in str(error):
-            raise BudgetError(f"{solver}: {error}") from error
+            raise BudgetError(f"solver {solver}: {error}") from error
         raise
 
 

