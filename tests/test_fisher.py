@@ -42,18 +42,15 @@ def one_by_one(batches: list[Batch]) -> list[Batch]:
 def weight_gradients(model: Any, batch: Batch) -> Rows:
     """Gradients of the batch's summed loss with respect to the planned weights, (out, in)."""
     task, modules = task_of(model), find_layers(model).modules
-    weights = {f"{name}.weight": module.get_parameter("weight") for name, module in modules.items()}
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
 
-    def loss(values: Rows) -> Tensor:
-        output = torch.func.functional_call(model, values, kwargs={**batch, "use_cache": False})
+    def loss(weights: Rows) -> Tensor:
+        values = {**parameters, **weights}
+        output = torch.func.functional_call(model, values, kwargs={**batch, **extra})
         return summed_loss(task, output.logits, batch["labels"])
 
-    def loss_without_cache(values: Rows) -> Tensor:
-        output = torch.func.functional_call(model, values, kwargs=batch)
-        return summed_loss(task, output.logits, batch["labels"])
-
-    cached = hasattr(model.config, "use_cache")
-    found = torch.func.grad(loss if cached else loss_without_cache)(weights)
+    found = torch.func.grad(loss)({f"{name}.weight": parameters[f"{name}.weight"] for name in modules})
     return {
         name: found[f"{name}.weight"].T if is_conv1d(module) else found[f"{name}.weight"]
         for name, module in modules.items()

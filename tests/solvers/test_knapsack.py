@@ -62,7 +62,7 @@ def test_where_greedy_is_not_optimal_it_is_at_every_scale(
     generic: Callable[..., Problem], optimum: Optimum, scale: float
 ) -> None:
     beaten = 0
-    for seed in range(12):
+    for seed in range(40):
         made = generic(6, 4, 0.2, seed)
         groups = tuple(Group(g.name, g.cost, g.loss * scale) for g in made.groups)
         problem = Problem(groups, made.budget)
