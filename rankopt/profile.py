@@ -99,7 +99,8 @@ class Profile:
     energies: Mapping[str, Mapping[str, FloatArray]]
     path: Path | None = None
     #: Tabulated options (see allocate), kept because one profile is planned many times.
-    allocations: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    #: Not taken over by dataclasses.replace: a copy may have other spectra.
+    allocations: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _bases: Mapping[str, BasisArray] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -201,6 +202,8 @@ class Profile:
         try:
             info = ProfileInfo.model_validate_json(metadata["rankopt"])
             backends = json.loads(metadata["backends"])
+            if not isinstance(backends, list):
+                raise ValueError("backends is not a list")
         except (KeyError, ValueError, ValidationError) as error:
             raise ProfileError(f"{path}: unreadable profile description: {error}") from error
         names = [layer.name for layer in info.layers]
@@ -213,6 +216,8 @@ class Profile:
             )
         except KeyError as error:
             raise ProfileError(f"{path}: tensor {error} is missing; profile again") from error
+        except ProfileError as error:
+            raise ProfileError(f"{path}: {error}; profile again") from error
         if profile.digest() != metadata.get("sha256"):
             raise ProfileError(f"{path} is damaged (its sha256 does not match); profile again")
         return profile

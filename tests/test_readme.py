@@ -32,3 +32,9 @@ def test_readme_is_short_and_its_files_exist() -> None:
     assert len(readme.splitlines()) < 150
     for link in re.findall(r"\]\(([^)]+)\)", readme):
         assert (ROOT / link).exists(), link
+
+
+def test_readme_table_is_the_one_that_the_experiment_wrote() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = (ROOT / "experiments" / "00_main_job" / "table.md").read_text(encoding="utf-8")
+    assert table.strip() in readme

@@ -8,6 +8,7 @@ split, the windows and the generation are deterministic.
 """
 
 import argparse
+import io
 import json
 import sys
 import tempfile
@@ -25,8 +26,10 @@ def full(folder: Path) -> None:
 
     result = run_demo(folder)
     check(result.to_dict(), dense_loss=result.dense.loss)
-    with (HERE / "table.md").open("w", encoding="utf-8") as file:
-        Console(file=file, width=200).print(comparison(result.rows, result.dense))
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(comparison(result.rows, result.dense))
+    table = "".join(f"{x.rstrip()}\n" for x in printed.getvalue().splitlines() if x.strip())
+    (HERE / "table.md").write_text(table, encoding="utf-8")
     text = json.dumps(result.to_dict(), indent=1) + "\n"
     (HERE / "results.json").write_text(text, encoding="utf-8")
 

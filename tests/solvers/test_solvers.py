@@ -104,6 +104,16 @@ def test_the_jump_to_dense_is_seen_from_far() -> None:
     assert problem.loss_of(neighbour_by_neighbour(problem)) > 3 * solution.loss
 
 
+@pytest.mark.parametrize(("saved_by_small", "choice"), [(1.5, (0, 1)), (15.0, (1, 0))])
+def test_the_edge_at_which_the_budget_breaks_is_weighed(
+    saved_by_small: float, choice: tuple[int, int]
+) -> None:
+    # "small" saves more per unit, but once it is taken the long edge no longer fits.
+    small = group("small", [0, 1], [saved_by_small, 0.0])
+    dense = group("dense", [0, 10], [12.0, 0.0])
+    assert solve(Problem((small, dense), 10)).choice == choice
+
+
 @pytest.mark.parametrize("objective", ["sum", "max"])
 def test_the_smallest_budget_is_met_exactly(
     objective: Objective, generic: Callable[..., Problem]
