@@ -1,4 +1,4 @@
-"""The row Fisher equals per-example gradients taken one by one, and no known trap is stepped into."""
+"""The row Fisher equals per-example gradients taken one by one; no known trap is stepped into."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +50,9 @@ def weight_gradients(model: Any, batch: Batch) -> Rows:
         output = torch.func.functional_call(model, values, kwargs={**batch, **extra})
         return summed_loss(task, output.logits, batch["labels"])
 
-    found = torch.func.grad(loss)({f"{name}.weight": parameters[f"{name}.weight"] for name in modules})
+    found = torch.func.grad(loss)(
+        {f"{name}.weight": parameters[f"{name}.weight"] for name in modules}
+    )
     return {
         name: found[f"{name}.weight"].T if is_conv1d(module) else found[f"{name}.weight"]
         for name, module in modules.items()
@@ -84,13 +86,25 @@ def test_rows_equal_squared_gradients_of_single_examples(kind: str) -> None:
     model = tiny.MODELS[kind]()
     batches = tiny.batches(model)
     in_float32 = measured(model, batches)
-    model = model.double()
+    own_rounding = brute_force(model, batches)
+    model = in_double(model)
     wanted = brute_force(model, batches)
     profile = profile_model(model, batches, keep_bases=False)
     assert difference(rows_of(profile), wanted) < 1e-10
-    assert difference(in_float32, wanted) < 1e-5
+    # T5's unscaled attention turns float32 into 1e-4, of any way to compute the gradients.
+    assert difference(in_float32, wanted) < max(1e-5, 3 * difference(own_rounding, wanted))
+    assert difference(in_float32, wanted) < 1e-3
     assert profile.examples == 6
     assert profile.info.targets == targets_by_hand(model, batches)
+
+
+def in_double(model: Any) -> Any:
+    """In float64 throughout: transformers' own causal loss goes through float32."""
+    if task_of(model) == "causal-lm":
+        model.loss_function = lambda logits, labels, **_: (
+            summed_loss("causal-lm", logits, labels) / (labels[:, 1:] != -100).sum()
+        )
+    return model.double()
 
 
 def targets_by_hand(model: Any, batches: list[Batch]) -> int:

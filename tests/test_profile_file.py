@@ -37,6 +37,7 @@ def synthetic_profile(
         for n, (out, into) in enumerate(shapes)
     )
     rows, energies, kept = {}, {name: {} for name in backends}, {}
+    basis_rng = np.random.default_rng(seed)
     for n, layer in enumerate(layers):
         smaller = min(layer.out_features, layer.in_features)
         loud = n not in silent
@@ -46,7 +47,7 @@ def synthetic_profile(
             energies[name][layer.name] = np.sort(values)[::-1].copy() * 10.0 ** (n % 3) * loud
             if bases:
                 columns = (smaller, layer.largest_rank)
-                kept[f"{layer.name}/basis.{name}"] = rng.standard_normal(columns, np.float32)
+                kept[f"{layer.name}/basis.{name}"] = basis_rng.standard_normal(columns, np.float32)
     planned = sum(layer.dense_cost for layer in layers)
     info = ProfileInfo(
         versions={"rankopt": "0", "torch": "2", "transformers": "5"},
@@ -73,13 +74,13 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def flip_byte_of(path: Path, tensor: str) -> None:
-    """Invert the lowest bit of the tensor's first byte, wherever the file holds it."""
+def flip_byte_of(path: Path, tensor: str, byte: int = 0, bit: int = 1) -> None:
+    """Invert one bit of the tensor, wherever the file holds it."""
     whole = bytearray(path.read_bytes())
     wanted = load_file(path)[tensor].tobytes()
     place = whole.find(wanted)
     assert place > 0
-    whole[place] ^= 1
+    whole[place + byte] ^= bit
     path.write_bytes(whole)
 
 
@@ -183,6 +184,13 @@ def test_flipped_bit_in_a_measure_is_found_on_load(saved: Path, tensor: str) -> 
         Profile.load(saved)
 
 
+def test_flipped_sign_in_a_spectrum_is_found_on_load(saved: Path) -> None:
+    """Caught before the sha256 is compared, because the numbers themselves are impossible."""
+    flip_byte_of(saved, "block.2.proj/energies.svd", byte=7, bit=128)
+    with pytest.raises(ProfileError, match=r"p\.safetensors.*block\.2\.proj.*profile again"):
+        Profile.load(saved)
+
+
 def test_flipped_bit_in_a_basis_is_found_when_it_is_read(saved: Path) -> None:
     flip_byte_of(saved, "block.1.proj/basis.fwsvd")
     read = Profile.load(saved)
@@ -206,7 +214,7 @@ def rewritten(path: Path, change: Callable[[dict[str, np.ndarray], dict[str, str
 
 
 def test_profile_with_a_tensor_taken_out_is_refused(saved: Path) -> None:
-    rewritten(saved, lambda tensors, _: tensors.pop("block.1.proj/energies.svd") and None)
+    rewritten(saved, lambda tensors, _: tensors.__delitem__("block.1.proj/energies.svd"))
     with pytest.raises(ProfileError, match=r"block\.1\.proj/energies\.svd.*missing"):
         Profile.load(saved)
 
@@ -231,7 +239,7 @@ def test_damaged_description_is_refused(saved: Path, key: str, value: str) -> No
 
 @pytest.mark.parametrize("key", ["rankopt", "backends", "sha256"])
 def test_description_with_a_part_missing_is_refused(saved: Path, key: str) -> None:
-    rewritten(saved, lambda _, metadata: metadata.pop(key) and None)
+    rewritten(saved, lambda _, metadata: metadata.__delitem__(key))
     with pytest.raises(ProfileError, match=r"p\.safetensors"):
         Profile.load(saved)
 
