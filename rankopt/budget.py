@@ -11,7 +11,7 @@ import math
 from fractions import Fraction
 from typing import Literal
 
-from rankopt.errors import BudgetError, InfeasibleBudgetError
+from rankopt.errors import BudgetError
 from rankopt.profile import ProfileInfo
 
 BudgetKind = Literal["keep", "keep_total", "max_params"]
@@ -42,7 +42,6 @@ def find_budget(
 
     Raises:
         BudgetError: two were given, or a share outside (0, 1], or a number below 1.
-        InfeasibleBudgetError: a share of the whole model below what stays anyway.
     """
     given = [
         (kind, value)
@@ -61,14 +60,18 @@ def find_budget(
         return Budget("keep", keep, _share("keep", keep, info.planned_parameters))
     assert keep_total is not None
     fixed = info.model_parameters - info.planned_parameters
+    # Below zero, if what stays is over the budget: no ranks fit, and make_plan says which do.
     parameters = _share("keep_total", keep_total, info.model_parameters) - fixed
-    if parameters <= 0:
-        raise InfeasibleBudgetError(
-            f"keep_total={keep_total} of {info.model_parameters:,} parameters is less than the "
-            f"{fixed:,} that no plan touches (embeddings, heads, norms, biases): "
-            f"ask for more than {fixed / info.model_parameters:.4f}"
-        )
     return Budget("keep_total", keep_total, parameters)
+
+
+def at_least(info: ProfileInfo, kind: BudgetKind, parameters: int) -> str:
+    """The smallest budget, of the kind, that allows the planned layers so many parameters."""
+    if kind == "max_params":
+        return str(parameters)
+    fixed = info.model_parameters - info.planned_parameters if kind == "keep_total" else 0
+    share = Fraction(parameters + fixed, info.planned_parameters + fixed)
+    return f"{math.ceil(share * 10**6) / 10**6:.6f}"
 
 
 def _share(kind: str, share: float, whole: int) -> int:

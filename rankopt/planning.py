@@ -6,7 +6,7 @@ from typing import Any
 from rankopt import strategies
 from rankopt._version import __version__
 from rankopt.allocate import Allocation, Objective, allocation
-from rankopt.budget import Budget, find_budget
+from rankopt.budget import Budget, at_least, find_budget
 from rankopt.curves import find_scale
 from rankopt.errors import BudgetError, InfeasibleBudgetError
 from rankopt.plan import AskedBudget, Certificate, Plan, PlannedLayer, Size
@@ -81,6 +81,8 @@ def make_plan(
     offered = allocation(profile, backend, scale, objective, rank_multiple)
     budget = find_budget(profile.info, keep, keep_total, max_params)
     if share is not None:
+        if options:
+            raise BudgetError(f"threshold takes no options, got {', '.join(options)}")
         choice = strategies.share_level(offered, share)
         spent = sum(int(group.cost[j]) for group, j in zip(offered.groups, choice, strict=True))
         if budget is None:
@@ -96,17 +98,17 @@ def make_plan(
     else:
         if budget is None:
             raise BudgetError("a budget is needed: keep, keep_total or max_params")
-        asked = _asked(budget)
         try:
             solution = _solve(profile, offered, budget.parameters, solver, options)
         except InfeasibleError as error:
-            smallest = error.smallest / profile.info.planned_parameters
             raise InfeasibleBudgetError(
-                f"{budget.kind}={budget.asked} allows the planned layers {error.budget:,} "
-                f"parameters; the smallest reachable with rank multiples of {rank_multiple} is "
-                f"{error.smallest:,} (keep {smallest:.6f}); "
+                f"{budget.kind}={budget.asked} allows the planned layers "
+                f"{max(error.budget, 0):,} parameters; the smallest reachable with rank multiples "
+                f"of {rank_multiple} is {error.smallest:,} "
+                f"({budget.kind} {at_least(profile.info, budget.kind, error.smallest)}); "
                 f"it binds first in {', '.join(error.largest_groups)}"
             ) from error
+        asked = _asked(budget)
     return _plan(profile, offered, solution, asked, backend, scale, rank_multiple)
 
 

@@ -51,19 +51,16 @@ def _walk(problem: Problem, edges: HullEdges, choice: list[int]) -> int:
         The position of the first edge that did not fit, or -1.
     """
     left = problem.budget - problem.cost_of(choice)
-    blocked = np.zeros(len(problem.groups), dtype=bool)
     first = -1
     ends = zip(edges.group.tolist(), edges.target.tolist(), strict=True)
     for position, (g, target) in enumerate(ends):
         cost = problem.groups[g].cost
         extra = int(cost[target] - cost[choice[g]])
-        if blocked[g] or extra <= 0:
-            continue
         if extra > left:
-            blocked[g] = True
+            # Later edges of this group end further away still: they cannot fit either.
             first = position if first < 0 else first
-            continue
-        choice[g], left = target, left - extra
+        elif extra > 0:
+            choice[g], left = target, left - extra
     fill(problem, choice)
     return first
 
