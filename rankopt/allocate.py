@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from rankopt.budget import whole_number
 from rankopt.curves import FloatArray, loss_at, scale_factor
 from rankopt.errors import BudgetError
 from rankopt.layers import DENSE, IntArray, Layer
@@ -95,9 +96,7 @@ def allocation(
     if objective not in get_args(Objective):
         known = ", ".join(get_args(Objective))
         raise BudgetError(f"unknown objective {objective!r}; known: {known}")
-    if isinstance(rank_multiple, bool) or int(rank_multiple) != rank_multiple or rank_multiple < 1:
-        raise BudgetError(f"rank_multiple must be a whole number above 0, got {rank_multiple!r}")
-    key = (backend, scale, objective, int(rank_multiple))
+    key = (backend, scale, objective, whole_number("rank_multiple", rank_multiple))
     if key not in profile.allocations:
         profile.allocations[key] = _tabulate(profile, *key)
     tabulated: Allocation = profile.allocations[key]

@@ -11,6 +11,8 @@ import math
 from fractions import Fraction
 from typing import Literal
 
+import numpy as np
+
 from rankopt.errors import BudgetError
 from rankopt.profile import ProfileInfo
 
@@ -53,9 +55,8 @@ def find_budget(
     if len(given) > 1:
         raise BudgetError(f"give one budget, not {' and '.join(kind for kind, _ in given)}")
     if max_params is not None:
-        if isinstance(max_params, bool) or int(max_params) != max_params or max_params < 1:
-            raise BudgetError(f"max_params must be a whole number above 0, got {max_params!r}")
-        return Budget("max_params", int(max_params), int(max_params))
+        parameters = whole_number("max_params", max_params)
+        return Budget("max_params", parameters, parameters)
     if keep is not None:
         return Budget("keep", keep, _share("keep", keep, info.planned_parameters))
     assert keep_total is not None
@@ -63,6 +64,18 @@ def find_budget(
     # Below zero, if what stays is over the budget: no ranks fit, and make_plan says which do.
     parameters = _share("keep_total", keep_total, info.model_parameters) - fixed
     return Budget("keep_total", keep_total, parameters)
+
+
+def whole_number(name: str, value: object) -> int:
+    """The value as an int.
+
+    Raises:
+        BudgetError: it is not a whole number above 0.
+    """
+    number = value if isinstance(value, int | float | np.integer) else math.nan
+    if isinstance(value, bool) or not (math.isfinite(number) and number >= 1 and number % 1 == 0):
+        raise BudgetError(f"{name} must be a whole number above 0, got {value!r}")
+    return int(number)
 
 
 def at_least(info: ProfileInfo, kind: BudgetKind, parameters: int) -> str:

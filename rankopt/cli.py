@@ -131,6 +131,8 @@ def _rows(source: str, split: str | None, *columns: str | None) -> "Sequence[Dat
 
 def _writable(path: Path, force: bool) -> None:
     """Refuse before the long work, not after it."""
+    if path.is_dir():
+        raise RankoptError(f"{path} is a folder: name a file")
     if path.exists() and not force:
         raise RankoptError(f"{path} exists: name another file, or replace it with --force")
     if not path.absolute().parent.is_dir():
@@ -142,10 +144,11 @@ def _note(text: str) -> None:
 
 
 @app.command(
+    cls=_SpreadOptions,
     epilog="Examples:\n\n"
     "rankopt profile ./model --data train.txt -o profile.safetensors\n\n"
     "rankopt profile ./bert-sst2 --data train.tsv --text-column sentence --examples 512 -o p.st\n\n"
-    "rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 --examples 64 -o p.st"
+    "rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 --examples 64 -o p.st",
 )
 def profile(
     model: ModelArgument,
@@ -159,7 +162,7 @@ def profile(
     max_length: LengthOption = 256,
     batch_size: BatchOption = 4,
     backend: Annotated[
-        list[str] | None, typer.Option(help="fwsvd (default), svd; may be repeated.")
+        list[str] | None, typer.Option(help="fwsvd (default) or svd, or both.")
     ] = None,
     dtype: DtypeOption = "float32",
     bases: Annotated[

@@ -16,6 +16,7 @@ With ``examples`` fewer than there are, they are taken at equal distances over t
 import csv
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ def _read_dataset(source: str, split: str | None) -> Sequence[Row]:
         # datasets raises a dozen unrelated types for "not found"; all are the user's to mend.
         raise DataError(
             f"{source!r} is neither a .txt, .jsonl, .tsv or .csv file nor a data set that could "
-            f"be loaded: {str(error).splitlines()[0]}"
+            f"be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     rows: Sequence[Row] = loaded
     return rows
@@ -160,19 +161,24 @@ def load_batches(
     columns = columns or Columns()
     rows = read_rows(source, split) if rows is None else rows
     if task == "causal-lm":
-        texts = [str(value) for value in _column(source, rows, columns.text)]
+        texts = _texts(source, rows, columns.text)
         return text_batches(texts, tokenizer, max_length, batch_size, examples)
     if task not in ("sequence-classification", "regression", "token-classification"):
         raise DataError(
             f"reading data for {task} models is not supported: make the batches yourself and call "
             "rankopt.profile_model"
         )
-    texts, labels = (_column(source, rows, name) for name in (columns.text, columns.label))
-    pairs = None if columns.pair is None else _column(source, rows, columns.pair)
+    labels = _column(source, rows, columns.label)
     taken = spread(len(rows), examples)
     if task == "token-classification":
-        encoded = [_encode_words(tokenizer, texts[n], labels[n], max_length) for n in taken]
+        texts = _column(source, rows, columns.text)
+        encoded = [
+            _encode_words(source, n, tokenizer, texts[n], labels[n], max_length, label2id or {})
+            for n in taken
+        ]
         return _padded(tokenizer, encoded, batch_size)
+    texts = _texts(source, rows, columns.text)
+    pairs = None if columns.pair is None else _texts(source, rows, columns.pair)
     encoded = []
     for n in taken:
         text = (texts[n],) if pairs is None else (texts[n], pairs[n])
@@ -244,38 +250,73 @@ def _column(source: str, rows: Sequence[Row], name: str) -> list[Any]:
         raise DataError(f"{source}, row {number}: no column {name!r}") from error
 
 
+def _texts(source: str, rows: Sequence[Row], name: str) -> list[str]:
+    texts = _column(source, rows, name)
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise DataError(f"{source}, row {number}: {name!r} is not text: {text!r:.60}")
+    return texts
+
+
 def _label(
     source: str, row: int, value: Any, task: str, label2id: Mapping[str, int]
 ) -> int | float:
     try:
-        if task == "regression":
-            return float(value)
-        if str(value) in label2id:
+        if task != "regression" and str(value) in label2id:
             return label2id[str(value)]
         number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+        if task == "regression":
+            return number
         if number != int(number) or int(number) < 0:
+            raise ValueError
+        if label2id and int(number) not in label2id.values():
             raise ValueError
         return int(number)
     except (TypeError, ValueError) as error:
-        wanted = "a number" if task == "regression" else "a class number"
+        wanted = "a number" if task == "regression" else "a class number of the model"
         known = f" or one of {', '.join(label2id)}" if label2id and task != "regression" else ""
         raise DataError(
             f"{source}, row {row + 1}: the label {value!r} is not {wanted}{known}"
         ) from error
 
 
-def _encode_words(tokenizer: Any, words: Any, labels: Any, max_length: int) -> dict[str, Any]:
-    words = json.loads(words) if isinstance(words, str) else list(words)
-    labels = json.loads(labels) if isinstance(labels, str) else list(labels)
+def _encode_words(
+    source: str,
+    row: int,
+    tokenizer: Any,
+    words: Any,
+    labels: Any,
+    max_length: int,
+    label2id: Mapping[str, int],
+) -> dict[str, Any]:
+    words, labels = (_list(source, row, value) for value in (words, labels))
     if len(words) != len(labels):
-        raise DataError(f"{len(words)} words but {len(labels)} labels: {' '.join(words[:8])} ...")
+        raise DataError(f"{source}, row {row + 1}: {len(words)} words but {len(labels)} labels")
+    classes = [
+        IGNORED
+        if label == IGNORED
+        else _label(source, row, label, "token-classification", label2id)
+        for label in labels
+    ]
     encoding = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
-    pieces: list[int] = []
+    pieces: list[int | float] = []
     previous = None
     for word in encoding.word_ids():
-        pieces.append(IGNORED if word is None or word == previous else int(labels[word]))
+        pieces.append(IGNORED if word is None or word == previous else classes[word])
         previous = word
     return {**dict(encoding), "labels": pieces}
+
+
+def _list(source: str, row: int, value: Any) -> list[Any]:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    if not isinstance(found, list | tuple):
+        raise DataError(f"{source}, row {row + 1}: a list is wanted, got {value!r:.60}")
+    return list(found)
 
 
 def _padded(tokenizer: Any, encoded: list[dict[str, Any]], batch_size: int) -> list[Batch]:

@@ -42,7 +42,10 @@ def require_free(path: str | os.PathLike[str], overwrite: bool) -> Path:
         raise RankoptError(f"cannot write {target}: the folder {target.parent} does not exist")
     occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if occupied and not overwrite:
-        raise RankoptError(f"{target} exists and is not empty: name another folder or overwrite it")
+        raise RankoptError(
+            f"{target} exists and is not empty: name another folder, or replace it with --force "
+            "(overwrite=True in Python)"
+        )
     return target
 
 

@@ -218,7 +218,7 @@ class Plan(BaseModel):
         if not isinstance(content, dict) or content.get("format") != "rankopt-plan":
             raise PlanError(f'{source}: not a plan: it has no "format": "rankopt-plan"')
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:  # True == 1
             raise PlanError(
                 f"{source}: plan format {version!r}; this rankopt reads {FORMAT_VERSION}"
             )

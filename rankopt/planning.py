@@ -12,7 +12,7 @@ from rankopt.errors import BudgetError, InfeasibleBudgetError
 from rankopt.plan import AskedBudget, Certificate, Plan, PlannedLayer, Size
 from rankopt.profile import Profile
 from rankopt_solvers import SOLVERS, InfeasibleError, Solution, certify, solve
-from rankopt_solvers.registry import Solver
+from rankopt_solvers.registry import Solver, find_solver
 
 #: Strategies that look at layers; all other names are solvers of rankopt_solvers.
 STRATEGIES: dict[str, Callable[[Profile, Allocation, int], list[int]]] = {
@@ -124,6 +124,7 @@ def _solve(
     options: dict[str, Any],
 ) -> Solution:
     problem = offered.problem(budget)
+    name = find_solver(solver)[0] if callable(solver) else solver
     if isinstance(solver, str) and solver in STRATEGIES:
         if options:
             raise BudgetError(f"{solver} takes no options, got {', '.join(options)}")
@@ -134,10 +135,10 @@ def _solve(
     except InfeasibleError:
         raise
     except (ValueError, ImportError) as error:
-        raise BudgetError(f"solver {solver}: {error}") from error
+        raise BudgetError(f"solver {name}: {error}") from error
     except TypeError as error:
         if options and "unexpected keyword" in str(error):
-            raise BudgetError(f"solver {solver}: {error}") from error
+            raise BudgetError(f"solver {name}: {error}") from error
         raise
 
 

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankopt._register import register
-from rankopt.discover import weight_of
+from rankopt.discover import is_conv1d, weight_of
 from rankopt.lowrank import LowRankLinear
 
 if TYPE_CHECKING:
@@ -94,10 +94,13 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
         return state, {}
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> Any:
+        with torch.device("meta"):
+            dense = type(model)(model.config)
         for name, module in list(model.named_modules()):
             if isinstance(module, LowRankLinear):
                 parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, _merged(module, dtype))
+                merged = _merged(module, dense.get_submodule(name), dtype)
+                setattr(model.get_submodule(parent), child, merged)
         return model
 
     def is_serializable(self) -> bool:
@@ -134,13 +137,14 @@ def _replace_empty(model: nn.Module, name: str, dense: nn.Module, rank: int) -> 
     setattr(model.get_submodule(parent), child, low)
 
 
-def _merged(low: LowRankLinear, dtype: torch.dtype | None) -> nn.Linear:
+def _merged(low: LowRankLinear, empty: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """The product in the dense layer that the architecture has there, nn.Linear or Conv1D."""
     weight = low.weight.detach()
-    dense = nn.Linear(low.in_features, low.out_features, low.bias is not None, device="meta")
-    dense.weight = nn.Parameter(weight.to(dtype or weight.dtype))
+    weight = weight.T.contiguous() if is_conv1d(empty) else weight
+    empty.weight = nn.Parameter(weight.to(dtype or weight.dtype))
     if low.bias is not None:
-        dense.bias = nn.Parameter(low.bias.detach().to(dtype or weight.dtype))
-    return dense
+        empty.bias = nn.Parameter(low.bias.detach().to(dtype or weight.dtype))
+    return empty.train(low.training)
 
 
 # Whoever imports this module first may have been interrupted by transformers' own import of it.

@@ -151,7 +151,8 @@ def _factors(
 def _require_same(found: Found, plan: Plan, allow_other_weights: bool) -> None:
     """Refuse a model whose layers are not the plan's."""
     have = {layer.name: layer for layer in found.layers}
-    differences = []
+    differences: list[str] = []
+    other_weights: list[str] = []
     for entry in plan.layers:
         want, got = entry.layer, have.pop(entry.layer.name, None)
         if got is None:
@@ -162,8 +163,9 @@ def _require_same(found: Found, plan: Plan, allow_other_weights: bool) -> None:
                 f"{want.out_features} x {want.in_features}"
             )
         elif got.digest != want.digest and not allow_other_weights:
-            differences.append(f"{want.name} has other weights")
-    differences += [f"{name} is not in the plan" for name in have]
+            other_weights.append(f"{want.name} has other weights")
+    # Another structure explains other weights, not the other way round: it is named first.
+    differences += [f"{name} is not in the plan" for name in have] + other_weights
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise PlanError(

@@ -34,9 +34,14 @@ def test_interrupted_file_leaves_the_old_one(
     path = tmp_path / "plan.json"
     if existing:
         path.write_text("old")
-    with pytest.raises(failure), whole_file(path) as temporary:
-        temporary.write_text("half")
-        raise failure
+
+    def interrupted() -> None:
+        with whole_file(path) as temporary:
+            temporary.write_text("half")
+            raise failure
+
+    with pytest.raises(failure):
+        interrupted()
     assert names(tmp_path) == (["plan.json"] if existing else [])
     assert not existing or path.read_text() == "old"
 
@@ -86,9 +91,14 @@ def test_interrupted_folder_leaves_the_old_one(tmp_path: Path, state: str) -> No
         path.mkdir()
     if state == "full":
         (path / "old").write_text("old")
-    with pytest.raises(ValueError, match="stop"), whole_folder(path, overwrite=True) as temporary:
-        (temporary / "new").write_text("half")
-        raise ValueError("stop")
+
+    def interrupted() -> None:
+        with whole_folder(path, overwrite=True) as temporary:
+            (temporary / "new").write_text("half")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        interrupted()
     assert names(tmp_path) == ([] if state == "absent" else ["model"])
     assert state != "full" or names(path) == ["old"]
 

@@ -95,7 +95,9 @@ def test_everything_survives_saving_and_loading(saved: Path) -> None:
             got, want = read.spectra(name)[layer.name], made.spectra(name)[layer.name]
             assert got.dtype == np.float64
             np.testing.assert_array_equal(got, want)
-            np.testing.assert_array_equal(read.basis(name, layer.name), made.basis(name, layer.name))
+            np.testing.assert_array_equal(
+                read.basis(name, layer.name), made.basis(name, layer.name)
+            )
 
 
 def test_saving_a_loaded_profile_again_keeps_its_bases(saved: Path, tmp_path: Path) -> None:
@@ -245,8 +247,10 @@ def test_description_with_a_part_missing_is_refused(saved: Path, key: str) -> No
 
 
 def test_profile_of_a_later_format_is_refused(saved: Path) -> None:
-    later = synthetic_profile().info.model_dump_json().replace(
-        '"format_version":1', '"format_version":2'
+    later = (
+        synthetic_profile()
+        .info.model_dump_json()
+        .replace('"format_version":1', '"format_version":2')
     )
     rewritten(saved, lambda _, metadata: metadata.update({"rankopt": later}))
     with pytest.raises(ProfileError, match="format_version"):
@@ -307,7 +311,7 @@ def test_failed_save_leaves_what_was_there(
 
 
 def test_changed_copy_is_planned_anew() -> None:
-    """Tables of options are kept with a profile; a copy with other spectra must not inherit them."""
+    """Tables of options are kept with a profile; a copy must not inherit them."""
     from rankopt import make_plan
 
     made = synthetic_profile()

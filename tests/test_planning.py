@@ -1,0 +1,423 @@
+"""Plans keep their promises, whichever strategy makes them; all without torch."""
+
+import dataclasses
+import itertools
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankopt import Profile, make_plan
+from rankopt.allocate import allocation
+from rankopt.budget import at_least, find_budget
+from rankopt.errors import BudgetError, InfeasibleBudgetError, ProfileError
+from rankopt.layers import DENSE
+from rankopt.plan import Plan
+from rankopt.planning import known_solvers
+from rankopt_solvers import Problem, certify
+from tests.test_profile_file import SHAPES, synthetic_profile
+
+OBJECTIVES = ("total", "layerwise", "maxmin")
+FAST = ("uniform", "proportional", "threshold", "greedy")
+EVERY = list(itertools.product((*FAST, "knapsack"), OBJECTIVES))
+PROFILE = synthetic_profile()
+DENSE_COST = PROFILE.info.planned_parameters
+
+
+def smooth_profile(shapes: Any = SHAPES, seed: int = 0, left_alone: int = 1000) -> Profile:
+    """Spectra that fall slowly, so that every further rank is worth something."""
+    made = synthetic_profile(shapes, seed, left_alone=left_alone)
+    rng = np.random.default_rng(seed)
+    energies = {
+        name: {
+            layer: np.sort(rng.gamma(2.0, 1.0, spectrum.size))[::-1]
+            / np.arange(1, 1 + spectrum.size)
+            for layer, spectrum in spectra.items()
+        }
+        for name, spectra in made.energies.items()
+    }
+    return dataclasses.replace(made, energies=energies)
+
+
+def with_fisher(profile: Profile, factors: dict[str, float]) -> Profile:
+    """The same profile with some layers' Fisher information multiplied."""
+    rows = {k: v * factors.get(k, 1.0) for k, v in profile.fisher_rows.items()}
+    return dataclasses.replace(profile, fisher_rows=rows)
+
+
+def check(plan: Plan, profile: Profile) -> None:
+    """Everything that a plan claims, recounted from the profile."""
+    spectra = profile.energies[plan.backend]
+    assert [entry.layer for entry in plan.layers] == list(profile.info.layers)
+    spent, kept_bytes, losses, retained, full, kept = 0, 0, [], [], [], []
+    for entry in plan.layers:
+        out, into = entry.layer.out_features, entry.layer.in_features
+        cost = out * into if entry.rank is None else entry.rank * (out + into)
+        assert entry.parameters == cost
+        if entry.rank is not None:
+            assert entry.rank >= 1 and cost < out * into and entry.rank % plan.rank_multiple == 0
+        energies = spectra[entry.layer.name]
+        tail = 0.0 if entry.rank is None else math.fsum(energies[entry.rank :])
+        whole = math.fsum(energies)
+        share = 1 - tail / whole if whole > 0 else 1.0
+        assert entry.retained == pytest.approx(share, abs=1e-12)
+        factor = 0.5 / out if plan.scale == "nats" else 1.0
+        losses.append(tail * factor if plan.objective == "total" else 1 - share)
+        full.append(whole * factor)
+        kept.append(whole * factor * share)
+        retained.append(share)
+        spent += cost
+        kept_bytes += cost * entry.layer.itemsize
+    info, size = profile.info, plan.size
+    assert spent == size.planned <= plan.budget.parameters
+    assert size.planned_dense == info.planned_parameters
+    assert size.model_dense == info.model_parameters
+    assert size.model == info.model_parameters - info.planned_parameters + spent
+    assert size.model_bytes == info.model_bytes - info.planned_bytes + kept_bytes
+    loss = max(losses) if plan.objective == "maxmin" else math.fsum(losses)
+    assert plan.certificate.loss == pytest.approx(loss, rel=1e-9, abs=1e-15)
+    assert plan.certificate.bound <= plan.certificate.loss
+    assert (plan.certificate.status == "optimal") == (plan.certificate.gap == 0)
+    assert plan.retained_worst == min(entry.retained for entry in plan.layers)
+    assert plan.retained_total == pytest.approx(sum(kept) / sum(full) if sum(full) else 1.0)
+    worst = next(x for x in plan.layers if x.layer.name == plan.worst_layer)
+    assert worst.retained == plan.retained_worst
+    assert (plan.profile_digest, plan.fingerprint) == (profile.digest(), info.fingerprint)
+
+
+@pytest.mark.parametrize(("solver", "objective"), EVERY)
+def test_plan_is_within_the_budget_and_says_the_truth(solver: str, objective: Any) -> None:
+    for keep in (0.3, 0.8) if solver == "knapsack" else (0.2, 0.35, 0.5, 0.65, 0.8, 0.95):
+        check(make_plan(PROFILE, keep=keep, solver=solver, objective=objective), PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("backend", "scale"), [("fwsvd", "nats"), ("fwsvd", "sum"), ("svd", "frobenius")]
+)
+def test_loss_is_the_sum_of_the_tails_in_the_named_unit(backend: str, scale: str) -> None:
+    plan = make_plan(PROFILE, keep=0.5, backend=backend, scale=scale)
+    assert (plan.backend, plan.scale) == (backend, scale)
+    check(plan, PROFILE)
+    assert plan == make_plan(PROFILE, keep=0.5, backend=backend, scale=scale)
+
+
+@pytest.mark.parametrize(("solver", "objective"), EVERY)
+def test_budget_is_spent_where_ranks_are_fine_grained(solver: str, objective: Any) -> None:
+    """Rounding to ranks leaves less than 0.1 % of the planned parameters unspent."""
+    profile = smooth_profile(((96, 64), (80, 96), (64, 240), (120, 120)) * 8)
+    for keep in (0.8,) if solver == "knapsack" else (0.3, 0.5, 0.8):
+        plan = make_plan(profile, keep=keep, solver=solver, objective=objective)
+        left = plan.budget.parameters - plan.size.planned
+        assert 0 <= left < 0.001 * plan.size.planned_dense
+
+
+def test_ranks_are_the_inverse_of_the_options() -> None:
+    offered = allocation(PROFILE, "fwsvd", "nats", "total", 2)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        choice = [int(rng.integers(group.cost.size)) for group in offered.groups]
+        ranks = offered.ranks_of(choice)
+        costs = [layer.cost(rank) for layer, rank in zip(offered.layers, ranks, strict=True)]
+        assert costs == [int(g.cost[j]) for g, j in zip(offered.groups, choice, strict=True)]
+        back = [
+            offered.ranks[g].tolist().index(DENSE if rank is None else rank)
+            for g, rank in enumerate(ranks)
+        ]
+        assert back == choice
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.55, 0.7, 0.9])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bound_is_below_every_choice_and_maxmin_reaches_the_best(
+    objective: Any, keep: float
+) -> None:
+    """Against all choices of a profile of three small layers."""
+    profile = smooth_profile(((6, 5), (4, 9), (7, 7)), seed=3)
+    offered = allocation(profile, "fwsvd", "nats", objective, 1)
+    budget = int(keep * profile.info.planned_parameters)
+    problem = offered.problem(budget)
+    every = itertools.product(*[range(g.cost.size) for g in offered.groups])
+    best = min(problem.loss_of(c) for c in every if problem.cost_of(c) <= budget)
+    for solver in FAST:
+        plan = make_plan(profile, max_params=budget, solver=solver, objective=objective)
+        assert plan.certificate.bound <= best * (1 + 1e-12)
+        assert plan.certificate.loss >= best * (1 - 1e-12)
+    knapsack = make_plan(profile, max_params=budget, solver="knapsack", objective=objective)
+    assert knapsack.certificate.loss == pytest.approx(best, rel=1e-12)
+    if objective == "maxmin":
+        greedy = make_plan(profile, max_params=budget, solver="greedy", objective=objective)
+        assert greedy.certificate.loss == pytest.approx(best, rel=1e-12)
+        assert greedy.certificate.status == "optimal"
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.5, 0.75, 0.95])
+def test_threshold_has_the_best_worst_layer(keep: float) -> None:
+    threshold = make_plan(PROFILE, keep=keep, solver="threshold")
+    maxmin = make_plan(PROFILE, keep=keep, solver="greedy", objective="maxmin")
+    assert threshold.retained_worst == maxmin.retained_worst
+    for solver in ("uniform", "proportional", "greedy"):
+        other = make_plan(PROFILE, keep=keep, solver=solver)
+        assert other.retained_worst <= threshold.retained_worst
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99, 0.999999, 1.0])
+def test_threshold_takes_the_smallest_rank_that_keeps_the_share(
+    share: float, multiple: int
+) -> None:
+    plan = make_plan(PROFILE, solver="threshold", share=share, rank_multiple=multiple)
+    check(plan, PROFILE)
+    assert (plan.budget.kind, plan.budget.asked) == ("share", share)
+    assert plan.budget.parameters == plan.size.planned
+    for entry in plan.layers:
+        assert entry.retained >= share - 1e-15
+        energies = PROFILE.energies["fwsvd"][entry.layer.name]
+        offered = entry.layer.ranks(multiple).tolist()
+        less = offered[: offered.index(DENSE if entry.rank is None else entry.rank)]
+        if less:
+            assert math.fsum(energies[: less[-1]]) / math.fsum(energies) < share + 1e-15
+
+
+def test_threshold_with_share_and_budget_stays_within_it_or_says_what_it_takes() -> None:
+    free = make_plan(PROFILE, solver="threshold", share=0.9)
+    same = make_plan(PROFILE, solver="threshold", share=0.9, max_params=free.size.planned)
+    assert same.ranks == free.ranks
+    assert same.budget.kind == "max_params"
+    with pytest.raises(InfeasibleBudgetError, match=f"takes {free.size.planned:,} parameters"):
+        make_plan(PROFILE, solver="threshold", share=0.9, max_params=free.size.planned - 1)
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.4, 0.6, 0.8])
+def test_uniform_gives_every_layer_the_same_share_to_within_a_rank(keep: float) -> None:
+    profile = smooth_profile(((96, 64), (80, 96), (64, 96), (120, 90)) * 2)
+    plan = make_plan(profile, keep=keep, solver="uniform")
+    for entry in plan.layers:
+        layer = entry.layer
+        step = layer.dense_cost - layer.cost(layer.largest_rank) if not entry.rank else 0
+        assert abs(entry.parameters - keep * layer.dense_cost) <= max(layer.rank_cost, step)
+
+
+def test_proportional_ranks_follow_the_fisher_information() -> None:
+    profile = smooth_profile(((96, 64), (80, 96), (64, 96), (120, 90)))
+    names = [layer.name for layer in profile.info.layers]
+    trace = np.array([4.0, 1.0, 2.0, 3.0])
+    scaled = {n: t / profile.fisher_rows[n].sum() for n, t in zip(names, trace, strict=True)}
+    plan = make_plan(with_fisher(profile, scaled), keep=0.35, solver="proportional")
+    ranks = np.array([rank or 0 for rank in plan.ranks.values()])
+    assert all(0 < r < e.layer.largest_rank for r, e in zip(ranks, plan.layers, strict=True))
+    factor = ranks.sum() / trace.sum()
+    assert np.abs(ranks - factor * trace).max() <= 2
+
+
+def test_more_fisher_information_never_lowers_a_layers_rank() -> None:
+    for seed in range(5):
+        profile = smooth_profile(seed=seed)
+        names = [layer.name for layer in profile.info.layers]
+        rng = np.random.default_rng(seed)
+        even = {n: rng.uniform(0.5, 2) / profile.fisher_rows[n].sum() for n in names}
+        profile = with_fisher(profile, even)
+        before = make_plan(profile, keep=0.5, solver="proportional")
+        for name in names:
+            after = make_plan(with_fisher(profile, {name: 2.0}), keep=0.5, solver="proportional")
+            costs = [
+                next(e.parameters for e in plan.layers if e.layer.name == name)
+                for plan in (before, after)
+            ]
+            assert costs[1] >= costs[0]
+
+
+def test_three_ways_to_ask_for_one_budget_agree() -> None:
+    info = PROFILE.info
+    keep = make_plan(PROFILE, keep=0.7)
+    number = make_plan(PROFILE, max_params=math.floor(0.7 * DENSE_COST))
+    fixed = info.model_parameters - DENSE_COST
+    share = float(at_least(info, "keep_total", keep.budget.parameters))
+    total = make_plan(PROFILE, keep_total=share)
+    assert keep.ranks == number.ranks == total.ranks
+    assert keep.budget.parameters == number.budget.parameters == total.budget.parameters
+    assert total.size.model <= share * info.model_parameters
+    assert fixed + keep.size.planned == keep.size.model
+
+
+def test_shares_are_decimal_numbers_not_binary_ones() -> None:
+    info = PROFILE.info.model_copy(update={"layers": PROFILE.info.layers[2:3]})
+    assert info.planned_parameters == 900
+    for percent in range(1, 101):
+        budget = find_budget(info, keep=percent / 100)
+        assert budget is not None
+        assert budget.parameters == 9 * percent
+
+
+@pytest.mark.parametrize(("solver", "objective"), EVERY)
+def test_everything_stays_dense_when_everything_may_stay(solver: str, objective: Any) -> None:
+    for budget in ({"keep": 1.0}, {"keep_total": 1.0}, {"max_params": DENSE_COST + 5}):
+        plan = make_plan(PROFILE, solver=solver, objective=objective, **budget)
+        assert set(plan.ranks.values()) == {None}
+        assert plan.retained_total == plan.retained_worst == 1.0
+        assert (plan.certificate.loss, plan.certificate.status) == (0.0, "optimal")
+
+
+@pytest.mark.parametrize("solver", known_solvers())
+def test_rank_multiples_are_kept_and_never_over_budget(solver: str) -> None:
+    for multiple, keep in itertools.product((2, 4, 5), (0.6, 0.9)):
+        plan = make_plan(PROFILE, keep=keep, solver=solver, rank_multiple=multiple)
+        check(plan, PROFILE)
+        assert all(rank is None or rank % multiple == 0 for rank in plan.ranks.values())
+
+
+def test_rank_multiple_that_no_rank_reaches_offers_only_dense() -> None:
+    plan = make_plan(PROFILE, keep=1.0, rank_multiple=500)
+    assert set(plan.ranks.values()) == {None}
+    with pytest.raises(InfeasibleBudgetError, match=f"{DENSE_COST:,}"):
+        make_plan(PROFILE, keep=0.99, rank_multiple=500)
+
+
+@pytest.mark.parametrize(("solver", "objective"), list(itertools.product(FAST, OBJECTIVES)))
+def test_layers_without_energy_lose_nothing(solver: str, objective: Any) -> None:
+    for silent in ((1,), range(len(SHAPES))):
+        profile = synthetic_profile(silent=tuple(silent))
+        plan = make_plan(profile, keep=0.5, solver=solver, objective=objective)
+        check(plan, profile)
+        assert plan.layers[1].retained == 1.0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_integer_program_is_never_worse_than_greedy(objective: Any) -> None:
+    for seed in range(2):
+        profile = synthetic_profile(seed=seed)
+        for keep in (0.3, 0.6, 0.9):
+            plans = {
+                solver: make_plan(profile, keep=keep, solver=solver, objective=objective)
+                for solver in ("greedy", "knapsack")
+            }
+            greedy, knapsack = plans["greedy"].certificate, plans["knapsack"].certificate
+            assert knapsack.loss <= greedy.loss
+            assert max(knapsack.bound, greedy.bound) <= knapsack.loss
+
+
+@pytest.mark.parametrize("solver", known_solvers())
+def test_planning_twice_gives_the_same_plan(solver: str) -> None:
+    first = make_plan(PROFILE, keep=0.55, solver=solver)
+    assert make_plan(synthetic_profile(), keep=0.55, solver=solver) == first
+
+
+def test_solver_may_be_any_callable_and_is_recounted() -> None:
+    def cheapest(problem: Problem) -> Any:
+        return certify(problem, [0] * len(problem.groups), "boast")
+
+    plan = make_plan(PROFILE, keep=0.5, solver=cheapest)
+    check(plan, PROFILE)
+    assert plan.solver == "cheapest"
+    assert set(plan.ranks.values()) == {1}
+
+    def liar(problem: Problem) -> Any:
+        return dataclasses.replace(cheapest(problem), choice=(-1,) * len(problem.groups))
+
+    with pytest.raises(BudgetError, match="has no option -1"):
+        make_plan(PROFILE, keep=0.5, solver=liar)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "a budget is needed: keep, keep_total or max_params"),
+        ({"keep": 0.5, "max_params": 9}, "one budget, not keep and max_params"),
+        ({"keep": 0.0}, "keep is a share above 0 and at most 1, got 0.0"),
+        ({"keep": 1.5}, r"got 1\.5"),
+        ({"keep": -0.5}, r"got -0\.5"),
+        ({"keep": math.nan}, "got nan"),
+        ({"keep": "0.5"}, "got '0.5'"),
+        ({"keep_total": 2}, "keep_total is a share"),
+        ({"keep_total": math.inf}, "got inf"),
+        ({"max_params": 0}, "whole number above 0"),
+        ({"max_params": 3.5}, "whole number above 0"),
+        ({"max_params": math.nan}, "whole number above 0"),
+        ({"max_params": math.inf}, "whole number above 0"),
+        ({"max_params": "many"}, "whole number above 0"),
+        ({"keep": 0.5, "rank_multiple": 0}, "rank_multiple"),
+        ({"keep": 0.5, "rank_multiple": 1.5}, "rank_multiple"),
+        ({"keep": 0.5, "rank_multiple": True}, "rank_multiple"),
+        ({"keep": 0.5, "rank_multiple": math.nan}, "rank_multiple"),
+        ({"keep": 0.5, "solver": "magic"}, f"'magic'; known: {', '.join(known_solvers())}"),
+        ({"keep": 0.5, "objective": "fame"}, "'fame'; known: total, layerwise, maxmin"),
+        ({"keep": 0.5, "scale": "metric"}, "no scale 'metric'; known: nats, sum"),
+        ({"keep": 0.5, "backend": "svd", "scale": "nats"}, "known: frobenius"),
+        ({"keep": 0.5, "share": 0.9}, "share belongs to the threshold strategy, not to greedy"),
+        ({"solver": "threshold", "share": 0.0}, "share must be above 0 and at most 1"),
+        ({"solver": "threshold", "share": 1.1}, "share must be above 0 and at most 1"),
+        ({"solver": "threshold", "share": math.nan}, "share must be above 0 and at most 1"),
+        ({"solver": "threshold", "share": 0.9, "depth": 3}, "no options, got depth"),
+        ({"keep": 0.5, "solver": "uniform", "depth": 3}, "no options, got depth"),
+        ({"keep": 0.5, "solver": "greedy", "depth": 3}, "unexpected keyword argument 'depth'"),
+        ({"keep": 0.5, "solver": "knapsack", "time_limit": 0.0}, "time_limit must be a positive"),
+    ],
+)
+def test_mistakes_are_budget_errors_that_say_what_is_wanted(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BudgetError, match=message) as caught:
+        make_plan(PROFILE, **arguments)
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_backend_names_those_of_the_profile() -> None:
+    with pytest.raises(ProfileError, match="'kronecker', only for fwsvd, svd"):
+        make_plan(PROFILE, keep=0.5, backend="kronecker")
+
+
+@pytest.mark.parametrize("solver", known_solvers())
+@pytest.mark.parametrize(
+    "asked", [{"keep": 0.01}, {"keep_total": 0.26}, {"keep_total": 0.1}, {"max_params": 3}]
+)
+def test_infeasible_budget_names_the_smallest_that_works(
+    asked: dict[str, Any], solver: str
+) -> None:
+    (kind,) = asked
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        make_plan(PROFILE, solver=solver, **asked)
+    assert caught.value.exit_code == 3
+    found = re.search(rf"is ([\d,]+) \({kind} ([\d.]+)\)", str(caught.value))
+    assert found is not None
+    smallest = int(found[1].replace(",", ""))
+    plan = make_plan(PROFILE, solver=solver, max_params=smallest)
+    assert plan.size.planned == smallest == sum(x.rank_cost for x in PROFILE.info.layers)
+    with pytest.raises(InfeasibleBudgetError):
+        make_plan(PROFILE, solver=solver, max_params=smallest - 1)
+    named = int(found[2]) if kind == "max_params" else float(found[2])
+    assert make_plan(PROFILE, solver=solver, **{kind: named}).size.planned >= smallest
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(3, 24), st.integers(3, 24)), min_size=1, max_size=5),
+    seed=st.integers(0, 10**6),
+    keep=st.floats(0.05, 1.0),
+    solver=st.sampled_from(FAST),
+    objective=st.sampled_from(OBJECTIVES),
+    multiple=st.sampled_from([1, 1, 2, 3]),
+    silent=st.sets(st.integers(0, 4), max_size=2),
+)
+def test_any_strategy_makes_a_valid_plan_of_any_profile(
+    shapes: list[tuple[int, int]],
+    seed: int,
+    keep: float,
+    solver: str,
+    objective: Any,
+    multiple: int,
+    silent: set[int],
+) -> None:
+    profile = synthetic_profile(shapes, seed, silent=tuple(silent))
+    smallest = sum(int(layer.cost(multiple)) if layer.largest_rank >= multiple else layer.dense_cost
+                   for layer in profile.info.layers)  # fmt: skip
+    arguments: dict[str, Any] = {"keep": keep, "solver": solver, "objective": objective}
+    try:
+        plan = make_plan(profile, rank_multiple=multiple, **arguments)
+    except InfeasibleBudgetError:
+        assert smallest > keep * profile.info.planned_parameters - 1
+        return
+    check(plan, profile)
+    assert Plan.from_json(plan.to_json()) == plan
