@@ -104,9 +104,13 @@ def _batches(
     examples: int | None,
 ) -> "list[Batch]":
     from rankopt.data import Columns, load_batches
-    from rankopt.models import load_tokenizer
+    from rankopt.models import load_tokenizer, longest_input
     from rankopt.tasks import task_of
 
+    longest = longest_input(model)
+    if longest is not None and max_length > longest:
+        _note(f"note: --max-length {max_length} is cut to the model's {longest} positions")
+        max_length = longest
     return load_batches(
         source,
         load_tokenizer(model_name),

@@ -1,11 +1,16 @@
 """Load transformers models and tokenizers by folder or hub name, with errors a user can act on."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rankopt.errors import ModelError
 from rankopt.tasks import task_of_architecture
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_model(name: str, dtype: str = "auto") -> Any:
@@ -18,6 +23,8 @@ def load_model(name: str, dtype: str = "auto") -> Any:
     Raises:
         ModelError: not found, or without a head whose loss is known.
     """
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     import transformers
 
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
@@ -27,9 +34,8 @@ def load_model(name: str, dtype: str = "auto") -> Any:
         architecture = (config.architectures or [type(config).__name__])[0]
         task_of_architecture(architecture)
         loaded = getattr(transformers, architecture).from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot load the model {name!r}: {first}") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     return loaded
 
 
@@ -44,8 +50,16 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot load a tokenizer from {name!r}: {first}") from error
+        raise ModelError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def longest_input(model: Any) -> int | None:
+    """Positions that a model has, if it has a fixed number of them."""
+    for name in ("max_position_embeddings", "n_positions"):
+        positions = getattr(model.config, name, None)
+        if isinstance(positions, int) and positions > 0:
+            return positions
+    return None

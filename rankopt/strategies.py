@@ -34,7 +34,11 @@ def _largest_within(group: Group, target: float) -> int:
 
 
 def _hand_out(problem: Problem, choice: list[int], targets: FloatArray) -> None:
-    """Spend what is left on next options, the layer furthest below its target first, in place."""
+    """Spend what is left on next options, the layer furthest below its target first, in place.
+
+    A layer that has reached its target gets nothing more: what is left over is less than the next
+    option of any layer that has not, and must not pile up in the small layers.
+    """
     left = problem.budget - problem.cost_of(choice)
     while True:
         best, best_lag = -1, -np.inf
@@ -43,7 +47,7 @@ def _hand_out(problem: Problem, choice: list[int], targets: FloatArray) -> None:
                 continue
             step = int(group.cost[choice[g] + 1] - group.cost[choice[g]])
             lag = float(targets[g] - group.cost[choice[g]]) / step
-            if step <= left and lag > best_lag:
+            if step <= left and lag * step > 0.5 and lag > best_lag:
                 best, best_lag = g, lag
         if best < 0:
             return
@@ -58,24 +62,26 @@ def _to_targets(problem: Problem, weights: FloatArray) -> list[int]:
     low_costs = np.array([group.cost[0] for group in problem.groups], dtype=np.float64)
     dense_costs = np.array([group.cost[-1] for group in problem.groups], dtype=np.float64)
 
+    if dense_costs.sum() <= problem.budget:
+        return [group.cost.size - 1 for group in problem.groups]
+
     def targets(factor: float) -> FloatArray:
         return np.clip(factor * weights, low_costs, dense_costs)
 
-    if dense_costs.sum() <= problem.budget:
-        return [group.cost.size - 1 for group in problem.groups]
+    # Layers without any weight come last: they share what is left when the others are dense.
     positive = weights > 0
-    low, high = 0.0, 1.0
     if not positive.any():
-        wanted = low_costs
+        weights = dense_costs
     else:
-        high = 2 * float((dense_costs[positive] / weights[positive]).max())
-        for _ in range(200):
-            middle = 0.5 * (low + high)
-            if targets(middle).sum() <= problem.budget:
-                low = middle
-            else:
-                high = middle
-        wanted = targets(low)
+        weights = np.where(positive, weights, 1e-6 * weights[positive].min())
+    low, high = 0.0, 2 * float((dense_costs / weights).max())
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if targets(middle).sum() <= problem.budget:
+            low = middle
+        else:
+            high = middle
+    wanted = targets(low)
     # Half a parameter of slack, so that a target which equals an option is not rounded below it.
     choice = [_largest_within(g, t + 0.5) for g, t in zip(problem.groups, wanted, strict=True)]
     while problem.cost_of(choice) > problem.budget:

@@ -180,6 +180,12 @@ def test_classifier_on_labelled_rows(run: Run, files: Path, tmp_path: Path) -> N
     assert found["model_parameters"] == plan.size.model < plan.size.model_dense
 
 
+def test_a_window_is_never_longer_than_the_model(run: Run, files: Path) -> None:
+    ended = run("evaluate", files / "model", "--data", files / "heldout.txt", "--json")
+    longest = tiny.llama().config.max_position_embeddings
+    assert json.loads(done(ended))["targets"] == 300 // longest * (longest - 1)
+
+
 def test_demo_with_another_model_reuses_its_profile(run: Run, files: Path, tmp_path: Path) -> None:
     arguments = ("demo", "--model", files / "model", "--output", tmp_path / "demo", "--calibration",
                  4, "--held-out", 2, "--max-length", 16, "--keep", 0.9, 0.7)  # fmt: skip
@@ -233,7 +239,7 @@ MISTAKES: dict[str, tuple[str, str, int]] = {
     "too little text": ("evaluate {m} --data {f}/short.txt", "less than one window", 2),
     "no model": ("profile {f}/nomodel --data {t} -o {new}", "no config.json", 2),
     "no such model": ("evaluate {f}/nosuch --data {t}", "cannot load the model", 2),
-    "unknown dtype": ("evaluate {m} --data {t} --dtype int3", "int3", 2),
+    "unknown dtype": ("evaluate {m} --data {t} --dtype int3", "auto, float32", 2),
     "model without data": ("compare {p} --keep 0.5 --model {m}", "both --model and --data", 2),
     "data without model": ("compare {p} --keep 0.5 --data {t}", "both --model and --data", 2),
     "model folder taken": ("apply {m} {plan} --profile {p} -o {f}/bert", "--force", 2),
