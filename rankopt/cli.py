@@ -82,7 +82,10 @@ LabelOption = Annotated[str, typer.Option(help="Column of the label; language mo
 ExamplesOption = Annotated[
     int | None, typer.Option(help="Windows or rows to take, at equal distances; all if not given.")
 ]
-LengthOption = Annotated[int, typer.Option(help="Tokens of a window, or at most of a row.")]
+LengthOption = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a window, or at most of a row; 256, or what the model can take."),
+]
 BatchOption = Annotated[int, typer.Option(help="Windows or rows at a time.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -99,18 +102,20 @@ def _batches(
     *,
     rows: "Sequence[DataRow]",
     columns: tuple[str, str | None, str],
-    max_length: int,
+    max_length: int | None,
     batch_size: int,
     examples: int | None,
 ) -> "list[Batch]":
     from rankopt.data import Columns, load_batches
+    from rankopt.errors import DataError
     from rankopt.models import load_tokenizer, longest_input
     from rankopt.tasks import task_of
 
     longest = longest_input(model)
-    if longest is not None and max_length > longest:
-        _note(f"note: --max-length {max_length} is cut to the model's {longest} positions")
-        max_length = longest
+    if max_length is None:
+        max_length = min(256, longest or 256)
+    elif longest is not None and max_length > longest:
+        raise DataError(f"--max-length {max_length}: the model takes at most {longest} tokens")
     return load_batches(
         source,
         load_tokenizer(model_name),
@@ -163,7 +168,7 @@ def profile(
     pair_column: PairOption = None,
     label_column: LabelOption = "label",
     examples: ExamplesOption = 256,
-    max_length: LengthOption = 256,
+    max_length: LengthOption = None,
     batch_size: BatchOption = 4,
     backend: Annotated[
         list[str] | None, typer.Option(help="fwsvd (default) or svd, or both.")
@@ -281,7 +286,7 @@ def compare_command(
     pair_column: PairOption = None,
     label_column: LabelOption = "label",
     examples: ExamplesOption = None,
-    max_length: LengthOption = 256,
+    max_length: LengthOption = None,
     batch_size: BatchOption = 4,
     dtype: DtypeOption = "float32",
     as_json: JsonOption = False,
@@ -389,7 +394,7 @@ def evaluate_command(
     pair_column: PairOption = None,
     label_column: LabelOption = "label",
     examples: ExamplesOption = None,
-    max_length: LengthOption = 256,
+    max_length: LengthOption = None,
     batch_size: BatchOption = 4,
     dtype: DtypeOption = "float32",
     as_json: JsonOption = False,

@@ -49,7 +49,7 @@ def done(result: tuple[int, str, str]) -> str:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with its tokenizer, texts, and what the commands before have made of them."""
     folder = tmp_path_factory.mktemp("cli")
-    tiny.llama(max_position_embeddings=256).save_pretrained(folder / "model")
+    tiny.llama(max_position_embeddings=128).save_pretrained(folder / "model")
     tiny.tokenizer(folder / "model")
     generator = torch.Generator().manual_seed(0)
     picked = torch.randint(len(tiny.WORDS), (2, 300), generator=generator).tolist()
@@ -182,8 +182,7 @@ def test_classifier_on_labelled_rows(run: Run, files: Path, tmp_path: Path) -> N
 
 def test_a_window_is_never_longer_than_the_model(run: Run, files: Path) -> None:
     ended = run("evaluate", files / "model", "--data", files / "heldout.txt", "--json")
-    longest = tiny.llama().config.max_position_embeddings
-    assert json.loads(done(ended))["targets"] == 300 // longest * (longest - 1)
+    assert json.loads(done(ended))["targets"] == 300 // 128 * 127
 
 
 def test_demo_with_another_model_reuses_its_profile(run: Run, files: Path, tmp_path: Path) -> None:
@@ -239,6 +238,7 @@ MISTAKES: dict[str, tuple[str, str, int]] = {
     "too little text": ("evaluate {m} --data {f}/short.txt", "less than one window", 2),
     "no model": ("profile {f}/nomodel --data {t} -o {new}", "no config.json", 2),
     "no such model": ("evaluate {f}/nosuch --data {t}", "cannot load the model", 2),
+    "too long": ("evaluate {m} --data {t} --max-length 129", "at most 128 tokens", 2),
     "unknown dtype": ("evaluate {m} --data {t} --dtype int3", "auto, float32", 2),
     "model without data": ("compare {p} --keep 0.5 --model {m}", "both --model and --data", 2),
     "data without model": ("compare {p} --keep 0.5 --data {t}", "both --model and --data", 2),
