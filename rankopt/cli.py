@@ -274,7 +274,10 @@ def compare_command(
     ],
     strategy: Annotated[
         list[str] | None,
-        typer.Option(help="SOLVER or SOLVER/OBJECTIVE; all of them if not given."),
+        typer.Option(
+            help="SOLVER or SOLVER/OBJECTIVE; if not given: "
+            + ", ".join(map(str, DEFAULT_STRATEGIES))
+        ),
     ] = None,
     rank_multiple: MultipleOption = 1,
     backend: BackendOption = None,

@@ -103,7 +103,9 @@ def _reason(name: str, module: nn.Module, structure: _Structure) -> str | None:
     parents = name.split(".")
     if not any(".".join(parents[:k]) in structure.lists for k in range(1, len(parents))):
         kind = "embedding" if isinstance(module, nn.Embedding) else "head or projection"
-        return f"{kind} outside the transformer blocks"
+        owners = {n for p in module.parameters(recurse=False) for n in structure.owners[id(p)]}
+        tied = ", ".join(sorted(owners - {name}))
+        return f"{kind} outside the transformer blocks" + (f", tied to {tied}" if tied else "")
     if type(module) is not nn.Linear and not is_conv1d(module):
         return "not a plain nn.Linear or Conv1D"
     weight = module.get_parameter("weight")
