@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from rankopt._version import __version__
-from rankopt.compare import DEFAULT_STRATEGIES, Row, Strategy, compare
+from rankopt.compare import DEFAULT_STRATEGIES, Strategy, compare
 from rankopt.errors import RankoptError
 from rankopt.files import require_free
 from rankopt.plan import Plan
@@ -313,6 +313,7 @@ def compare_command(
     dense = None
     if model is not None and data is not None:
         from rankopt.evaluation import evaluate
+        from rankopt.measured import measure_rows
         from rankopt.models import load_model
 
         loaded = load_model(model, dtype)
@@ -327,7 +328,7 @@ def compare_command(
             examples=examples,
         )
         dense = evaluate(loaded, batches)
-        rows = _measure(loaded, loaded_profile, rows, batches)
+        rows = list(measure_rows(loaded, loaded_profile, rows, batches))
     if as_json:
         found = {"rows": [row.to_dict() for row in rows]}
         if dense is not None:
@@ -337,15 +338,6 @@ def compare_command(
         from rankopt.report import comparison, print_table
 
         print_table(comparison(rows, dense))
-
-
-def _measure(model: Any, profile: Profile, rows: list[Row], batches: "list[Batch]") -> list[Row]:
-    from tqdm import tqdm
-
-    from rankopt.measured import measure_rows
-
-    measured = measure_rows(model, profile, rows, batches)
-    return list(tqdm(measured, desc="Compare", unit="plan", total=len(rows), disable=None))
 
 
 @app.command(

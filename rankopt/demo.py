@@ -177,8 +177,7 @@ def run_demo(
 
     dense, before = evaluate(model, held_batches), generate(model, tokenizer)
     planned = list(compare(profile, keeps, [Strategy.parse(text) for text in STRATEGIES]))
-    measured = measure_rows(model, profile, planned, held_batches)
-    rows = list(tqdm(measured, desc="Compare", unit="plan", total=len(planned), disable=None))
+    rows = list(measure_rows(model, profile, planned, held_batches))
 
     plan = next(row.plan for row in rows if str(row.strategy) == "greedy")
     plan.save(folder / "plan.json")

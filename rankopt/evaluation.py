@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rankopt.discover import model_size
 from rankopt.errors import DataError, MissingExtraError
+from rankopt.progress import bar
 from rankopt.tasks import IGNORED, Batch, loss_terms, mean_loss, prepare, task_of
 
 
@@ -63,9 +63,8 @@ def evaluate(
     summed, examples, targets = 0.0, 0, 0
     truths: list[Tensor] = []
     guesses: list[Tensor] = []
-    silent = None if progress is None else not progress
     try:
-        for batch in tqdm(batches, desc="Evaluate", unit="batch", disable=silent):
+        for batch in bar(batches, "Evaluate", "batch", progress):
             ready = prepare(task, batch, device)
             terms = loss_terms(task, ready["labels"])
             loss, output = mean_loss(model, ready)

@@ -15,6 +15,7 @@ from rankopt.discover import Found, find_layers, fingerprint, model_size, weight
 from rankopt.errors import DataError, ModelError
 from rankopt.fisher import RowFisher
 from rankopt.profile import BasisArray, FloatArray, Profile, ProfileInfo
+from rankopt.progress import bar
 from rankopt.tasks import Batch, check_loss, loss_terms, mean_loss, prepare, task_of
 
 #: Bases are kept while they fit in this many bytes; beyond, ``apply_plan`` decomposes again.
@@ -58,7 +59,7 @@ def profile_model(
     device = next(model.parameters()).device
     digest, examples, targets = hashlib.sha256(), 0, 0
     with RowFisher(model, found.modules) as fisher:
-        for batch in tqdm(batches, desc="Fisher", unit="batch", disable=_silent(progress)):
+        for batch in bar(batches, "Fisher", "batch", progress):
             ready = prepare(task, batch, device)
             if not examples:
                 _warn_of_padding(model, ready)
@@ -110,7 +111,7 @@ def _decompose(
     keep = keep_bases and stored * len(backends) <= BASES_LIMIT
     energies: dict[str, dict[str, FloatArray]] = {name: {} for name in backends}
     bases: dict[str, BasisArray] = {}
-    for layer in tqdm(found.layers, desc="Spectra", unit="layer", disable=_silent(progress)):
+    for layer in bar(found.layers, "Spectra", "layer", progress):
         weight = weight_of(found.modules[layer.name])
         for name in backends:
             weights = find_backend(name).input_weights(rows[layer.name] / examples)
@@ -164,8 +165,3 @@ def _update(digest: "hashlib._Hash", batch: Batch) -> None:
             array = batch[name].detach().cpu().contiguous()
             digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
             digest.update(array.view(torch.uint8).numpy().tobytes())
-
-
-def _silent(progress: bool | None) -> bool | None:
-    """Tqdm's ``disable``: None hides the bar unless stderr is a terminal."""
-    return None if progress is None else not progress

@@ -1,19 +1,20 @@
 """The measured loss of many plans of one model."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from rankopt.compare import Row
 from rankopt.evaluation import Evaluation, evaluate
 from rankopt.profile import Profile
+from rankopt.progress import bar
 from rankopt.surgery import FactorCache, applied
 from rankopt.tasks import Batch
 
 
 def measure_rows(
-    model: nn.Module, profile: Profile, rows: Iterable[Row], batches: Sequence[Batch]
+    model: nn.Module, profile: Profile, rows: Sequence[Row], batches: Sequence[Batch]
 ) -> Iterator[Row]:
     """Apply each row's plan in turn, evaluate, and restore the dense model.
 
@@ -27,7 +28,7 @@ def measure_rows(
     """
     cache: FactorCache = {}
     seen: dict[tuple[tuple[str, int | None], ...], Evaluation] = {}
-    for row in rows:
+    for row in bar(rows, "Compare", "plan"):
         ranks = tuple(row.plan.ranks.items())
         if ranks not in seen:
             with applied(model, row.plan, profile, cache) as compressed:

@@ -70,11 +70,10 @@ def make_plan(
         InfeasibleBudgetError: no ranks fit; names the smallest reachable budget.
         ProfileError: the profile lacks the backend.
     """
-    name = solver if isinstance(solver, str) else getattr(solver, "__name__", "custom")
     if isinstance(solver, str) and solver not in known_solvers():
         raise BudgetError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
-    if share is not None and name != "threshold":
-        raise BudgetError(f"share belongs to the threshold strategy, not to {name}")
+    if share is not None and solver != "threshold":
+        raise BudgetError(f"share belongs to the threshold strategy, not to {solver}")
     backend = profile.backends[0] if backend is None else backend
     profile.spectra(backend)
     scale = find_scale(backend, scale)
@@ -94,7 +93,7 @@ def make_plan(
             )
         else:
             asked = _asked(budget)
-        solution = certify(offered.problem(asked.parameters), choice, name)
+        solution = certify(offered.problem(asked.parameters), choice, "threshold")
     else:
         if budget is None:
             raise BudgetError("a budget is needed: keep, keep_total or max_params")

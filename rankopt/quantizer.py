@@ -98,9 +98,7 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
             dense = type(model)(model.config)
         for name, module in list(model.named_modules()):
             if isinstance(module, LowRankLinear):
-                parent, _, child = name.rpartition(".")
-                merged = _merged(module, dense.get_submodule(name), dtype)
-                setattr(model.get_submodule(parent), child, merged)
+                model.set_submodule(name, _merged(module, dense.get_submodule(name), dtype))
         return model
 
     def is_serializable(self) -> bool:
@@ -133,8 +131,7 @@ def _replace_empty(model: nn.Module, name: str, dense: nn.Module, rank: int) -> 
         device=weight.device,
         dtype=weight.dtype,
     )
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, low)
+    model.set_submodule(name, low)
 
 
 def _merged(low: LowRankLinear, empty: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from rankopt.backends import find_backend, projection
 from rankopt.checkpoint import attach, detach, require_unquantised
@@ -15,6 +14,7 @@ from rankopt.layers import Layer
 from rankopt.lowrank import LowRankLinear
 from rankopt.plan import Plan
 from rankopt.profile import Profile
+from rankopt.progress import bar
 
 #: (backend, layer name) -> left vectors U (out, R) and U^T W (R, in): every rank is a slice.
 FactorCache = MutableMapping[tuple[str, str], tuple[Tensor, Tensor]]
@@ -79,8 +79,7 @@ def applied(
 def _swap(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
     replaced = {name: model.get_submodule(name) for name in replacements}
     for name, module in replacements.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        model.set_submodule(name, module)
     return replaced
 
 
@@ -104,13 +103,7 @@ def _replacements(
     layers = {layer.name: layer for layer in found.layers}
     same = all(e.layer.digest == layers[e.layer.name].digest for e in plan.layers)
     replacements: dict[str, nn.Module] = {}
-    bar = tqdm(
-        low_rank.items(),
-        desc="Factors",
-        unit="layer",
-        disable=None if progress is None else not progress,
-    )
-    for name, rank in bar:
+    for name, rank in bar(low_rank.items(), "Factors", "layer", progress):
         module = found.modules[name]
         key = (plan.backend, name)
         if cache is None:

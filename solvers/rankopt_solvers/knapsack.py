@@ -20,13 +20,7 @@ from typing import Any
 import numpy as np
 
 from rankopt_solvers.greedy import solve_greedy
-from rankopt_solvers.hull import (
-    IntArray,
-    hull_edges,
-    lagrangian_bound,
-    multiplier,
-    tightened_budget,
-)
+from rankopt_solvers.hull import IntArray, tightened_budget
 from rankopt_solvers.problem import Problem
 from rankopt_solvers.solution import Solution, certify
 
@@ -120,8 +114,7 @@ def solve_knapsack(problem: Problem, *, time_limit: float = 30.0) -> Solution:
     greedy = solve_greedy(problem)
     if greedy.status == "optimal":
         return dataclasses.replace(greedy, solver="knapsack", stats={"columns": 0})
-    lam = multiplier(problem, hull_edges(problem))
-    gap = greedy.loss - lagrangian_bound(problem, lam)
+    lam, gap = greedy.multiplier, greedy.loss - greedy.bound
     core = _core(problem, lam, gap)
     choice, stats = _integer_program(problem, core, lam, gap, time_limit)
     timed_out = "limit" in stats["highs_status"]

@@ -1,0 +1,21 @@
+"""One kind of progress bar: on stderr, and only where somebody is looking."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def bar(items: Iterable[T], what: str, unit: str, progress: bool | None = None) -> "tqdm[T]":
+    """Iterate over items with a bar.
+
+    Args:
+        items: what to iterate over.
+        what: stands before the bar.
+        unit: of what is counted.
+        progress: show it; by default if stderr is a terminal.
+    """
+    hidden = None if progress is None else not progress
+    return tqdm(items, desc=what, unit=unit, disable=hidden)
