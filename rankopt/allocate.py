@@ -38,6 +38,7 @@ class Allocation:
         lost_shares: share of the layer's own energy that each option loses, between 0 and 1.
         full_losses: loss of retaining nothing, in the unit of ``total``.
         objective: what the losses mean.
+        rank_multiple: of the ranks on offer.
     """
 
     layers: tuple[Layer, ...]
@@ -46,6 +47,7 @@ class Allocation:
     lost_shares: tuple[FloatArray, ...]
     full_losses: tuple[float, ...]
     objective: Objective
+    rank_multiple: int
 
     def problem(self, budget: int) -> Problem:
         """The problem under a budget of parameters."""
@@ -118,10 +120,18 @@ def _tabulate(
         cost = np.where(offered == DENSE, layer.dense_cost, offered * layer.rank_cost)
         factor = scale_factor(layer, scale)
         loss = lost * factor if objective == "total" else lost_share
+        # Read-only arrays are not copied again.
+        cost.flags.writeable = loss.flags.writeable = False
         ranks.append(offered)
         groups.append(Group(layer.name, cost, loss))
         shares.append(lost_share)
         full.append(total * factor)
     return Allocation(
-        profile.info.layers, tuple(ranks), tuple(groups), tuple(shares), tuple(full), objective
+        profile.info.layers,
+        tuple(ranks),
+        tuple(groups),
+        tuple(shares),
+        tuple(full),
+        objective,
+        rank_multiple,
     )

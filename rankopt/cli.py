@@ -8,24 +8,40 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from rankopt._version import __version__
 from rankopt.compare import DEFAULT_STRATEGIES, Strategy, compare
 from rankopt.errors import RankoptError
 from rankopt.files import require_free
+from rankopt.options import (
+    BackendOption,
+    BatchOption,
+    DataOption,
+    DtypeOption,
+    ExamplesOption,
+    ForceOption,
+    JsonOption,
+    LabelOption,
+    LengthOption,
+    ModelArgument,
+    MultipleOption,
+    PairOption,
+    ProfileArgument,
+    ScaleOption,
+    SplitOption,
+    SpreadOptions,
+    TextOption,
+    batches_of,
+    floor_of,
+    require_writable,
+    rows_of,
+)
 from rankopt.plan import Plan
 from rankopt.planning import known_solvers, make_plan
 from rankopt.profile import Profile
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rankopt.data import Row as DataRow
-    from rankopt.tasks import Batch
 
 app = typer.Typer(
     help="Decide how many ranks each layer of a neural network deserves.\n\n"
@@ -37,123 +53,12 @@ app = typer.Typer(
 )
 
 
-class _SpreadOptions(TyperCommand):
-    """Lets a repeatable option take several values: ``--keep 0.9 0.8`` is two of it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        repeatable = {
-            name
-            for param in self.params
-            if isinstance(param, TyperOption) and param.multiple
-            for name in param.opts
-        }
-        spread: list[str] = []
-        current: str | None = None
-        for position, arg in enumerate(args):
-            if current is not None and not arg.startswith("-") and self._fits(current, arg):
-                if args[position - 1] != current:
-                    spread.append(current)
-            else:
-                current = arg if arg in repeatable else None
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
-
-    @staticmethod
-    def _fits(option: str, value: str) -> bool:
-        if option != "--keep":
-            return not Path(value).exists()
-        try:
-            float(value)
-        except ValueError:
-            return False
-        return True
-
-
-ModelArgument = Annotated[str, typer.Argument(help="A model folder or a hub name.")]
-ProfileArgument = Annotated[Path, typer.Argument(help="A profile file.")]
-DataOption = Annotated[
-    str,
-    typer.Option("--data", help=".txt, .jsonl, .tsv or .csv file, or a data set NAME[:CONFIG]."),
-]
-SplitOption = Annotated[str | None, typer.Option(help="Split of a data set (train).")]
-TextOption = Annotated[str, typer.Option(help="Column of the text, or of the list of words.")]
-PairOption = Annotated[str | None, typer.Option(help="Column of a second text.")]
-LabelOption = Annotated[str, typer.Option(help="Column of the label; language models have none.")]
-ExamplesOption = Annotated[
-    int | None, typer.Option(help="Windows or rows to take, at equal distances; all if not given.")
-]
-LengthOption = Annotated[
-    int | None,
-    typer.Option(help="Tokens of a window, or at most of a row; 256, or what the model can take."),
-]
-BatchOption = Annotated[int, typer.Option(help="Windows or rows at a time.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
-BackendOption = Annotated[str | None, typer.Option(help="Whose spectra; the profile's first.")]
-ScaleOption = Annotated[str | None, typer.Option(help="How layers compare: nats or sum (fwsvd).")]
-MultipleOption = Annotated[int, typer.Option(help="Offer only multiples of this rank.")]
-
-
-def _batches(
-    source: str,
-    model: Any,
-    model_name: str,
-    *,
-    rows: "Sequence[DataRow]",
-    columns: tuple[str, str | None, str],
-    max_length: int | None,
-    batch_size: int,
-    examples: int | None,
-) -> "list[Batch]":
-    from rankopt.data import Columns, load_batches
-    from rankopt.errors import DataError
-    from rankopt.models import load_tokenizer, longest_input
-    from rankopt.tasks import task_of
-
-    longest = longest_input(model)
-    if max_length is None:
-        max_length = min(256, longest or 256)
-    elif longest is not None and max_length > longest:
-        raise DataError(f"--max-length {max_length}: the model takes at most {longest} tokens")
-    return load_batches(
-        source,
-        load_tokenizer(model_name),
-        task_of(model),
-        columns=Columns(*columns),
-        max_length=max_length,
-        batch_size=batch_size,
-        examples=examples,
-        label2id={str(k): int(v) for k, v in (model.config.label2id or {}).items()},
-        rows=rows,
-    )
-
-
-def _rows(source: str, split: str | None, *columns: str | None) -> "Sequence[DataRow]":
-    """Read data and find a missing column before a model is loaded."""
-    from rankopt.data import read_rows, require_columns
-
-    rows = read_rows(source, split)
-    require_columns(source, rows, *columns)
-    return rows
-
-
-def _writable(path: Path, force: bool) -> None:
-    """Refuse before the long work, not after it."""
-    if path.is_dir():
-        raise RankoptError(f"{path} is a folder: name a file")
-    if path.exists() and not force:
-        raise RankoptError(f"{path} exists: name another file, or replace it with --force")
-    if not path.absolute().parent.is_dir():
-        raise RankoptError(f"cannot write {path}: the folder {path.parent} does not exist")
-
-
 def _note(text: str) -> None:
     typer.echo(text, err=True)
 
 
 @app.command(
-    cls=_SpreadOptions,
+    cls=SpreadOptions,
     epilog="Examples:\n\n"
     "rankopt profile ./model --data train.txt -o profile.safetensors\n\n"
     "rankopt profile ./bert-sst2 --data train.tsv --text-column sentence --examples 512 -o p.st\n\n"
@@ -181,14 +86,14 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what every rank of every layer retains."""
-    _writable(output, force)
-    rows = _rows(data, split, text_column, pair_column)
+    require_writable(output, force)
+    rows = rows_of(data, split, text_column, pair_column)
     from rankopt.measure import profile_model
     from rankopt.models import load_model
     from rankopt.report import profile_summary
 
     loaded = load_model(model, dtype)
-    batches = _batches(
+    batches = batches_of(
         data,
         loaded,
         model,
@@ -207,9 +112,12 @@ def profile(
 @app.command(
     epilog="Examples:\n\n"
     "rankopt plan profile.safetensors --keep 0.8 -o plan.json\n\n"
-    "rankopt plan profile.safetensors --keep-total 0.7 --solver knapsack --rank-multiple 8\n\n"
+    "rankopt plan profile.safetensors --keep-total 0.7 --min-retained 0.5 --rank-multiple 8\n\n"
     "rankopt plan profile.safetensors --solver threshold --share 0.95\n\n"
-    "Without -o the plan is printed. Solvers: " + ", ".join(known_solvers()) + "."
+    "rankopt plan profile.safetensors --keep 0.9 -o plan.json --solver search "
+    "--model ./model --data validation.txt --trials 40\n\n"
+    "Without -o the plan is printed. Solvers: " + ", ".join(known_solvers()) + ", search, or "
+    "module:function of your own. A search goes on where it was stopped when it is called again."
 )
 def plan(
     profile: ProfileArgument,
@@ -222,7 +130,7 @@ def plan(
     max_params: Annotated[
         int | None, typer.Option(help="Parameters for the planned layers.")
     ] = None,
-    solver: Annotated[str, typer.Option(help=", ".join(known_solvers()))] = "greedy",
+    solver: Annotated[str, typer.Option(help=", ".join([*known_solvers(), "search"]))] = "exact",
     objective: Annotated[str, typer.Option(help="total, layerwise or maxmin.")] = "total",
     rank_multiple: MultipleOption = 1,
     backend: BackendOption = None,
@@ -230,29 +138,101 @@ def plan(
     share: Annotated[
         float | None, typer.Option(help="threshold: retained share of every layer.")
     ] = None,
-    time_limit: Annotated[
-        float | None, typer.Option(help="knapsack: seconds for the integer program (30).")
+    min_retained: Annotated[
+        str | None,
+        typer.Option(
+            help="Share that every layer retains at least, or best: the largest possible."
+        ),
     ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="exact (60) or knapsack (30): seconds.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="search: the model to measure.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="search: validation data, as for evaluate.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="search: plans to measure in all.")] = 40,
+    sampler: Annotated[
+        str, typer.Option(help="search: thompson, tpe, cmaes, gp or random.")
+    ] = "thompson",
+    storage: Annotated[
+        str | None,
+        typer.Option(help="search: journal file or database URL; OUTPUT.journal if not given."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="search: of the sampler.")] = 0,
+    workers: Annotated[int, typer.Option(help="search: processes that share the trials.")] = 1,
+    split: SplitOption = None,
+    text_column: TextOption = "text",
+    pair_column: PairOption = None,
+    label_column: LabelOption = "label",
+    examples: ExamplesOption = None,
+    max_length: LengthOption = None,
+    batch_size: BatchOption = 4,
+    dtype: DtypeOption = "float32",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan to write.")] = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Decide the rank of every layer under a budget."""
     if output is not None:
-        _writable(output, force)
-    made = make_plan(
-        Profile.load(profile),
-        keep=keep,
-        keep_total=keep_total,
-        max_params=max_params,
-        solver=solver,
-        objective=objective,  # type: ignore[arg-type]
-        rank_multiple=rank_multiple,
-        backend=backend,
-        scale=scale,
-        share=share,
-        **({} if time_limit is None else {"time_limit": time_limit}),
-    )
+        require_writable(output, force)
+    if solver != "search" and (model is not None or data is not None):
+        raise RankoptError("--model and --data are for --solver search")
+    limits: dict[str, Any] = {"keep": keep, "keep_total": keep_total, "max_params": max_params}
+    how: dict[str, Any] = {
+        "objective": objective,
+        "rank_multiple": rank_multiple,
+        "backend": backend,
+        "scale": scale,
+    }
+    timed: dict[str, Any] = {} if time_limit is None else {"time_limit": time_limit}
+    if solver != "search":
+        made = make_plan(
+            Profile.load(profile),
+            **limits,
+            **how,
+            solver=solver,
+            share=share,
+            min_retained=floor_of(min_retained),
+            **timed,
+        )
+    else:
+        if model is None or data is None:
+            raise RankoptError("--solver search measures a model: it needs --model and --data")
+        if share is not None or min_retained is not None:
+            raise RankoptError("--share and --min-retained do not go with --solver search")
+        rows = rows_of(data, split, text_column, pair_column)
+        loaded_profile = Profile.load(profile)
+        from rankopt.models import load_model
+        from rankopt.searching import search_plan, with_workers
+
+        loaded = load_model(model, dtype)
+        batches = batches_of(
+            data,
+            loaded,
+            model,
+            rows=rows,
+            columns=(text_column, pair_column, label_column),
+            max_length=max_length,
+            batch_size=batch_size,
+            examples=examples,
+        )
+        kept = storage or (None if output is None else f"{output}.journal")
+        with with_workers(workers, kept):
+            searched = search_plan(
+                loaded,
+                loaded_profile,
+                batches,
+                **limits,
+                **how,
+                trials=trials,
+                sampler=sampler,
+                storage=kept,
+                seed=seed,
+                solver_options=timed,
+            )
+        made = searched.plan
+        _note(str(searched))
     if output is not None:
         made.save(output)
         _note(f"plan written to {output}")
@@ -261,7 +241,7 @@ def plan(
 
 @app.command(
     "compare",
-    cls=_SpreadOptions,
+    cls=SpreadOptions,
     epilog="Examples:\n\n"
     "rankopt compare profile.safetensors --keep 0.9 0.8 0.6\n\n"
     "rankopt compare profile.safetensors --keep 0.8 --strategy uniform greedy/layerwise\n\n"
@@ -297,7 +277,7 @@ def compare_command(
     """Show strategies side by side: retained Fisher information, size, gap, and measured loss."""
     if (model is None) != (data is None):
         raise RankoptError("measuring the loss needs both --model and --data")
-    data_rows = [] if data is None else _rows(data, split, text_column, pair_column)
+    data_rows = [] if data is None else rows_of(data, split, text_column, pair_column)
     strategies = [Strategy.parse(text) for text in strategy] if strategy else DEFAULT_STRATEGIES
     loaded_profile = Profile.load(profile)
     rows = list(
@@ -317,7 +297,7 @@ def compare_command(
         from rankopt.models import load_model
 
         loaded = load_model(model, dtype)
-        batches = _batches(
+        batches = batches_of(
             data,
             loaded,
             model,
@@ -395,13 +375,13 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure loss, the task's metric and size of a dense or compressed model."""
-    rows = _rows(data, split, text_column, pair_column)
+    rows = rows_of(data, split, text_column, pair_column)
     from rankopt.evaluation import evaluate
     from rankopt.models import load_model
     from rankopt.report import evaluation, print_table
 
     loaded = load_model(model, dtype)
-    batches = _batches(
+    batches = batches_of(
         data,
         loaded,
         model,
@@ -419,7 +399,7 @@ def evaluate_command(
 
 
 @app.command(
-    cls=_SpreadOptions,
+    cls=SpreadOptions,
     epilog="Examples:\n\n"
     "rankopt demo\n\n"
     "rankopt demo --output /tmp/demo --model ./another-causal-lm",

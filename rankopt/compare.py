@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rankopt.allocate import Objective
 from rankopt.errors import BudgetError
 from rankopt.plan import Plan
-from rankopt.planning import known_solvers, make_plan
+from rankopt.planning import is_known_solver, known_solvers, make_plan
 from rankopt.profile import Profile
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Strategy:
             BudgetError: unknown solver or objective.
         """
         solver, _, objective = text.partition("/")
-        if solver not in known_solvers():
+        if not is_known_solver(solver):
             raise BudgetError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
         for known in ("total", "layerwise", "maxmin"):
             if objective in (known, ""):
@@ -41,15 +41,16 @@ class Strategy:
         return self.solver if self.objective == "total" else f"{self.solver}/{self.objective}"
 
 
-#: What ``rankopt compare`` shows: every strategy, and every objective under the fastest solver.
+#: What ``rankopt compare`` shows: every strategy, and every objective solved exactly.
 DEFAULT_STRATEGIES = (
     Strategy("uniform"),
     Strategy("proportional"),
     Strategy("threshold"),
     Strategy("greedy"),
     Strategy("knapsack"),
-    Strategy("greedy", "layerwise"),
-    Strategy("greedy", "maxmin"),
+    Strategy("exact"),
+    Strategy("exact", "layerwise"),
+    Strategy("exact", "maxmin"),
 )
 
 

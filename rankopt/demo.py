@@ -34,7 +34,15 @@ from rankopt.surgery import apply_plan
 from rankopt.tasks import Batch
 
 PROMPT = "The for statement in Python is used to"
-STRATEGIES = ("uniform", "proportional", "threshold", "greedy", "knapsack", "greedy/layerwise")
+STRATEGIES = (
+    "uniform",
+    "proportional",
+    "threshold",
+    "greedy",
+    "knapsack",
+    "exact",
+    "exact/layerwise",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +187,7 @@ def run_demo(
     planned = list(compare(profile, keeps, [Strategy.parse(text) for text in STRATEGIES]))
     rows = list(measure_rows(model, profile, planned, held_batches))
 
-    plan = next(row.plan for row in rows if str(row.strategy) == "greedy")
+    plan = next(row.plan for row in rows if str(row.strategy) == "exact")
     plan.save(folder / "plan.json")
     apply_plan(model, plan, profile)
     save_model(model, folder / "compressed", plan=plan, tokenizer=tokenizer, overwrite=True)

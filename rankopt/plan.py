@@ -22,6 +22,7 @@ LARGEST_FILE = 64 * 2**20
 
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 _STRICT = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -34,6 +35,9 @@ class PlannedLayer(BaseModel):
         rank: its rank, or null to leave it dense.
         parameters: what that costs.
         retained: share of the layer's own Fisher information that is retained.
+        margin: how sure the rank is: what the layer's next-best rank would lose more, at the
+            certificate's price of a parameter and in its unit. Near 0, or below it, another rank
+            does as well. Null where there is no other rank or no price.
     """
 
     model_config = _STRICT
@@ -42,6 +46,7 @@ class PlannedLayer(BaseModel):
     rank: Annotated[int, Field(ge=1)] | None
     parameters: Count
     retained: Share
+    margin: Number | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "PlannedLayer":
@@ -79,10 +84,12 @@ class Certificate(BaseModel):
 
     Attributes:
         loss: of the plan, in ``unit``.
-        bound: no plan within the budget has a smaller loss.
+        bound: no plan within the budget (that keeps ``min_retained``) has a smaller loss.
         gap: (loss - bound) / loss; 0 is proven optimal.
         status: ``optimal``, ``feasible`` or ``time_limit``.
         unit: of loss and bound.
+        multiplier: what one more parameter in the budget would save, in that unit; null where
+            the objective has no such price.
     """
 
     model_config = _STRICT
@@ -92,6 +99,7 @@ class Certificate(BaseModel):
     gap: Share
     status: Literal["optimal", "feasible", "time_limit"]
     unit: str
+    multiplier: Loss | None = None
 
 
 class Size(BaseModel):
@@ -128,6 +136,7 @@ class Plan(BaseModel):
         solver: who chose.
         objective: what was maximised.
         rank_multiple: ranks are multiples of it.
+        min_retained: share that every layer retains at least, if that was asked for.
         budget: what was asked.
         certificate: how good the choice provably is.
         retained_total: share of the Fisher information of all layers together.
@@ -150,6 +159,7 @@ class Plan(BaseModel):
     solver: str
     objective: Literal["total", "layerwise", "maxmin"]
     rank_multiple: Annotated[int, Field(ge=1)]
+    min_retained: Share | None = None
     budget: AskedBudget
     certificate: Certificate
     retained_total: Share
@@ -174,6 +184,8 @@ class Plan(BaseModel):
         for entry in self.layers:
             if entry.rank is not None and entry.rank % self.rank_multiple:
                 raise ValueError(f"layer {entry.layer.name}: rank is not a multiple as claimed")
+            if self.min_retained is not None and entry.retained < self.min_retained - 1e-9:
+                raise ValueError(f"layer {entry.layer.name}: retains less than min_retained")
         return self
 
     @property
@@ -234,6 +246,15 @@ class Plan(BaseModel):
     def __str__(self) -> str:
         size, proof = self.size, self.certificate
         dense = sum(entry.rank is None for entry in self.layers)
+        price = []
+        if proof.multiplier is not None:
+            sure = [e for e in self.layers if e.margin is not None]
+            least = min(sure, key=lambda e: e.margin or 0.0, default=None)
+            doubt = f"; least sure: {least.layer.name} ({least.margin:.2g})" if least else ""
+            price = [
+                f"  price           1,000 more parameters would save {1000 * proof.multiplier:.3g}"
+                f"{doubt}"
+            ]
         return "\n".join(
             [
                 f"{self.solver} plan, objective {self.objective}, backend {self.backend}",
@@ -246,6 +267,7 @@ class Plan(BaseModel):
                 f"{self.retained_worst:.2%} in the worst layer ({self.worst_layer})",
                 f"  loss            {proof.loss:.6g} {proof.unit}, at least {proof.bound:.6g} "
                 f"(gap {proof.gap:.2g}, {proof.status})",
+                *price,
                 f"  layers          {len(self.layers)}: {dense} dense, "
                 f"{len(self.layers) - dense} low rank",
             ]

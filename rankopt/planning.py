@@ -1,7 +1,9 @@
 """From a profile to a plan, without torch."""
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from rankopt import strategies
 from rankopt._version import __version__
@@ -11,8 +13,17 @@ from rankopt.curves import find_scale
 from rankopt.errors import BudgetError, InfeasibleBudgetError
 from rankopt.plan import AskedBudget, Certificate, Plan, PlannedLayer, Size
 from rankopt.profile import Profile
-from rankopt_solvers import SOLVERS, InfeasibleError, Solution, certify, solve
-from rankopt_solvers.registry import Solver, find_solver
+from rankopt_solvers import (
+    SOLVERS,
+    InfeasibleError,
+    Problem,
+    Solution,
+    certify,
+    margins,
+    solve,
+    within_level,
+)
+from rankopt_solvers.registry import Solver, find_solver, installed_solvers, is_solver_name
 
 #: Strategies that look at layers; all other names are solvers of rankopt_solvers.
 STRATEGIES: dict[str, Callable[[Profile, Allocation, int], list[int]]] = {
@@ -29,8 +40,13 @@ _UNITS = {
 
 
 def known_solvers() -> tuple[str, ...]:
-    """Every name that make_plan takes."""
-    return (*STRATEGIES, *SOLVERS)
+    """Every name that make_plan takes, those of other distributions included."""
+    return (*STRATEGIES, *SOLVERS, *installed_solvers())
+
+
+def is_known_solver(name: str) -> bool:
+    """Whether make_plan takes the name: a strategy, a solver, or ``module:function``."""
+    return name in STRATEGIES or is_solver_name(name)
 
 
 def make_plan(
@@ -39,12 +55,13 @@ def make_plan(
     keep: float | None = None,
     keep_total: float | None = None,
     max_params: int | None = None,
-    solver: str | Solver = "greedy",
+    solver: str | Solver = "exact",
     objective: Objective = "total",
     rank_multiple: int = 1,
     backend: str | None = None,
     scale: str | None = None,
     share: float | None = None,
+    min_retained: float | Literal["best"] | None = None,
     **options: Any,
 ) -> Plan:
     """Decide the rank of every layer.
@@ -54,8 +71,8 @@ def make_plan(
         keep: budget as a share of the planned layers' parameters.
         keep_total: budget as a share of the whole model's parameters.
         max_params: budget as a number of parameters for the planned layers.
-        solver: ``uniform``, ``proportional``, ``threshold``, ``greedy``, ``knapsack``, or a
-            callable as in rankopt_solvers.
+        solver: ``uniform``, ``proportional``, ``threshold``; ``exact``, ``greedy``, ``density``,
+            ``knapsack``, or any other solver that rankopt_solvers.solve takes.
         objective: ``total``, ``layerwise`` or ``maxmin`` retained Fisher information. The first
             three strategies do not look at it; it is what their bound and gap refer to.
         rank_multiple: offer only multiples of it (and dense).
@@ -63,14 +80,16 @@ def make_plan(
         scale: how layers compare (see curves); by default the backend's first.
         share: for ``threshold``: retained share of every layer. Needs no budget; with one, a plan
             over it is an error.
-        options: passed to the solver, ``time_limit`` for ``knapsack``.
+        min_retained: share that every layer must retain at least, or ``"best"``: the largest
+            that the budget allows. The sum alone starves layers with little information.
+        options: passed to the solver, ``time_limit`` for ``exact`` and ``knapsack``.
 
     Raises:
         BudgetError: no or two budgets, or an unknown solver, objective, scale or option.
         InfeasibleBudgetError: no ranks fit; names the smallest reachable budget.
         ProfileError: the profile lacks the backend.
     """
-    if isinstance(solver, str) and solver not in known_solvers():
+    if isinstance(solver, str) and not is_known_solver(solver):
         raise BudgetError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
     if share is not None and solver != "threshold":
         raise BudgetError(f"share belongs to the threshold strategy, not to {solver}")
@@ -79,6 +98,8 @@ def make_plan(
     scale = find_scale(backend, scale)
     offered = allocation(profile, backend, scale, objective, rank_multiple)
     budget = find_budget(profile.info, keep, keep_total, max_params)
+    if min_retained is not None:
+        _require_floor(min_retained, solver, objective)
     if share is not None:
         if options:
             raise BudgetError(f"threshold takes no options, got {', '.join(options)}")
@@ -92,43 +113,88 @@ def make_plan(
                 f"{budget.kind}={budget.asked} allows {budget.parameters:,}"
             )
         else:
-            asked = _asked(budget)
+            asked = asked_budget(budget)
         solution = certify(offered.problem(asked.parameters), choice, "threshold")
     else:
         if budget is None:
             raise BudgetError("a budget is needed: keep, keep_total or max_params")
         try:
-            solution = _solve(profile, offered, budget.parameters, solver, options)
+            if min_retained is None:
+                problem = offered.problem(budget.parameters)
+                solution = _solve(profile, offered, problem, solver, options)
+            else:
+                return _floored(
+                    profile, offered, budget, solver, options, min_retained, (backend, scale)
+                )
         except InfeasibleError as error:
+            floor = "" if min_retained is None else f" and min_retained={min_retained}"
             raise InfeasibleBudgetError(
                 f"{budget.kind}={budget.asked} allows the planned layers "
                 f"{max(error.budget, 0):,} parameters; the smallest reachable with rank multiples "
-                f"of {rank_multiple} is {error.smallest:,} "
+                f"of {rank_multiple}{floor} is {error.smallest:,} "
                 f"({budget.kind} {at_least(profile.info, budget.kind, error.smallest)}); "
                 f"it binds first in {', '.join(error.largest_groups)}"
             ) from error
-        asked = _asked(budget)
-    return _plan(profile, offered, solution, asked, backend, scale, rank_multiple)
+        asked = asked_budget(budget)
+    return plan_of(profile, offered, solution, asked, backend, scale)
 
 
-def _asked(budget: Budget) -> AskedBudget:
+def _require_floor(min_retained: float | str, solver: str | Solver, objective: Objective) -> None:
+    if isinstance(solver, str) and solver in STRATEGIES:
+        raise BudgetError(f"min_retained is for solvers; {solver} does not look at a problem")
+    if objective == "maxmin":
+        raise BudgetError("objective maxmin has the best min_retained already")
+    number = isinstance(min_retained, int | float) and not isinstance(min_retained, bool)
+    if min_retained != "best" and not (number and 0.0 <= float(min_retained) <= 1.0):
+        raise BudgetError(f"min_retained must be between 0 and 1, or 'best', got {min_retained!r}")
+
+
+def _floored(
+    profile: Profile,
+    offered: Allocation,
+    budget: Budget,
+    solver: str | Solver,
+    options: dict[str, Any],
+    min_retained: float | str,
+    how: tuple[str, str],
+) -> Plan:
+    """In two stages: a floor for every layer, then the best sum above it."""
+    problem = offered.problem(budget.parameters)
+    level = None if min_retained == "best" else 1.0 - float(min_retained)
+    second, kept, level = within_level(problem, level, offered.lost_shares)
+    found = _solve(profile, offered, second, solver, options)
+    sure = margins(second, found)
+    choice = tuple(int(k[j]) for k, j in zip(kept, found.choice, strict=True))
+    return plan_of(
+        profile,
+        offered,
+        dataclasses.replace(found, choice=choice),
+        asked_budget(budget),
+        *how,
+        min_retained=1.0 - level,
+        sure=sure,
+    )
+
+
+def asked_budget(budget: Budget) -> AskedBudget:
+    """The budget as a plan records it."""
     return AskedBudget(kind=budget.kind, asked=budget.asked, parameters=budget.parameters)
 
 
 def _solve(
     profile: Profile,
     offered: Allocation,
-    budget: int,
+    problem: Problem,
     solver: str | Solver,
     options: dict[str, Any],
 ) -> Solution:
-    problem = offered.problem(budget)
-    name = find_solver(solver)[0] if callable(solver) else solver
     if isinstance(solver, str) and solver in STRATEGIES:
         if options:
             raise BudgetError(f"{solver} takes no options, got {', '.join(options)}")
         problem.require_feasible()
-        return certify(problem, STRATEGIES[solver](profile, offered, budget), solver)
+        choice = STRATEGIES[solver](profile, offered, problem.budget)
+        return certify(problem, choice, solver)
+    name = find_solver(solver)[0] if callable(solver) else solver
     try:
         return solve(problem, solver, **options)
     except InfeasibleError:
@@ -141,21 +207,44 @@ def _solve(
         raise
 
 
-def _plan(
+def plan_of(
     profile: Profile,
     offered: Allocation,
     solution: Solution,
     asked: AskedBudget,
     backend: str,
     scale: str,
-    rank_multiple: int,
+    *,
+    min_retained: float | None = None,
+    sure: Sequence[float] | None = None,
 ) -> Plan:
+    """A solution as a plan.
+
+    Args:
+        profile: the problem's.
+        offered: the problem's.
+        solution: of the problem.
+        asked: the budget.
+        backend: whose spectra were used.
+        scale: how layers were compared.
+        min_retained: the floor that the solution keeps.
+        sure: margins of the layers, if they are not those of the problem without a floor.
+    """
     info = profile.info
+    priced = offered.objective != "maxmin"
+    if sure is None:
+        sure = margins(offered.problem(asked.parameters), solution)
     retained = offered.retained(solution.choice)
     ranks = offered.ranks_of(solution.choice)
     entries = tuple(
-        PlannedLayer(layer=layer, rank=rank, parameters=layer.cost(rank), retained=kept)
-        for layer, rank, kept in zip(offered.layers, ranks, retained, strict=True)
+        PlannedLayer(
+            layer=layer,
+            rank=rank,
+            parameters=layer.cost(rank),
+            retained=kept,
+            margin=margin if priced and math.isfinite(margin) else None,
+        )
+        for layer, rank, kept, margin in zip(offered.layers, ranks, retained, sure, strict=True)
     )
     saved = info.planned_parameters - solution.cost
     saved_bytes = info.planned_bytes - sum(e.parameters * e.layer.itemsize for e in entries)
@@ -167,7 +256,8 @@ def _plan(
         scale=scale,
         solver=solution.solver,
         objective=offered.objective,
-        rank_multiple=rank_multiple,
+        rank_multiple=offered.rank_multiple,
+        min_retained=min_retained,
         budget=asked,
         certificate=Certificate(
             loss=solution.loss,
@@ -175,6 +265,7 @@ def _plan(
             gap=solution.gap,
             status=solution.status,
             unit=unit,
+            multiplier=solution.multiplier if priced else None,
         ),
         retained_total=offered.retained_total(solution.choice),
         retained_worst=retained[worst],

@@ -193,13 +193,13 @@ def test_demo_with_another_model_reuses_its_profile(run: Run, files: Path, tmp_p
     results = json.loads((made / "results.json").read_text(encoding="utf-8"))
     assert {row["keep"] for row in results["rows"]} == {0.9, 0.7}
     assert f"{results['reloaded']['loss']:.4f}" in printed
-    # The demo saves what it measured: the greedy row of the first budget, reloaded.
-    greedy = next(
+    # The demo saves what it measured: the exact row of the first budget, reloaded.
+    exact = next(
         row
         for row in results["rows"]
-        if (row["strategy"], row["objective"], row["keep"]) == ("greedy", "total", 0.9)
+        if (row["strategy"], row["objective"], row["keep"]) == ("exact", "total", 0.9)
     )
-    assert results["reloaded"]["loss"] == pytest.approx(greedy["loss"], rel=1e-5)
+    assert results["reloaded"]["loss"] == pytest.approx(exact["loss"], rel=1e-5)
     assert Plan.load(made / "plan.json").size.model == results["reloaded"]["model_parameters"]
     before = (made / "profile.safetensors").stat().st_mtime_ns
     again = json.loads(done(run(*arguments, "--json")))
@@ -221,7 +221,22 @@ MISTAKES: dict[str, tuple[str, str, int]] = {
     "infeasible budget": ("plan {p} --keep 0.001 -o {new}", "smallest reachable", 3),
     "infeasible comparison": ("compare {p} --keep 0.001", "smallest reachable", 3),
     "infeasible share": ("plan {p} --keep .1 --solver threshold --share 1 -o {new}", "takes", 3),
-    "time limit for greedy": ("plan {p} --keep 0.5 --time-limit 3 -o {new}", "time_limit", 2),
+    "time limit for greedy": (
+        "plan {p} --keep 0.5 --solver greedy --time-limit 3 -o {new}",
+        "time_limit",
+        2,
+    ),
+    "search without a model": ("plan {p} --keep 0.5 --solver search -o {new}", "--model and", 2),
+    "model without a search": ("plan {p} --keep 0.5 --model {f}/model -o {new}", "search", 2),
+    "floor of nothing": ("plan {p} --keep 0.5 --min-retained much -o {new}", "or best", 2),
+    "floor above one": ("plan {p} --keep 0.5 --min-retained 2 -o {new}", "between 0 and 1", 2),
+    "floor for uniform": (
+        "plan {p} --keep 0.5 --solver uniform --min-retained .5 -o {new}",
+        "for solvers",
+        2,
+    ),
+    "floor too high": ("plan {p} --keep 0.3 --min-retained .999 -o {new}", "smallest reachable", 3),
+    "own solver missing": ("plan {p} --keep 0.5 --solver no.such:thing -o {new}", "cannot load", 2),
     "time limit of nothing": ("plan {p} --keep .5 --solver knapsack --time-limit 0", "positive", 2),
     "missing profile": ("plan {f}/none --keep 0.5 -o {new}", "make one with `rankopt profile`", 2),
     "truncated profile": ("plan {f}/truncated --keep 0.5 -o {new}", "truncated", 2),
@@ -336,3 +351,30 @@ def test_module_runs_as_a_program_and_planning_needs_no_torch(tmp_path: Path) ->
     )
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith("error: keep=0.01 allows") and done.stderr.count("\n") == 1
+
+
+def test_search_measures_resumes_and_writes_its_plan(
+    run: Run, files: Path, profile_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna")
+    plan_file = tmp_path / "plan.json"
+    arguments = ("plan", profile_file, "--keep", 0.6, "--solver", "search", "--model",
+                 files / "model", "--data", files / "heldout.txt", "--max-length", 16,
+                 "--examples", 4, "-o", plan_file)  # fmt: skip
+    code, _, err = run(*arguments, "--trials", 9)
+    assert code == 0, err
+    assert "less than the best of the other plans" in err
+    assert Plan.load(plan_file).solver == "search"
+    assert (tmp_path / "plan.json.journal").exists()
+    code, _, err = run(*arguments, "--force", "--trials", 11)
+    assert code == 0, err
+    assert "11 trials" in err
+
+
+def test_workers_are_this_command_without_output_and_workers() -> None:
+    from rankopt.searching import worker_arguments
+
+    given = ["plan", "p.st", "--keep", "0.8", "-o", "plan.json", "--workers=2", "--storage", "x"]
+    assert worker_arguments(given, "s.journal") == [
+        "plan", "p.st", "--keep", "0.8", "--storage", "s.journal",
+    ]  # fmt: skip

@@ -61,7 +61,17 @@ def test_plans_of_the_first_format_load_for_ever() -> None:
         "fwsvd",
         "nats",
     )
-    assert json.loads(plan.to_json()) == json.loads(GOLDEN.read_text(encoding="utf-8"))
+    assert says_all_of(json.loads(plan.to_json()), json.loads(GOLDEN.read_text(encoding="utf-8")))
+
+
+def says_all_of(now: Any, then: Any) -> bool:
+    """Whatever the file says is still there; fields that came later are null."""
+    if isinstance(then, dict):
+        later = [now[key] for key in now.keys() - then.keys()]
+        return all(says_all_of(now[key], then[key]) for key in then) and not any(later)
+    if isinstance(then, list):
+        return len(now) == len(then) and all(map(says_all_of, now, then))
+    return bool(now == then)
 
 
 def test_published_schema_is_the_one_that_is_enforced() -> None:
@@ -168,7 +178,7 @@ def test_text_that_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_deeply_nested_value_inside_a_plan_is_refused(content: dict[str, Any]) -> None:
-    text = json.dumps(content).replace('"greedy"', "[" * 900 + "]" * 900)
+    text = json.dumps(content).replace('"exact"', "[" * 900 + "]" * 900)
     with pytest.raises(PlanError, match="here: "):
         Plan.from_json(text, "here")
 

@@ -23,7 +23,7 @@ from tests.test_profile_file import SHAPES, synthetic_profile
 
 OBJECTIVES = ("total", "layerwise", "maxmin")
 FAST = ("uniform", "proportional", "threshold", "greedy")
-EVERY = list(itertools.product((*FAST, "knapsack"), OBJECTIVES))
+EVERY = list(itertools.product((*FAST, "density", "exact", "knapsack"), OBJECTIVES))
 PROFILE = synthetic_profile()
 DENSE_COST = PROFILE.info.planned_parameters
 
@@ -41,6 +41,9 @@ def smooth_profile(shapes: Any = SHAPES, seed: int = 0, left_alone: int = 1000) 
         for name, spectra in made.energies.items()
     }
     return dataclasses.replace(made, energies=energies)
+
+
+SMOOTH = smooth_profile()
 
 
 def with_fisher(profile: Profile, factors: dict[str, float]) -> Profile:
@@ -359,7 +362,7 @@ def test_solver_may_be_any_callable_and_is_recounted() -> None:
         ({"keep": 0.5, "objective": "fame"}, "'fame'; known: total, layerwise, maxmin"),
         ({"keep": 0.5, "scale": "metric"}, "no scale 'metric'; known: nats, sum"),
         ({"keep": 0.5, "backend": "svd", "scale": "nats"}, "known: frobenius"),
-        ({"keep": 0.5, "share": 0.9}, "share belongs to the threshold strategy, not to greedy"),
+        ({"keep": 0.5, "share": 0.9}, "share belongs to the threshold strategy, not to exact"),
         ({"solver": "threshold", "share": 0.0}, "share must be above 0 and at most 1"),
         ({"solver": "threshold", "share": 1.1}, "share must be above 0 and at most 1"),
         ({"solver": "threshold", "share": math.nan}, "share must be above 0 and at most 1"),
@@ -434,3 +437,71 @@ def test_any_strategy_makes_a_valid_plan_of_any_profile(
         return
     check(plan, profile)
     assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("objective", ["total", "layerwise"])
+def test_price_and_margins_are_those_of_the_problem(objective: Any) -> None:
+    plan = make_plan(PROFILE, keep=0.6, objective=objective)
+    lam = plan.certificate.multiplier
+    assert lam is not None and lam > 0
+    offered = allocation(PROFILE, plan.backend, plan.scale, objective, 1)
+    choice = [
+        ranks.tolist().index(DENSE if entry.rank is None else entry.rank)
+        for ranks, entry in zip(offered.ranks, plan.layers, strict=True)
+    ]
+    for group, j, entry in zip(offered.groups, choice, plan.layers, strict=True):
+        prices = [loss + lam * cost for loss, cost in zip(group.loss, group.cost, strict=True)]
+        others = prices[:j] + prices[j + 1 :]
+        assert entry.margin == pytest.approx(min(others) - prices[j], abs=1e-9 * max(prices))
+    assert "1,000 more parameters would save" in str(plan)
+
+
+def test_price_predicts_what_a_little_more_budget_saves() -> None:
+    plan = make_plan(PROFILE, keep=0.6)
+    more = make_plan(PROFILE, max_params=plan.budget.parameters + 2_000)
+    assert plan.certificate.multiplier is not None and more.certificate.multiplier is not None
+    saved = (plan.certificate.bound - more.certificate.bound) / 2_000
+    # The curve is convex, but single ranks are coarse: half and double are enough to be wrong.
+    assert 0.3 * more.certificate.multiplier < saved < 3 * plan.certificate.multiplier
+
+
+def test_maxmin_has_no_price() -> None:
+    plan = make_plan(PROFILE, keep=0.6, objective="maxmin")
+    assert plan.certificate.multiplier is None
+    assert {entry.margin for entry in plan.layers} == {None}
+
+
+@pytest.mark.parametrize("objective", ["total", "layerwise"])
+@pytest.mark.parametrize("solver", ["exact", "greedy"])
+def test_floor_is_kept_and_costs_retained_information(solver: str, objective: Any) -> None:
+    free = make_plan(SMOOTH, keep=0.6, solver=solver, objective=objective)
+    best = make_plan(SMOOTH, keep=0.6, objective="maxmin").retained_worst
+    assert free.retained_worst < best
+    floor = (free.retained_worst + best) / 2
+    floored = make_plan(SMOOTH, keep=0.6, solver=solver, objective=objective, min_retained=floor)
+    assert floored.retained_worst >= floor
+    assert floored.min_retained == pytest.approx(floor)
+    assert floored.size.planned <= floored.budget.parameters
+    assert free.certificate.bound <= floored.certificate.bound <= floored.certificate.loss
+    if solver == "exact":
+        assert floored.certificate.status == "optimal"
+    assert Plan.from_json(floored.to_json()) == floored
+
+
+def test_best_floor_is_that_of_maxmin() -> None:
+    floored = make_plan(SMOOTH, keep=0.6, min_retained="best")
+    fair = make_plan(SMOOTH, keep=0.6, objective="maxmin")
+    assert floored.min_retained == pytest.approx(fair.retained_worst, rel=1e-12)
+    assert floored.retained_total >= fair.retained_total - 1e-12
+
+
+def test_floor_beyond_the_budget_names_the_smallest_that_keeps_it() -> None:
+    with pytest.raises(InfeasibleBudgetError, match="min_retained=0.9") as error:
+        make_plan(SMOOTH, keep=0.3, min_retained=0.9)
+    smallest = int(re.findall(r"is ([0-9,]+) \(keep", str(error.value))[0].replace(",", ""))
+    assert make_plan(SMOOTH, max_params=smallest, min_retained=0.9).size.planned <= smallest
+
+
+def test_solver_of_a_module_plans() -> None:
+    plan = make_plan(SMOOTH, keep=0.6, solver="rankopt_solvers.greedy:solve_density")
+    assert plan.layers == make_plan(SMOOTH, keep=0.6, solver="density").layers

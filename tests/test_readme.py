@@ -23,7 +23,7 @@ def test_readme_example_runs_as_printed(
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(example, names)
-    assert "greedy plan" in capsys.readouterr().out
+    assert "exact plan" in capsys.readouterr().out
     assert names["smaller"].num_parameters() == names["plan"].size.model  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Lower convex hulls and the Lagrangian bound.
+"""Lower convex hulls, the linear relaxation and the Lagrangian bound.
 
 For a multiplier lam >= 0 the Lagrangian function
 
@@ -6,131 +6,248 @@ For a multiplier lam >= 0 the Lagrangian function
 
 is a lower bound on the sum objective, whatever lam is; its maximum over lam is the optimum of the
 linear relaxation, reached at the slope of the hull edge at which the budget runs out (Sinha &
-Zoltners 1979; Dyer 1984). The bound returned here is evaluated from the option tables at that
-slope, so a wrong slope could only make it weaker, never wrong.
+Zoltners 1979; Dyer 1984). That slope is found exactly, by selection instead of sorting.
 
 The low-rank options of a layer are convex in their cost, but "keep it dense" adds a jump at the
-end: the hull replaces the last low-rank options by one long edge to dense.
+end: the hull replaces the last low-rank options by one long edge to dense. Slopes are rounded; the
+bound is evaluated at the slope from all options, so a wrong slope could only make it weaker.
 """
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from rankopt_solvers.problem import Problem
+from rankopt_solvers.table import BoolArray, FloatArray, IntArray, Table
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
+EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Hull:
-    """Vertices of a lower convex hull, cheapest first.
+class Hulls:
+    """Vertices of the lower convex hull of every row, cheapest first; E edges in all.
 
     Attributes:
-        vertices: option indices, shape ``(H,)``.
-        slopes: loss saved per unit of cost along each edge, shape ``(H-1,)``, not increasing.
+        start: shape ``(G+1,)``; the vertices of row g are ``start[g]:start[g+1]``.
+        vertex: positions in the table, shape ``(G+E,)``.
+        slope: loss saved per unit of cost from a vertex to the next of its row, strictly
+            decreasing inside a row; -1 at a row's last vertex. Shape ``(G+E,)``.
     """
 
-    vertices: IntArray
-    slopes: FloatArray
-
-
-def pareto(cost: IntArray, loss: FloatArray) -> IntArray:
-    """Indices of options that no other option beats: cost strictly up, loss strictly down."""
-    order = np.lexsort((loss, cost))
-    best_before = np.minimum.accumulate(np.concatenate(([np.inf], loss[order][:-1])))
-    return np.asarray(order[loss[order] < best_before], dtype=np.int64)
-
-
-def lower_hull(cost: IntArray, loss: FloatArray, undominated: IntArray) -> Hull:
-    """Monotone chain over the undominated options; shapes ``(K,)``, ``(K,)``, ``(P,)``."""
-    costs, losses = cost[undominated].tolist(), loss[undominated].tolist()
-    kept: list[int] = []
-    slopes: list[float] = []
-    for k, (c, v) in enumerate(zip(costs, losses, strict=True)):
-        slope = math.inf
-        while kept:
-            slope = (losses[kept[-1]] - v) / (c - costs[kept[-1]])
-            if slopes and slope >= slopes[-1]:
-                kept.pop()
-                slopes.pop()
-            else:
-                slopes.append(slope)
-                break
-        kept.append(k)
-    return Hull(undominated[kept], np.array(slopes, dtype=np.float64))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class HullEdges:
-    """All hull edges of a problem, best loss per cost first; ties in order of the groups.
-
-    Attributes:
-        group: index of the group, shape ``(E,)``.
-        target: option index at the far end of the edge, shape ``(E,)``.
-        cost: cost of taking the edge, shape ``(E,)``.
-        slope: loss saved per unit of cost, shape ``(E,)``.
-    """
-
-    group: IntArray
-    target: IntArray
-    cost: IntArray
+    start: IntArray
+    vertex: IntArray
     slope: FloatArray
 
 
-def hull_edges(problem: "Problem") -> HullEdges:
-    """Sort the hull edges of all groups by slope; inside a group their order is kept."""
-    hulls = [group.hull for group in problem.groups]
-    group = np.repeat(np.arange(len(hulls)), [h.slopes.size for h in hulls])
-    target = np.concatenate([h.vertices[1:] for h in hulls])
-    cost = np.concatenate(
-        [np.diff(g.cost[h.vertices]) for g, h in zip(problem.groups, hulls, strict=True)]
-    )
-    slope = np.concatenate([h.slopes for h in hulls])
-    order = np.argsort(-slope, kind="stable")
-    return HullEdges(group[order], target[order], cost[order], slope[order])
+def _slopes(table: Table, vertex: IntArray, last: BoolArray) -> FloatArray:
+    """Loss saved per cost from each vertex to the next; -1 at the last of a row."""
+    slope = np.full(vertex.size, -1.0)
+    saved = -np.diff(table.loss[vertex])
+    extra = np.diff(table.cost[vertex])
+    inner = np.flatnonzero(~last[:-1])
+    slope[inner] = saved[inner] / extra[inner]
+    return slope
 
 
-def tightened_budget(problem: "Problem") -> int:
-    """The largest total cost <= budget that the common divisor of the costs allows.
+def _before_last_edge(table: Table) -> BoolArray:
+    """Leaves out what lies above the last edge of a row: for a layer, the jump to dense.
 
-    Every choice costs the cheapest choice plus a multiple of the divisor, so nothing is lost, and
-    the bound no longer counts parameters that cannot be spent.
+    The last edge is the tangent from the last option. Looking for it first spares the general
+    method thousands of rounds, each of which would take one option off the end of the edge.
     """
-    divisor, base = 0, 0
-    for group in problem.groups:
-        cheapest = int(group.cost[group.pareto[0]])
-        base += cheapest
-        divisor = math.gcd(divisor, int(np.gcd.reduce(group.cost[group.pareto] - cheapest)))
-    if divisor == 0:
-        return base
-    return base + (problem.budget - base) // divisor * divisor
+    starts, ends = table.start[:-1], table.start[1:] - 1
+    gained = table.loss - table.spread(table.loss[ends])
+    extra = table.spread(table.cost[ends]) - table.cost
+    extra[ends] = 1
+    slope = gained / extra
+    slope[ends] = np.inf
+    # The first position that reaches the minimum; everything after it but the end goes.
+    hits = np.flatnonzero(slope == table.spread(np.minimum.reduceat(slope, starts)))
+    tangent = hits[np.searchsorted(hits, starts)]
+    keep: BoolArray = np.arange(table.cost.size) <= table.spread(tangent)
+    keep[ends] = True
+    return keep
 
 
-def multiplier(problem: "Problem", edges: HullEdges) -> float:
-    """The slope of the edge at which the budget runs out: the best lam; 0 when all edges fit."""
-    base = sum(int(group.cost[group.hull.vertices[0]]) for group in problem.groups)
-    over = np.flatnonzero(base + np.cumsum(edges.cost) > tightened_budget(problem))
-    return float(edges.slope[over[0]]) if over.size else 0.0
+def lower_hulls(table: Table) -> Hulls:
+    """The lower hull of every row."""
+    vertices, slopes, sizes = [], [], [np.zeros(1, dtype=np.int64)]
+    for first, block in table.blocks():
+        found = _hulls(block)
+        vertices.append(found.vertex + table.start[first])
+        slopes.append(found.slope)
+        sizes.append(np.diff(found.start))
+    vertex = np.concatenate(vertices)
+    del vertices
+    return Hulls(np.cumsum(np.concatenate(sizes)), vertex, np.concatenate(slopes))
 
 
-def lagrangian_bound(problem: "Problem", lam: float) -> float:
-    """L(lam) for the sum objective, rounded down: no choice within the budget loses less.
+def _hulls(table: Table) -> Hulls:
+    """The hulls of a block.
+
+    An option on or above the chord of any two options around it is not a vertex, so many can go at
+    once; the few places that need many rounds (kinks) are followed in a linked list.
+    """
+    vertex = np.flatnonzero(_before_last_edge(table))
+    start = np.searchsorted(vertex, table.start)
+    while True:
+        last = np.zeros(vertex.size, dtype=np.bool_)
+        last[start[1:] - 1] = True
+        slope = _slopes(table, vertex, last)
+        inner = ~last
+        inner[start[:-1]] = False
+        above = np.zeros(vertex.size, dtype=np.bool_)
+        above[1:] = inner[1:] & (slope[:-1] <= slope[1:])
+        removed = int(above.sum())
+        if removed == 0:
+            return Hulls(start, vertex, slope)
+        keep = ~above if removed * 64 >= vertex.size else _unlinked(table, vertex, inner, above)
+        vertex = vertex[keep]
+        start = np.searchsorted(vertex, table.start)
+
+
+def _unlinked(table: Table, vertex: IntArray, inner: BoolArray, above: BoolArray) -> BoolArray:
+    """Which vertices stay when the ones above a chord go, and what that uncovers, and so on."""
+    before = np.arange(-1, vertex.size - 1)
+    after = np.arange(1, vertex.size + 1)
+    alive = np.ones(vertex.size, dtype=np.bool_)
+    cost, loss = table.cost[vertex], table.loss[vertex]
+    work = np.flatnonzero(above)
+    while work.size:
+        # Of neighbours only the first goes in this round, so that relinking is simple.
+        now = work[np.concatenate(([True], before[work[1:]] != work[:-1]))]
+        alive[now] = False
+        after[before[now]] = after[now]
+        before[after[now]] = before[now]
+        touched = np.unique(np.concatenate((before[now], after[now], work)))
+        touched = touched[alive[touched] & inner[touched]]
+        left, right = before[touched], after[touched]
+        steep = (loss[left] - loss[touched]) / (cost[touched] - cost[left])
+        flat = (loss[touched] - loss[right]) / (cost[right] - cost[touched])
+        work = touched[steep <= flat]
+    return alive
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Relaxation:
+    """The linear relaxation of a table under a budget, at its break slope.
+
+    Attributes:
+        multiplier: lam, the slope of the edge at which the budget runs out; 0 if all edges fit.
+        position: the vertex of each row up to which all edges are taken, shape ``(G,)``.
+        room: budget left over by these vertices, >= 0.
+        edge: row and next vertex of the edge that does not fit; None if all fit.
+    """
+
+    multiplier: float
+    position: IntArray
+    room: int
+    edge: tuple[int, int] | None
+
+
+def _break_slope(slope: FloatArray, weight: IntArray, room: int) -> float:
+    """Largest s such that the edges with slope >= s weigh more than room; 0 if there is none.
+
+    A weighted selection: a sample brackets the slope, the edges outside the bracket are settled. A
+    few long edges can hold most of the weight, so the sample only guesses; whole sums decide.
+    """
+    settled = 0
+    while slope.size > 2048:
+        step = slope.size // 512
+        order = np.argsort(-slope[::step], kind="stable")
+        sample = slope[::step][order]
+        filled = settled + np.cumsum(weight[::step][order].astype(np.float64)) * step
+        guess = int(np.searchsorted(filled, room))
+        # Above sample[low] fits, above sample[high] does not; the ends of the list are virtual.
+        low, high, before = -1, sample.size, settled
+        probe = guess - 16
+        while high - low > 1:
+            probe = min(max(probe, low + 1), high - 1)
+            above = settled + int(weight.sum(where=slope > sample[probe]))
+            if above <= room:
+                low, before = probe, above
+                probe = (low + high) // 2 if probe > guess else guess + 16
+            else:
+                high = probe
+                probe = (low + high) // 2
+        inside = np.ones(slope.size, dtype=np.bool_)
+        if low >= 0:
+            inside &= slope <= sample[low]
+        if high < sample.size:
+            inside &= slope > sample[high]
+        if inside.all():
+            break
+        slope, weight, settled = slope[inside], weight[inside], before
+    order = np.argsort(-slope, kind="stable")
+    over = np.flatnonzero(settled + np.cumsum(weight[order]) > room)
+    return max(float(slope[order[over[0]]]), 0.0) if over.size else 0.0
+
+
+def relax(table: Table, hulls: Hulls, budget: int) -> Relaxation:
+    """Solve the linear relaxation.
 
     Args:
-        problem: its objective is taken as the sum.
-        lam: loss per unit of cost, >= 0.
+        table: the options.
+        hulls: of the table.
+        budget: at least the cost of the cheapest choice.
     """
-    least = [float((group.loss + lam * group.cost).min()) for group in problem.groups]
-    if lam == 0.0:
-        return math.fsum(least)
-    spent = lam * tightened_budget(problem)
-    # Each term carries up to two roundings and the last difference one more.
-    rounding = 4 * np.finfo(float).eps * (math.fsum(least) + spent)
-    floor = math.fsum(float(group.loss.min()) for group in problem.groups)
-    return max(math.fsum(least) - spent - float(rounding), floor)
+    ends = hulls.start[1:] - 1
+    room = budget - int(table.cost[hulls.vertex[hulls.start[:-1]]].sum())
+    cost = table.cost[hulls.vertex]
+    weight = np.empty_like(cost)
+    np.subtract(cost[1:], cost[:-1], out=weight[:-1])
+    del cost
+    weight[ends] = 0
+    lam = _break_slope(hulls.slope, weight, room)
+    # At the end of a row the slope is -1: the last vertex is never counted as an edge.
+    taken = np.add.reduceat((hulls.slope > lam).view(np.int8), hulls.start[:-1], dtype=np.int64)
+    index = hulls.start[:-1] + taken
+    position = hulls.vertex[index]
+    room = budget - int(table.cost[position].sum())
+    edge = None
+    if lam > 0:
+        # Last rows first: identical groups are told apart by choosing dearer options later.
+        for g in np.flatnonzero(hulls.slope[index] == lam)[::-1].tolist():
+            target = int(hulls.vertex[index[g] + 1])
+            extra = int(table.cost[target] - table.cost[position[g]])
+            if extra > room:
+                edge = (g, target)
+                break
+            position[g] = target
+            room -= extra
+    return Relaxation(lam, position, room, edge)
+
+
+def reduced_losses(table: Table, multiplier: float, position: IntArray) -> FloatArray:
+    """What each option adds to the Lagrangian function, relative to one position in each row.
+
+    Returns:
+        ``(loss - loss*) + lam (cost - cost*)``, rounded down, shape ``(N,)``.
+    """
+    paid = (table.cost - table.spread(table.cost[position])).astype(np.float64)
+    paid *= multiplier
+    reduced = table.loss - table.spread(table.loss[position])
+    error = np.abs(reduced)
+    reduced += paid
+    np.abs(paid, out=paid)
+    error += paid
+    error *= EPS
+    reduced -= error
+    return reduced
+
+
+def lower_bound(table: Table, relaxation: Relaxation) -> float:
+    """L(lam) over all options, rounded down: no choice within the budget loses less."""
+    correction = [0.0]
+    for first, block in table.blocks():
+        position = relaxation.position[first : first + block.rows] - table.start[first]
+        reduced = reduced_losses(block, relaxation.multiplier, position)
+        least = np.minimum.reduceat(reduced, block.start[:-1])
+        correction.extend(least[least < 0].tolist())
+    taken = table.loss[relaxation.position].tolist()
+    unspent = relaxation.multiplier * relaxation.room
+    if unspent == 0.0 and len(correction) == 1:
+        return math.fsum(taken)
+    bound = math.fsum([*taken, *correction, -unspent, -2 * EPS * unspent])
+    floor = math.fsum(table.loss[table.start[1:] - 1].tolist())
+    return max(math.nextafter(bound, -math.inf), floor)

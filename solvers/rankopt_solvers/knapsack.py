@@ -1,125 +1,226 @@
-"""The knapsack as an integer program, through cvxpy and HiGHS.
+"""The knapsack as an integer program through cvxpy and HiGHS, and constraints that ``exact`` lacks.
 
-One binary per option. Three things make the program trustworthy where the plain one is not:
+*When to prefer it.* With one budget and no other constraint ``exact`` is faster and proves what it
+finds; ``knapsack`` is there as an independent answer by a general solver. It is the solver for
 
-* *Reduced-cost fixing.* With the greedy loss U, the Lagrangian bound D and its multiplier lam, an
-  option whose reduced loss ``loss + lam*cost - min`` exceeds U - D cannot be in a better choice and
-  is left out (Dembo & Hammer 1980).
-* *Scale.* HiGHS stops at absolute tolerances (1e-7 and larger), so losses of 1e-9 would all look
-  alike. The objective here is the reduced loss plus lam times the budget left over, scaled so that
-  U - D becomes SCALE: the same optimum, and tolerances that mean a tiny part of the gap that is
-  left. Costs enter as multiples of their common divisor.
-* *Recount.* The answer is read as one option for each group and counted again in integers; if it is
-  missing, over budget or worse than greedy, the greedy choice is returned and ``stats`` says so.
+* several budgets (``problem.side_budgets``): see several;
+* forced and forbidden options: options that are left out, so ``exact`` solves what is left;
+* at most k groups that differ from a given choice (an earlier plan, say): a budget of its own, in which
+  the given option costs 0 and every other one 1.
+
+*One budget.* Reduced-cost fixing: with the greedy loss U, the Lagrangian bound D and its multiplier
+lam, an option whose reduced loss ``loss + lam*cost - min`` exceeds U - D cannot be in a better choice
+and is left out (Dembo & Hammer 1980). The rest goes to HiGHS, scaled (see integer_program).
+
+*Recount.* What HiGHS takes is counted again in integers; if it is missing, over a budget or worse than
+the choice that was there before, that one is returned and ``stats["kept_greedy"]`` says so. The bound
+and the status are ours: HiGHS's ``optimal`` alone, within its tolerances, is not reported as such.
 """
 
 import dataclasses
 import math
-from typing import Any
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
+from rankopt_solvers.budgets import EPS, Budgets, Claim, Priced, claim, normal_form, priced
+from rankopt_solvers.constraints import AtMostChanged, constrained
+from rankopt_solvers.exact import solve_exact
 from rankopt_solvers.greedy import solve_greedy
-from rankopt_solvers.hull import IntArray, tightened_budget
-from rankopt_solvers.problem import Problem
-from rankopt_solvers.solution import Solution, certify
-
-#: What the gap between greedy and bound becomes in the scaled objective.
-SCALE = 1e4
+from rankopt_solvers.integer_program import require_milp, solve_program
+from rankopt_solvers.problem import Group, Problem, ProblemError
+from rankopt_solvers.several import bound_of_several, program_of, solve_several
+from rankopt_solvers.solution import Solution, bound_of, certify
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Core:
-    """The options that reduced-cost fixing leaves; all arrays have shape ``(N,)``."""
+@dataclasses.dataclass(frozen=True)
+class _Clock:
+    deadline: float
+    should_stop: Callable[[], bool] | None
 
-    group: IntArray
-    option: IntArray
-    reduced: np.ndarray
-    extra_cost: IntArray
+    def remaining(self) -> float:
+        return max(self.deadline - time.monotonic(), 1e-3)
 
-
-def _core(problem: Problem, lam: float, gap: float) -> _Core:
-    parts: list[tuple[IntArray, IntArray, np.ndarray, IntArray]] = []
-    for index, group in enumerate(problem.groups):
-        options = group.pareto
-        priced = group.loss[options] + lam * group.cost[options]
-        reduced = priced - priced.min()
-        kept = reduced <= gap * (1 + 1e-9) + 4 * np.finfo(float).eps * priced.max()
-        extra = group.cost[options] - group.cost[options[0]]
-        parts.append((np.full(int(kept.sum()), index), options[kept], reduced[kept], extra[kept]))
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return _Core(*columns)
+    def stopped(self) -> bool:
+        if self.should_stop is not None and self.should_stop():
+            return True
+        return time.monotonic() > self.deadline
 
 
-def _integer_program(
-    problem: Problem, core: _Core, lam: float, gap: float, time_limit: float
-) -> tuple[list[int] | None, dict[str, Any]]:
-    try:
-        import cvxpy as cp
-        import highspy  # noqa: F401  (cvxpy reports it missing only as a failed solve)
-        from scipy.sparse import csr_array
-    except ImportError as error:
-        raise ImportError(
-            "the knapsack solver needs cvxpy and highspy: pip install 'rankopt[milp]'"
-        ) from error
-    columns = core.group.size
-    divisor = int(np.gcd.reduce(core.extra_cost)) or 1
-    base = sum(int(group.cost[group.pareto[0]]) for group in problem.groups)
-    room = (tightened_budget(problem) - base) // divisor
-    one_each = csr_array(
-        (np.ones(columns), (core.group, np.arange(columns))),
-        shape=(len(problem.groups), columns),
-    )
-    take = cp.Variable(columns, boolean=True)
-    left = cp.Variable(nonneg=True)
-    objective = (core.reduced / gap * SCALE) @ take + (lam * divisor / gap * SCALE) * left
-    program = cp.Problem(
-        cp.Minimize(objective),
-        [one_each @ take == 1, (core.extra_cost // divisor) @ take + left == room],
-    )
-    stats: dict[str, Any] = {"columns": columns}
-    try:
-        program.solve(
-            solver=cp.HIGHS, time_limit=time_limit, mip_rel_gap=0.0, mip_abs_gap=SCALE * 1e-9
-        )
-    except cp.SolverError as error:
-        stats["highs_status"] = f"failed: {error}"
-        return None, stats
-    stats["highs_status"] = str(program.status)
-    values = take.value
-    # Without an incumbent cvxpy reports zeros; a choice takes exactly one option of each group.
-    if values is None or not np.allclose(one_each @ np.round(values), 1.0):
-        return None, stats
-    taken = np.flatnonzero(np.round(values) == 1)
-    choice = [0] * len(problem.groups)
-    for column in taken.tolist():
-        choice[int(core.group[column])] = int(core.option[column])
-    return choice, stats
-
-
-def solve_knapsack(problem: Problem, *, time_limit: float = 30.0) -> Solution:
-    """Solve a sum problem as an integer program; never worse than greedy.
+def solve_knapsack(
+    problem: Problem,
+    *,
+    time_limit: float = 30.0,
+    should_stop: Callable[[], bool] | None = None,
+    forced: Mapping[str, int] | None = None,
+    forbidden: Mapping[str, Collection[int]] | None = None,
+    at_most_changed: tuple[Sequence[int], int] | None = None,
+) -> Solution:
+    """Solve a sum problem with any number of budgets; with one, never worse than greedy.
 
     Args:
-        problem: a sum problem.
-        time_limit: seconds for HiGHS. Its limit is not a hard one: a call may overrun it.
+        problem: a sum problem, with side budgets or without.
+        time_limit: seconds. HiGHS looks at it now and then: a call may overrun it.
+        should_stop: asked before HiGHS starts, which cannot be interrupted; when it says True, what
+            was found without HiGHS is returned.
+        forced: for some groups, by name, the option to take.
+        forbidden: for some groups, by name, options not to take.
+        at_most_changed: a choice, one option index for each group, and the number of groups that
+            may take another option.
+
+    Returns:
+        ``bound`` holds for the problem as given, without forced, forbidden and at_most_changed;
+        with any of them, ``stats`` has a ``constrained_bound`` that takes them into account, and
+        the ``constrained_status``. Always in ``stats``: ``columns`` (options that HiGHS saw),
+        ``highs_status``, ``kept_greedy``; where HiGHS has one, ``highs_gap``, by its own account,
+        relative to what was to be gained.
 
     Raises:
-        InfeasibleError: even the cheapest choice is over the budget.
+        InfeasibleError: no choice meets the budgets and constraints, proven without HiGHS.
+        NoChoiceFoundError: several budgets, and no choice that meets them was found.
+        ProblemError: a constraint names an unknown group or option, or leaves a group no option;
+            the objective is not the sum.
         ImportError: cvxpy or highspy is missing; names the extra ``milp``.
         ValueError: the time limit is not positive.
     """
     if not time_limit > 0 or not math.isfinite(time_limit):
         raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}")
+    if problem.objective != "sum":
+        raise ProblemError(
+            f"knapsack takes the sum objective, got {problem.objective!r}: "
+            "rankopt_solvers.solve reduces it to a sum"
+        )
+    require_milp()
+    clock = _Clock(time.monotonic() + time_limit, should_stop)
+    limits = None if at_most_changed is None else AtMostChanged(*at_most_changed)
+    problem.require_feasible()
+    inner, kept = constrained(problem, forced or {}, forbidden or {}, limits)
+    if inner is problem:
+        return _one_budget(problem, clock) if not problem.side_budgets else _any(problem, clock)
+    found = _any(inner, clock)
+    choice = [int(k[j]) for k, j in zip(kept, found.choice, strict=True)]
+    least, lam, side_lams = _bound(problem, clock)
+    stats = {**found.stats, "constrained_bound": found.bound, "constrained_status": found.status}
+    return certify(
+        problem,
+        choice,
+        "knapsack",
+        timed_out=found.status == "time_limit",
+        stats=stats,
+        bound=(least, lam),
+        side_multipliers=side_lams,
+    )
+
+
+def _one_budget(problem: Problem, clock: _Clock) -> Solution:
+    """Greedy, reduced-cost fixing, HiGHS, recount."""
     greedy = solve_greedy(problem)
+    proven = (greedy.bound, greedy.multiplier)
+    stats = {"columns": 0, "kept_greedy": True}
     if greedy.status == "optimal":
-        return dataclasses.replace(greedy, solver="knapsack", stats={"columns": 0})
-    lam, gap = greedy.multiplier, greedy.loss - greedy.bound
-    core = _core(problem, lam, gap)
-    choice, stats = _integer_program(problem, core, lam, gap, time_limit)
-    timed_out = "limit" in stats["highs_status"]
-    usable = choice is not None and problem.cost_of(choice) <= problem.budget
-    better = usable and choice is not None and problem.loss_of(choice) <= greedy.loss
-    stats["kept_greedy"] = not better
-    final = choice if better and choice is not None else greedy.choice
-    return certify(problem, final, "knapsack", timed_out=timed_out, stats=stats)
+        stats["highs_status"] = "not needed: greedy reaches the bound"
+        return certify(problem, greedy.choice, "knapsack", stats=stats, bound=proven)
+    if clock.stopped():
+        stats["highs_status"] = "not tried: out of time"
+        return certify(
+            problem, greedy.choice, "knapsack", timed_out=True, stats=stats, bound=proven
+        )
+    table = problem.table
+    # Undominated options only, which the normal form cannot know of.
+    rows = np.split(np.arange(table.cost.size), table.start[1:-1])
+    undominated = Problem(
+        tuple(
+            Group(group.name, table.cost[row], table.loss[row])
+            for group, row in zip(problem.groups, rows, strict=True)
+        ),
+        problem.budget,
+    )
+    budgets = normal_form(undominated)
+    at = priced(budgets, np.array([greedy.multiplier * budgets.unit[0]]))
+    gap = greedy.loss - greedy.bound
+    kept = np.flatnonzero(at.reduced <= gap * (1 + 1e-9) + 8 * EPS * at.least)
+    taken, said = solve_program(program_of(budgets, at, gap, kept), clock.remaining())
+    choice = greedy.choice if taken is None else table.options_at(kept[taken])
+    better = problem.cost_of(choice) <= problem.budget and problem.loss_of(choice) <= greedy.loss
+    stats |= said
+    stats["kept_greedy"] = taken is None or not better
+    return certify(
+        problem,
+        choice if better else greedy.choice,
+        "knapsack",
+        timed_out="limit" in said["highs_status"],
+        stats=stats,
+        bound=proven,
+    )
+
+
+def _any(problem: Problem, clock: _Clock) -> Solution:
+    """Any number of budgets; those that count are solved, by ``exact`` if it is only one."""
+    budgets = normal_form(problem)
+    if budgets.room.size <= 1:
+        return _left_to_exact(problem, budgets, clock)
+    found = solve_several(problem, budgets, clock.stopped, clock.remaining)
+    choice = (found.position - budgets.start[:-1]).tolist()
+    least, lam, side_lams = _best_claim(problem, budgets, found.at)
+    return certify(
+        problem,
+        choice,
+        "knapsack",
+        timed_out=found.timed_out,
+        stats=found.stats,
+        bound=(least, lam),
+        side_multipliers=side_lams,
+    )
+
+
+def _left_to_exact(problem: Problem, budgets: Budgets, clock: _Clock) -> Solution:
+    which = budgets.which[0] if budgets.which else 0
+    one = dataclasses.replace(problem, side_budgets=())
+    if which:
+        side = problem.side_budgets[which - 1]
+        groups = tuple(
+            Group(group.name, cost, group.loss)
+            for group, cost in zip(problem.groups, side.costs, strict=True)
+        )
+        one = Problem(groups, side.limit)
+    found = solve_exact(one, time_limit=clock.remaining(), should_stop=clock.should_stop)
+    stats = {
+        **found.stats,
+        "columns": 0,
+        "highs_status": "not needed: one budget is left, solved by exact",
+        "kept_greedy": False,
+    }
+    timed_out = found.status == "time_limit"
+    if not problem.side_budgets:
+        bound = (found.bound, found.multiplier)
+        return certify(
+            problem, found.choice, "knapsack",
+            timed_out=timed_out, stats=stats, bound=bound, proof=found.proof,
+        )  # fmt: skip
+    # ``verify`` takes no proof by cases beside side budgets: what the multipliers prove is claimed.
+    stats |= {"exact_bound": found.bound, "exact_status": found.status}
+    price = np.array([found.multiplier * unit for unit in budgets.unit])
+    least, lam, side_lams = _best_claim(problem, budgets, priced(budgets, price))
+    return certify(
+        problem,
+        found.choice,
+        "knapsack",
+        timed_out=timed_out,
+        stats=stats,
+        bound=(least, lam),
+        side_multipliers=side_lams,
+    )
+
+
+def _bound(problem: Problem, clock: _Clock) -> Claim:
+    """The best bound on the problem as given."""
+    if not problem.side_budgets:
+        return (*bound_of(problem), ())
+    return _best_claim(problem, *bound_of_several(problem, clock.stopped))
+
+
+def _best_claim(problem: Problem, budgets: Budgets, at: Priced) -> Claim:
+    """What the prices prove, or what the budget alone does: that may use that it is a knapsack."""
+    alone = (*bound_of(problem), (0.0,) * len(problem.side_budgets))
+    return max(claim(problem, budgets, at), alone, key=lambda found: found[0])

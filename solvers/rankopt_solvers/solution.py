@@ -2,7 +2,7 @@
 
 A solver hands over a choice and nothing else is believed: cost and loss are recounted from the
 tables, and the bound comes from the Lagrangian function (sum) or from the next attainable level
-(max). ``status`` is ``optimal`` only when that bound is reached.
+(max). ``status`` is ``optimal`` only when that bound, or a proof by cases, reaches the loss.
 """
 
 import dataclasses
@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from rankopt_solvers.hull import hull_edges, lagrangian_bound, multiplier
+import numpy as np
+
+from rankopt_solvers.hull import lower_bound, relax
 from rankopt_solvers.maxmin import smallest_level
 from rankopt_solvers.problem import Problem
 
@@ -22,6 +24,43 @@ class SolutionError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Case:
+    """A node of a proof by cases.
+
+    Attributes:
+        multiplier: for a leaf, the lam at which its Lagrangian function is evaluated.
+        group: for a split, the group whose options are told apart; -1 for a leaf.
+        cost: the cases are: the group's option costs less than this, or at least this.
+        below: index of the first case in ``Proof.cases``.
+        above: index of the second.
+    """
+
+    multiplier: float
+    group: int = -1
+    cost: int = 0
+    below: int = -1
+    above: int = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """Why no choice loses less than a bound, when one multiplier cannot show it.
+
+    Options whose reduced loss at ``multiplier`` is too large are out. For the rest the first case
+    is everything; a split divides its case in two, where groups with identical options are taken
+    to be sorted by cost, and each leaf holds by its own multiplier and, if that falls short, by
+    enumerating the few choices that it does not exclude.
+
+    Attributes:
+        multiplier: lam for the whole problem.
+        cases: a tree; children come after their parents.
+    """
+
+    multiplier: float
+    cases: tuple[Case, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Solution:
     """One option of every group, with what it costs, loses, and how good it provably is.
 
@@ -30,11 +69,13 @@ class Solution:
         cost: total cost, at most the budget.
         loss: sum or maximum of the chosen losses.
         bound: no choice within the budget has a smaller loss than this.
-        multiplier: for the sum, the lam that proves the bound: the loss that one more unit of
+        multiplier: for the sum, the lam of the linear relaxation: the loss that one more unit of
             budget would save. 0 for the max objective.
         status: ``optimal`` (loss equals bound), ``feasible``, or ``time_limit``.
         solver: name of the solver.
         stats: what the solver wishes to say about its work.
+        side_multipliers: the same as multiplier, for each side budget.
+        proof: by cases, if the multiplier alone does not prove the bound.
     """
 
     choice: tuple[int, ...]
@@ -45,6 +86,8 @@ class Solution:
     status: Status
     solver: str
     stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    side_multipliers: tuple[float, ...] = ()
+    proof: Proof | None = None
 
     @property
     def gap(self) -> float:
@@ -53,11 +96,15 @@ class Solution:
 
 
 def bound_of(problem: Problem) -> tuple[float, float]:
-    """A lower bound on the objective and the multiplier that proves it (0 for the max)."""
+    """A lower bound on the objective and the multiplier that proves it (0 for the max).
+
+    Side budgets are left out: without them a choice can only lose less.
+    """
     if problem.objective == "max":
         return smallest_level(problem), 0.0
-    lam = multiplier(problem, hull_edges(problem))
-    return lagrangian_bound(problem, lam), lam
+    table = problem.table
+    relaxation = relax(table, problem.hulls, table.tightened(problem.budget))
+    return lower_bound(table, relaxation), relaxation.multiplier
 
 
 def checked_choice(problem: Problem, choice: Sequence[int], solver: str) -> tuple[int, ...]:
@@ -82,6 +129,9 @@ def certify(
     *,
     timed_out: bool = False,
     stats: Mapping[str, Any] | None = None,
+    bound: tuple[float, float] | None = None,
+    side_multipliers: tuple[float, ...] = (),
+    proof: Proof | None = None,
 ) -> Solution:
     """Turn a choice into a Solution: recount, bound, and refuse what is not a valid choice.
 
@@ -91,9 +141,13 @@ def certify(
         solver: the name to report.
         timed_out: report ``time_limit`` unless the bound proves the choice optimal anyway.
         stats: passed on.
+        bound: a bound and its multiplier, from a solver that has them; else they are computed.
+        side_multipliers: that prove the bound together with its multiplier.
+        proof: of the bound.
 
     Raises:
-        SolutionError: wrong length, an index out of range, or a cost over the budget.
+        SolutionError: wrong length, an index out of range, a cost over a budget, or a loss or
+            bound that is not a number.
     """
     indices = checked_choice(problem, choice, solver)
     cost, loss = problem.cost_of(indices), problem.loss_of(indices)
@@ -101,70 +155,54 @@ def certify(
         raise SolutionError(
             f"{solver}: the choice costs {cost:,}, the budget is {problem.budget:,}"
         )
-    bound, lam = bound_of(problem)
+    for side in problem.side_budgets:
+        if side.cost_of(indices) > side.limit:
+            raise SolutionError(
+                f"{solver}: the choice costs {side.cost_of(indices):,} of {side.name!r}, "
+                f"the limit is {side.limit:,}"
+            )
+    if not math.isfinite(loss):
+        raise SolutionError(f"{solver}: the choice loses {loss}")
+    least, lam = bound_of(problem) if bound is None else bound
+    if math.isnan(least):
+        raise SolutionError(f"{solver}: the bound is {least}")
     status: Status = "time_limit" if timed_out else "feasible"
-    if loss <= bound:
-        status, bound = "optimal", loss
-    return Solution(indices, cost, loss, bound, lam, status, solver, dict(stats or {}))
-
-
-def verify(problem: Problem, solution: Solution) -> None:
-    """Check a solution's claims without any of the solvers' code.
-
-    The cost is added in Python integers and the loss from the tables. The bound of a sum must be
-    proven by the Lagrangian function at the solution's own multiplier or at zero, for the part of
-    the budget that the common divisor of the costs lets a choice spend; the bound of a max must be
-    a level below which no choice fits the budget.
-
-    Raises:
-        SolutionError: naming the first claim that does not hold.
-    """
-    indices = checked_choice(problem, solution.choice, solution.solver)
-    options = list(zip(problem.groups, indices, strict=True))
-    cost = sum(int(group.cost[j]) for group, j in options)
-    losses = [float(group.loss[j]) for group, j in options]
-    loss = math.fsum(losses) if problem.objective == "sum" else max(losses)
-    if cost != solution.cost or cost > problem.budget:
-        raise SolutionError(f"cost is {cost:,}; claimed {solution.cost:,} of {problem.budget:,}")
-    if not math.isclose(loss, solution.loss, rel_tol=1e-12):
-        raise SolutionError(f"loss is {loss!r}; claimed {solution.loss!r}")
-    if not solution.bound <= solution.loss:
-        raise SolutionError(f"bound {solution.bound!r} lies above the loss {solution.loss!r}")
-    if solution.status == "optimal" and solution.gap != 0.0:
-        raise SolutionError(f"claimed optimal with a gap of {solution.gap:.3g}")
-    proven = (
-        _proven_max(problem, solution)
-        if problem.objective == "max"
-        else _proven_sum(problem, solution.multiplier)
+    if loss <= least:
+        status, least = "optimal", loss
+    return Solution(
+        indices,
+        cost,
+        loss,
+        least,
+        lam,
+        status,
+        solver,
+        dict(stats or {}),
+        side_multipliers or (0.0,) * len(problem.side_budgets),
+        proof,
     )
-    if solution.bound > proven + 1e-12 * max(proven, solution.loss):
-        raise SolutionError(f"bound {solution.bound!r} is not proven: only {proven!r} is")
 
 
-def _proven_sum(problem: Problem, lam: float) -> float:
-    if not (math.isfinite(lam) and lam >= 0):
-        raise SolutionError(f"the multiplier must be a finite number >= 0, got {lam!r}")
-    # Dominated options are never needed, so only the others say what a choice can cost.
-    step, start = 0, 0
-    for group in problem.groups:
-        best, useful = math.inf, []
-        for cost, loss in sorted(zip(group.cost.tolist(), group.loss.tolist(), strict=True)):
-            if loss < best:
-                best = loss
-                useful.append(cost)
-        start += useful[0]
-        step = math.gcd(step, *(cost - useful[0] for cost in useful))
-    usable = start + (problem.budget - start) // step * step if step else start
-    least = [float((group.loss + lam * group.cost).min()) for group in problem.groups]
-    unpriced = [float(group.loss.min()) for group in problem.groups]
-    return max(math.fsum(unpriced), math.fsum([*least, -lam * usable]))
+def margins(problem: Problem, solution: Solution) -> tuple[float, ...]:
+    """How sure each group's option is: what its next-best option would lose more.
 
+    At the price of the budget, ``loss + lam * cost``: near 0 (or below it, where the budget's last
+    parameters were spent) another option would do as well; a large margin means that any other
+    choice of this group makes the solution worse by about that much. Infinite for a group without
+    another option. Without a multiplier (the max objective) it is the plain difference of losses.
 
-def _proven_max(problem: Problem, solution: Solution) -> float:
-    spent = 0
-    for group in problem.groups:
-        below = group.cost[group.loss < solution.bound]
-        if not below.size:
-            return solution.bound
-        spent += int(below.min())
-    return solution.bound if spent > problem.budget else 0.0
+    Args:
+        problem: that was solved.
+        solution: of it.
+
+    Returns:
+        One number for each group, in the unit of the losses.
+    """
+    found = []
+    for g, (group, j) in enumerate(zip(problem.groups, solution.choice, strict=True)):
+        more = (group.loss - group.loss[j]) + solution.multiplier * (group.cost - group.cost[j])
+        for side, lam in zip(problem.side_budgets, solution.side_multipliers, strict=True):
+            more = more + lam * (side.costs[g] - side.costs[g][j])
+        others = np.delete(more, j)
+        found.append(float(others.min()) if others.size else math.inf)
+    return tuple(found)

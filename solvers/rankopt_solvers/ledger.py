@@ -1,0 +1,189 @@
+"""What was measured, by whom, and what is still to be measured: two studies read as one.
+
+Plans that are measured as they are have no parameters and lie in a study of their own, so that
+samplers see only trials they can learn from. A trial's user attributes hold its ``choice``, its
+``source``, the ``seconds`` and, where that applies, ``repeats`` (the choice was known already) or
+``failed`` (its loss is not a finite number).
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from rankopt_solvers.problem import Problem
+from rankopt_solvers.search import Choice, Measured
+from rankopt_solvers.studies import heartbeat, open_study, owner, quiet, requeue_dead
+
+FloatArray = npt.NDArray[np.float64]
+
+_FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
+
+
+class Ledger:
+    """The studies of one search.
+
+    Args:
+        problem: that is searched.
+        storage: an open one.
+        name: of the search's study; that of the plans is called "... plans".
+        identity: see open_study.
+    """
+
+    def __init__(
+        self, problem: Problem, storage: BaseStorage, name: str, identity: dict[str, str]
+    ) -> None:
+        self.problem, self.storage = problem, storage
+        self.plans = open_study(storage, f"{name} plans", identity)
+        self.search = open_study(storage, name, identity)
+
+    def queue(self, plans: Mapping[Choice, str], first: dict[str, float] | None) -> None:
+        """Line up what nobody has measured or is measuring; ``first`` are a trial's parameters."""
+        there = {
+            choice_of(trial)
+            for trial in self.plans.get_trials(deepcopy=False)
+            if trial.state != TrialState.FAIL or "failed" in trial.user_attrs
+        }
+        for choice, source in plans.items():
+            if choice not in there:
+                self.plans.enqueue_trial({}, {"choice": list(choice), "source": source})
+        if first:
+            with quiet():
+                self.search.enqueue_trial(first, skip_if_exists=True)
+
+    def requeue_dead(self) -> None:
+        """Fail and queue again what a process that is gone had taken."""
+        longest = max((measured.seconds for measured in self.known().values()), default=3600.0)
+        for study in (self.plans, self.search):
+            requeue_dead(study, self.storage, 60.0 + 10.0 * longest)
+
+    def known(self) -> dict[Choice, Measured]:
+        """Every measured choice, in the order in which measuring ended."""
+        ended = [
+            trial
+            for study in (self.plans, self.search)
+            for trial in study.get_trials(deepcopy=False, states=_FINISHED)
+            if trial.state == TrialState.COMPLETE or "failed" in trial.user_attrs
+        ]
+        ended.sort(key=lambda trial: (str(trial.datetime_complete), trial.number))
+        found: dict[Choice, Measured] = {}
+        for trial in ended:
+            choice, attributes = choice_of(trial), trial.user_attrs
+            if choice is not None and "repeats" not in attributes:
+                seconds = float(attributes["seconds"])
+                loss = trial.value if trial.state == TrialState.COMPLETE else None
+                found.setdefault(choice, Measured(attributes["source"], choice, loss, seconds))
+        return found
+
+    def evidence(self) -> tuple[FloatArray, FloatArray]:
+        """Discarded masses ``(n, G)`` and losses ``(n,)`` of what has a finite loss."""
+        pairs = [(m.choice, m.loss) for m in self.known().values() if m.loss is not None]
+        masses = [
+            [group.loss[j] for group, j in zip(self.problem.groups, choice, strict=True)]
+            for choice, _ in pairs
+        ]
+        shape = (len(pairs), len(self.problem.groups))
+        return np.array(masses, dtype=np.float64).reshape(shape), np.array([y for _, y in pairs])
+
+    def taken(self, before: int | None = None) -> int:
+        """Trials in somebody's hands or queued as plans; of the search, those below a number."""
+        running = self.search.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        states = (TrialState.RUNNING, TrialState.WAITING)
+        return len(self.plans.get_trials(deepcopy=False, states=states)) + sum(
+            before is None or trial.number < before for trial in running
+        )
+
+    def waiting(self) -> bool:
+        """Whether a plan is queued."""
+        return bool(self.plans.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+
+    def measure_one(
+        self,
+        propose: Callable[[Trial], Choice],
+        evaluate: Callable[[Choice], float],
+        limit: int,
+        source: str,
+    ) -> Measured | str:
+        """Take a trial and measure its choice, unless that is known or in other hands.
+
+        Args:
+            propose: the choice of a trial of the search.
+            evaluate: the loss of a choice.
+            limit: choices to be measured in all.
+            source: to be noted for proposals.
+
+        Returns:
+            What was measured; or ``repeat``, or ``surplus`` where others are measuring the rest.
+        """
+        study = self.plans if self.waiting() else self.search
+        with quiet():
+            trial = study.ask()
+        try:
+            trial.set_user_attr("owner", owner())
+            # Numbers are handed out one at a time: of all who came too late, the first goes on.
+            late = study is self.search and self.taken(trial.number) + len(self.known()) >= limit
+            if late or (study is self.plans and "choice" not in trial.user_attrs):
+                study.tell(trial, state=TrialState.FAIL)
+                return "surplus"
+            if "choice" not in trial.user_attrs:
+                trial.set_user_attr("choice", list(propose(trial)))
+                trial.set_user_attr("source", source)
+            choice = tuple(trial.user_attrs["choice"])
+            if self._told(study, trial, choice):
+                return "repeat"
+            return self._measure(study, trial, choice, evaluate)
+        except BaseException as error:
+            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            error.add_note(f"while measuring trial {trial.number} of study {study.study_name!r}")
+            raise
+
+    def _told(self, study: Study, trial: Trial, choice: Choice) -> bool:
+        """Finish a trial whose choice is known, or in the hands of another trial."""
+        # Both write their choice before they look, so at most one of two goes on. A plan's was
+        # written when it was queued: it gives way only to the same plan with a lower number.
+        plans = self.plans.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if study is self.plans:
+            others = [other for other in plans if other.number < trial.number]
+        else:
+            proposals = self.search.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            others = plans + [other for other in proposals if other.number != trial.number]
+        elsewhere = any(choice_of(other) == choice for other in others)
+        known = self.known().get(choice)  # after it, so as to see what was finished in between
+        if known is None and not elsewhere:
+            return False
+        trial.set_user_attr("repeats", True)
+        if known is None or known.loss is None:
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, known.loss)
+        return True
+
+    def _measure(
+        self, study: Study, trial: Trial, choice: Choice, evaluate: Callable[[Choice], float]
+    ) -> Measured | str:
+        began = time.perf_counter()
+        with heartbeat(study, self.storage, trial):
+            loss = float(evaluate(choice))
+        seconds = time.perf_counter() - began
+        source, finite = trial.user_attrs["source"], bool(np.isfinite(loss))
+        try:
+            trial.set_user_attr("seconds", seconds)
+            if finite:
+                study.tell(trial, loss)
+            else:
+                trial.set_user_attr("failed", f"the loss is {loss}")
+                study.tell(trial, state=TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            return "repeat"  # taken for dead, failed and queued again while it was measured
+        return Measured(source, choice, loss if finite else None, seconds)
+
+
+def choice_of(trial: FrozenTrial) -> Choice | None:
+    """The choice that a trial measures; None if it has not got that far."""
+    choice = trial.user_attrs.get("choice")
+    return None if choice is None else tuple(choice)

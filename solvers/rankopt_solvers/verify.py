@@ -1,0 +1,265 @@
+"""A check of a solution that shares no code with the solvers.
+
+Costs are added in Python integers and losses from the groups' own tables. The bound of a sum must
+be proven by the Lagrangian function at the solution's own multipliers or at zero, or by its proof
+by cases; the bound of a max must be a level below which no choice fits the budget.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from rankopt_solvers.problem import Problem
+from rankopt_solvers.solution import Proof, Solution, SolutionError, checked_choice
+
+#: Relative rounding allowed to claims about sums of losses.
+TOLERANCE = 1e-12
+
+#: Partial choices the checker enumerates for one case before it gives up.
+MOST_PARTIAL_CHOICES = 20_000_000
+
+
+def verify(problem: Problem, solution: Solution) -> None:
+    """Check a solution's claims without any of the solvers' code.
+
+    Raises:
+        SolutionError: naming the first claim that does not hold.
+    """
+    indices = checked_choice(problem, solution.choice, solution.solver)
+    options = list(zip(problem.groups, indices, strict=True))
+    cost = sum(int(group.cost[j]) for group, j in options)
+    losses = [float(group.loss[j]) for group, j in options]
+    loss = math.fsum(losses) if problem.objective == "sum" else max(losses)
+    if cost != solution.cost or cost > problem.budget:
+        raise SolutionError(f"cost is {cost:,}; claimed {solution.cost:,} of {problem.budget:,}")
+    for side in problem.side_budgets:
+        spent = sum(int(costs[j]) for costs, j in zip(side.costs, indices, strict=True))
+        if spent > side.limit:
+            raise SolutionError(f"{side.name!r} is {spent:,}; the limit is {side.limit:,}")
+    if not math.isclose(loss, solution.loss, rel_tol=TOLERANCE):
+        raise SolutionError(f"loss is {loss!r}; claimed {solution.loss!r}")
+    if not solution.bound <= solution.loss:
+        raise SolutionError(f"bound {solution.bound!r} lies above the loss {solution.loss!r}")
+    if solution.status == "optimal" and solution.gap != 0.0:
+        raise SolutionError(f"claimed optimal with a gap of {solution.gap:.3g}")
+    if problem.objective == "max":
+        proven = _proven_max(problem, solution.bound)
+    else:
+        proven = _proven_sum(problem, solution.multiplier, solution.side_multipliers)
+    slack = TOLERANCE * max(proven, solution.loss)
+    if solution.bound <= proven + slack:
+        return
+    if problem.objective == "max" or solution.proof is None or problem.side_budgets:
+        raise SolutionError(f"bound {solution.bound!r} is not proven: only {proven!r} is")
+    _check_proof(problem, solution.proof, solution.bound - slack)
+
+
+def _undominated(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Mask of the options that no option of the same group beats; of equal ones, the first."""
+    order = sorted(range(cost.size), key=lambda j: (cost[j], loss[j], j))
+    best, mask = math.inf, np.zeros(cost.size, dtype=bool)
+    for j in order:
+        if loss[j] < best:
+            best, mask[j] = loss[j], True
+    return mask
+
+
+def _usable_budget(problem: Problem) -> int:
+    """The largest total that a choice of undominated options can cost within the budget."""
+    step, start = 0, 0
+    for group in problem.groups:
+        costs = group.cost[_undominated(group.cost, group.loss)]
+        least = int(costs.min())
+        start += least
+        step = math.gcd(step, *{int(extra) for extra in np.unique(costs - least)})
+    return start + (problem.budget - start) // step * step if step else start
+
+
+def _proven_sum(problem: Problem, lam: float, side_lams: tuple[float, ...]) -> float:
+    lams = (lam, *side_lams)
+    if not all(math.isfinite(x) and x >= 0 for x in lams):
+        raise SolutionError(f"multipliers must be finite numbers >= 0, got {lams!r}")
+    if side_lams and len(side_lams) != len(problem.side_budgets):
+        raise SolutionError(f"{len(side_lams)} multipliers for {len(problem.side_budgets)} sides")
+    usable = _usable_budget(problem)
+    least, unpriced = [], []
+    for g, group in enumerate(problem.groups):
+        # Relative to the cheapest option, the prices cancel less.
+        priced = group.loss + lam * (group.cost - group.cost.min())
+        for side, price in zip(problem.side_budgets, side_lams, strict=False):
+            priced = priced + price * (side.costs[g] - side.costs[g].min())
+        least.append(float(priced.min()))
+        unpriced.append(float(group.loss.min()))
+    cheapest = sum(int(group.cost.min()) for group in problem.groups)
+    rest = [-lam * (usable - cheapest)]
+    for side, price in zip(problem.side_budgets, side_lams, strict=False):
+        rest.append(-price * (side.limit - sum(int(c.min()) for c in side.costs)))
+    return max(math.fsum(unpriced), math.fsum([*least, *rest]))
+
+
+def _proven_max(problem: Problem, bound: float) -> float:
+    spent = 0
+    for group in problem.groups:
+        below = group.cost[group.loss < bound]
+        if not below.size:
+            return bound
+        spent += int(below.min())
+    return bound if spent > problem.budget else 0.0
+
+
+@dataclasses.dataclass
+class _Row:
+    """The options of a group that a case leaves: sorted by cost."""
+
+    cost: np.ndarray
+    loss: np.ndarray
+
+
+def _check_proof(problem: Problem, proof: Proof, bound: float) -> None:
+    """Raise SolutionError unless no choice within the budget loses less than ``bound``."""
+    budget = _usable_budget(problem)
+    rows, names = [], []
+    for group in problem.groups:
+        mask = _undominated(group.cost, group.loss)
+        order = np.argsort(group.cost[mask], kind="stable")
+        row = _Row(group.cost[mask][order], group.loss[mask][order])
+        rows.append(row)
+        names.append((row.cost.tobytes(), row.loss.tobytes()))
+    twins: dict[tuple[bytes, bytes], list[int]] = {}
+    for g, name in enumerate(names):
+        twins.setdefault(name, []).append(g)
+    rows = _reduced(rows, budget, proof.multiplier, bound)
+    low = [0 if not row.cost.size else int(row.cost.min()) for row in rows]
+    high = [0 if not row.cost.size else int(row.cost.max()) + 1 for row in rows]
+    stack = [(0, low, high)]
+    while stack:
+        index, low, high = stack.pop()
+        if not 0 <= index < len(proof.cases):
+            raise SolutionError(f"the proof has no case {index}")
+        case = proof.cases[index]
+        if case.group < 0:
+            inside = [
+                _Row(row.cost[keep], row.loss[keep])
+                for row, a, b in zip(rows, low, high, strict=True)
+                for keep in [(row.cost >= a) & (row.cost < b)]
+            ]
+            _check_leaf(inside, budget, case.multiplier, bound, index)
+            continue
+        if min(case.below, case.above) <= index:
+            raise SolutionError(f"case {index} of the proof comes after its own cases")
+        below, above = list(high), list(low)
+        for twin in twins[names[case.group]]:
+            # Twins are sorted by cost: those before cost no more, those after no less.
+            if twin <= case.group:
+                below[twin] = min(below[twin], case.cost)
+            if twin >= case.group:
+                above[twin] = max(above[twin], case.cost)
+        stack += [(case.below, low, below), (case.above, above, high)]
+
+
+def _reduced(rows: list[_Row], budget: int, lam: float, bound: float) -> list[_Row]:
+    """The options that a choice which loses less than the bound can have."""
+    excess, floor = _excess(rows, budget, lam)
+    return [
+        _Row(row.cost[keep], row.loss[keep])
+        for row, extra in zip(rows, excess, strict=True)
+        for keep in [extra <= bound - floor + TOLERANCE * bound]
+    ]
+
+
+def _excess(rows: list[_Row], budget: int, lam: float) -> tuple[list[np.ndarray], float]:
+    """How far each option's price is above its row's least, and the Lagrangian function."""
+    base = sum(int(row.cost.min()) for row in rows)
+    excess, least = [], []
+    for row in rows:
+        # Around the best option, where precision matters, prices are differences to it.
+        rough = row.loss + lam * (row.cost - row.cost.min())
+        best = int(np.argmin(rough))
+        extra = (row.loss - row.loss[best]) + lam * (row.cost - row.cost[best])
+        excess.append(extra - min(float(extra.min()), 0.0))
+        least.append(float(row.loss[best]) + min(float(extra.min()), 0.0))
+        base += int(row.cost[best] - row.cost.min())
+    return excess, math.fsum([*least, -lam * (budget - base)])
+
+
+def _check_leaf(rows: list[_Row], budget: int, lam: float, bound: float, index: int) -> None:
+    if any(not row.cost.size for row in rows):
+        return
+    if sum(int(row.cost.min()) for row in rows) > budget:
+        return
+    excess, floor = _excess(rows, budget, lam)
+    if floor >= bound:
+        return
+    cheaper = _cheapest_below(rows, excess, budget, lam, bound - floor)
+    if cheaper is None:
+        raise SolutionError(f"case {index} of the proof needs too much enumeration to be checked")
+    if cheaper < bound:
+        raise SolutionError(f"case {index} of the proof holds a choice that loses {cheaper!r}")
+
+
+def _cheapest_below(
+    rows: list[_Row], excess: list[np.ndarray], budget: int, lam: float, room: float
+) -> float | None:
+    """The least loss of a choice whose excess is at most room; inf if there is none."""
+    slack = room + TOLERANCE * abs(room)
+    while True:
+        kept = [np.flatnonzero(extra <= slack) for extra in excess]
+        if any(not k.size for k in kept):
+            return math.inf
+        cheapest = sum(int(row.cost[k[0]]) for row, k in zip(rows, kept, strict=True))
+        step = 0
+        for row, k in zip(rows, kept, strict=True):
+            step = math.gcd(step, *(int(c) for c in row.cost[k] - row.cost[k[0]]))
+        # What the common step of the costs leaves unspent has to be paid for.
+        left_over = (budget - cheapest) % step if step else budget - cheapest
+        if left_over < 0:
+            return math.inf
+        tighter = room + TOLERANCE * abs(room) - lam * left_over
+        if tighter < 0:
+            return math.inf
+        if all((extra[k] <= tighter).all() for extra, k in zip(excess, kept, strict=True)):
+            break
+        slack = tighter
+    order = sorted(range(len(rows)), key=lambda g: sorted(excess[g][kept[g]].tolist())[1:2])
+    least = {g: int(rows[g].cost[kept[g]].min()) for g in order}
+    most = {g: int(rows[g].cost[kept[g]].max()) for g in order}
+    later_least, later_most = sum(least.values()), sum(most.values())
+    partial: dict[int, tuple[float, float]] = {0: (0.0, 0.0)}  # cost -> (loss, excess)
+    looked_at = 0
+    for g in order:
+        later_least -= least[g]
+        later_most -= most[g]
+        longer: dict[int, tuple[float, float]] = {}
+        for j, (cost, (loss, extra)) in _pairs(kept[g], partial):
+            looked_at += 1
+            total = cost + int(rows[g].cost[j])
+            above = extra + float(excess[g][j])
+            unspent = max(budget - total - later_most, 0)
+            if total + later_least > budget or above + lam * unspent > slack + lam * left_over:
+                continue
+            if total not in longer or above < longer[total][1]:
+                longer[total] = (loss + float(rows[g].loss[j]), above)
+        if looked_at > MOST_PARTIAL_CHOICES:
+            return None
+        partial = _front(longer)
+    return min((loss for loss, _ in partial.values()), default=math.inf)
+
+
+def _pairs(
+    options: np.ndarray, partial: dict[int, tuple[float, float]]
+) -> Iterator[tuple[int, tuple[int, tuple[float, float]]]]:
+    for j in options.tolist():
+        for item in partial.items():
+            yield j, item
+
+
+def _front(partial: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
+    """Without the partial choices that cost more and lose no less than another."""
+    best, front = math.inf, {}
+    for cost in sorted(partial):
+        if partial[cost][0] < best:
+            best = partial[cost][0]
+            front[cost] = partial[cost]
+    return front
