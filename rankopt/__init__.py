@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rankopt.evaluation import evaluate as evaluate
     from rankopt.lowrank import LowRankLinear as LowRankLinear
     from rankopt.measure import profile_model as profile_model
+    from rankopt.searching import search_plan as search_plan
     from rankopt.surgery import applied as applied
     from rankopt.surgery import apply_plan as apply_plan
 
@@ -43,6 +44,7 @@ _TORCH = {
     "load_batches": "rankopt.data",
     "profile_model": "rankopt.measure",
     "save_model": "rankopt.checkpoint",
+    "search_plan": "rankopt.searching",
     "text_batches": "rankopt.data",
 }
 

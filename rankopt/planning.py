@@ -89,6 +89,10 @@ def make_plan(
         InfeasibleBudgetError: no ranks fit; names the smallest reachable budget.
         ProfileError: the profile lacks the backend.
     """
+    if solver == "search":
+        raise BudgetError(
+            "search measures a model: use rankopt.search_plan, or --solver search with --model"
+        )
     if isinstance(solver, str) and not is_known_solver(solver):
         raise BudgetError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
     if share is not None and solver != "threshold":

@@ -73,7 +73,7 @@ def comparison(rows: Sequence[Row], dense: "Evaluation | None" = None) -> Table:
                 f"{size.model_bytes / _MEBIBYTE:.1f}",
                 f"{plan.retained_total:.2%}",
                 f"{plan.retained_worst:.1%}",
-                f"{plan.certificate.gap:.1e}",
+                f"{plan.certificate.gap:.1e}" if plan.certificate.gap else "0",
                 f"{row.seconds:.2f}",
                 *(_measured(row.measured, metrics) if row.measured is not None else []),
             ]

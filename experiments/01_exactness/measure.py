@@ -36,12 +36,18 @@ def exact(case: Case) -> tuple[Solution, float]:
     return solution, statistics.median(seconds)
 
 
-def memory_ratio(case: Case) -> float:
-    """Peak bytes of inputs, Problem and exact solve over the bytes of the inputs."""
+def memory_ratio(case: Case, writable: bool = False) -> float:
+    """Peak bytes of inputs, Problem and exact solve over the bytes of the inputs.
+
+    Arrays that are writable are copied by Group, so that nobody can change them later: that is one
+    time the inputs more.
+    """
     tracemalloc.start()
     try:
         costs = tuple(cost.copy() for cost in case.costs)
         losses = tuple(loss.copy() for loss in case.losses)
+        for array in (*costs, *losses):
+            array.flags.writeable = writable
         copied = Case(
             case.instance, case.multiple, case.keep, case.objective, case.ranks, costs, losses,
             case.budget, case.total,

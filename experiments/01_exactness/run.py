@@ -200,7 +200,11 @@ def study(
     for instance in watched:
         case = next(cases(instance, settings.watched, (0.5,), ("sum",)))
         print(f"memory and frontier: {case.name}", flush=True)
-        found.verdicts.append(claims.memory(case.name, measure.memory_ratio(case)))
+        found.verdicts.append(
+            claims.memory(
+                case.name, measure.memory_ratio(case), measure.memory_ratio(case, writable=True)
+            )
+        )
         bracket = measure.bracket(case, settings.budgets)
         found.verdicts += claims.bracketed(f"{instance.name} q={case.multiple}", bracket)
     print(f"HiGHS: {len(pending)} processes", flush=True)

@@ -19,6 +19,7 @@ from rankopt_solvers.problem import shared_choice as shared_choice
 from rankopt_solvers.registry import SOLVERS as SOLVERS
 from rankopt_solvers.registry import UnknownSolverError as UnknownSolverError
 from rankopt_solvers.registry import solve as solve
+from rankopt_solvers.solution import NoChoiceFoundError as NoChoiceFoundError
 from rankopt_solvers.solution import Solution as Solution
 from rankopt_solvers.solution import SolutionError as SolutionError
 from rankopt_solvers.solution import certify as certify

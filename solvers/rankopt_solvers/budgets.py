@@ -2,12 +2,13 @@
 
 A budget ``sum_g c_g(j_g) <= limit`` allows the same choices as
 
-    sum_g d_g(j_g) <= room,   d_g(j) = (c_g(j) - min c_g) / unit,   room = (limit - sum_g min c_g) // unit
+    sum_g d_g(j_g) <= room,    d_g(j) = (c_g(j) - min c_g) / unit,
+    room = (limit - sum_g min c_g) // unit,
 
-with ``unit`` the common divisor of the differences: whole numbers >= 0, and a limit that is as tight as
-they allow. Two budgets whose costs are proportional up to a constant for each group have the same d:
-FLOPs beside parameters, say, as long as all layers see equally many tokens. Only the one with less
-room counts. A budget that even the dearest options meet does not count either.
+with ``unit`` the common divisor of the differences: whole numbers >= 0, and a limit that is as
+tight as they allow. Two budgets whose costs are proportional, up to a constant for each group, have
+the same d: FLOPs beside parameters, say, as long as all layers see equally many tokens. Only the
+one with less room counts. A budget that even the dearest options meet does not count either.
 
 All options stay: one that is dearer and loses more than another may be the cheaper one in a side
 budget. For prices ``p >= 0``, one for each budget,
@@ -22,8 +23,8 @@ import math
 
 import numpy as np
 
-from rankopt_solvers.problem import InfeasibleError, Problem
-from rankopt_solvers.table import FloatArray, IntArray
+from rankopt_solvers.problem import LARGEST_TOTAL_COST, InfeasibleError, Problem
+from rankopt_solvers.table import FloatArray, IntArray, Table
 
 EPS = float(np.finfo(np.float64).eps)
 
@@ -61,11 +62,9 @@ class Budgets:
         return np.asarray(self.room - self.cost[:, position].sum(axis=1))
 
     def keep(self, kept: IntArray) -> "Budgets":
-        """With some of the options, whose sorted positions are given: at least one of each group."""
+        """With the options at some positions, sorted; at least one of each group."""
         start = np.searchsorted(kept, self.start).astype(np.int64)
-        return dataclasses.replace(
-            self, start=start, loss=self.loss[kept], cost=self.cost[:, kept]
-        )
+        return dataclasses.replace(self, start=start, loss=self.loss[kept], cost=self.cost[:, kept])
 
 
 def _tables(problem: Problem) -> list[tuple[str, tuple[IntArray, ...], int]]:
@@ -110,6 +109,15 @@ def normal_form(problem: Problem) -> Budgets:
     )
 
 
+def of_table(table: Table, budget: int) -> Budgets:
+    """One budget over undominated options."""
+    least = table.cost[table.start[:-1]]
+    unit = max(table.divisor, 1)
+    room = min((budget - int(least.sum())) // unit, LARGEST_TOTAL_COST)
+    cost = (table.cost - np.repeat(least, np.diff(table.start))) // unit
+    return Budgets(table.start, table.loss, cost[None], np.array([room]), (0,), (unit,))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Priced:
     """The Lagrangian function at some prices.
@@ -149,16 +157,13 @@ def priced(budgets: Budgets, price: FloatArray) -> Priced:
 def claim(problem: Problem, budgets: Budgets, at: Priced) -> Claim:
     """What the prices prove about the problem, in its own units: as ``verify`` counts it.
 
-    The budget may be rounded down to what the costs can add up to; side budgets are as given.
+    Budgets are rounded down to what the costs can add up to.
     """
     tables = _tables(problem)
     lams, spent = [0.0] * len(tables), []
     for p, which, unit, room in zip(
         at.price.tolist(), budgets.which, budgets.unit, budgets.room.tolist(), strict=True
     ):
-        _, costs, limit = tables[which]
-        if which:
-            room = (limit - sum(int(cost.min()) for cost in costs)) / unit
         lams[which] = p / unit
         spent.append(p * room)
     rounding = (len(tables) + 3) * EPS * (at.least + math.fsum(spent))

@@ -1,15 +1,15 @@
 """The linear relaxation under several budgets, by column generation.
 
 The relaxation takes a convex mixture of options in every group. HiGHS solves it over a small set of
-columns; its dual prices, one for each budget, value all other options at once in numpy, and the best
-option of each group joins the set until none is better than what the mixture has (Dantzig & Wolfe
-1960; Gilmore & Gomory 1961). Millions of options take a handful of rounds with some thousand columns.
-At most as many groups as there are budgets stay mixed.
+columns, the master; its dual prices, one for each budget, value all options at once in numpy, and
+the best option of each group joins the set until none is better than what the mixture has (Dantzig
+& Wolfe 1960; Gilmore & Gomory 1961). Millions of options take a handful of rounds and some thousand
+columns. At most as many groups as there are budgets stay mixed.
 
 The prices are all that is believed: the bound is the Lagrangian function at them, over all options.
-If the columns cannot meet the budgets the same rounds minimise the excess instead of the loss. Prices
-at which the cheapest options together cost more than all rooms together prove that no mixture, and so
-no choice, meets the budgets (Farkas 1902).
+If the columns cannot meet the budgets the same rounds minimise the excess instead of the loss.
+Prices at which the cheapest options together cost more than all rooms together prove that no
+mixture, and so no choice, meets the budgets (Farkas 1902).
 """
 
 import dataclasses
@@ -106,9 +106,7 @@ def relax_columns(budgets: Budgets, stopped: Callable[[], bool]) -> Linear | Exc
             break
         columns = np.union1d(columns, new)
     used = master.weight > 1e-9
-    return Linear(
-        best, master.value, columns[used], master.weight[used], rounds, columns.size
-    )
+    return Linear(best, master.value, columns[used], master.weight[used], rounds, columns.size)
 
 
 def _scales(budgets: Budgets) -> FloatArray:
@@ -147,7 +145,7 @@ def _solve_master(
 ) -> tuple[_Master, FloatArray]:
     """Minimise the loss over some columns, or the excess over the rooms if none is given yet."""
     from scipy.optimize import linprog
-    from scipy.sparse import coo_array, csr_array, hstack
+    from scipy.sparse import csr_array, hstack
 
     groups, rows = budgets.start.size - 1, budgets.room.size
     group = np.searchsorted(budgets.start, columns, side="right") - 1
@@ -159,10 +157,12 @@ def _solve_master(
     scales = _scales(budgets)
     first = excess is None
     objective = np.concatenate((lost / unit * (not first), np.full(rows, float(first))))
-    one_each = coo_array((np.ones(columns.size), (group, np.arange(columns.size))))
-    one_each = csr_array(one_each, shape=(groups, columns.size + rows))
-    one_each.resize((groups, columns.size + rows))
-    within = hstack((csr_array(budgets.cost[:, columns] / scales[:, None]), -csr_array(np.eye(rows))))
+    one_each = csr_array(
+        (np.ones(columns.size), (group, np.arange(columns.size))),
+        shape=(groups, columns.size + rows),
+    )
+    spent = csr_array(budgets.cost[:, columns] / scales[:, None])
+    within = hstack((spent, -csr_array(np.eye(rows))))
     upper = [None] * rows if excess is None else (excess + 1e-12).tolist()
     solved = linprog(
         objective,
@@ -175,7 +175,7 @@ def _solve_master(
         options={"dual_feasibility_tolerance": 1e-10, "primal_feasibility_tolerance": 1e-10},
     )
     if solved.x is None:
-        raise RuntimeError(f"HiGHS did not solve a master of the linear relaxation: {solved.message}")
+        raise RuntimeError(f"HiGHS did not solve the linear relaxation: {solved.message}")
     price = np.maximum(-solved.ineqlin.marginals, 0.0) / scales
     value = float(solved.fun)
     if not first:

@@ -41,7 +41,8 @@ def constrained(
     for name in (*forced, *forbidden):
         if name not in sizes:
             raise ProblemError(
-                f"a constraint names the group {name!r}; there are {', '.join(list(sizes)[:3])}, ..."
+                f"a constraint names the group {name!r}; the groups are "
+                f"{', '.join(list(sizes)[:3])}, ..."
             )
     kept = []
     for name, size in sizes.items():

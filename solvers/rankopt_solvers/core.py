@@ -115,7 +115,7 @@ def enumerate_core(core: Core, tolerance: float, most_states: int) -> Found:
         multiplier=relaxation.multiplier * unit,
         left=left,
     )
-    run = run_dense if steps.width * len(steps.steps) <= 4 * most_states else run_sparse
+    run = run_dense if steps.is_narrow else run_sparse
     complete, options, loss, states = run(steps, most_states)
     total = int(table.loss[relaxation.position].sum()) + loss
     if options is None or total > core.bound + tolerance:

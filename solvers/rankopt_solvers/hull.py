@@ -225,14 +225,18 @@ def reduced_losses(table: Table, multiplier: float, position: IntArray) -> Float
         ``(loss - loss*) + lam (cost - cost*)``, rounded down, shape ``(N,)``.
     """
     paid = (table.cost - table.spread(table.cost[position])).astype(np.float64)
-    paid *= multiplier
     reduced = table.loss - table.spread(table.loss[position])
-    error = np.abs(reduced)
-    reduced += paid
-    np.abs(paid, out=paid)
-    error += paid
-    error *= EPS
-    reduced -= error
+    with np.errstate(over="ignore", invalid="ignore"):
+        paid *= multiplier
+        error = np.abs(reduced)
+        reduced += paid
+        np.abs(paid, out=paid)
+        error += paid
+        error *= EPS
+        reduced -= error
+    if not np.isfinite(reduced.max()):
+        # Too dear for a float: no choice has them.
+        reduced[~np.isfinite(reduced)] = np.inf
     return reduced
 
 

@@ -1,6 +1,6 @@
-"""The integer program of a core of options, through cvxpy and HiGHS, stated so that its answer holds.
+"""The integer program of a core of options, through cvxpy and HiGHS.
 
-One binary per option, one option of each group, as tight as the linear relaxation. Around a base
+One binary per option, one option of each group: as tight as the linear relaxation. Around a base
 choice with Lagrangian prices p, an option is worse by its reduced loss d and spends more of the
 budgets by s (less, if negative). What a choice loses, beyond a constant, is
 
@@ -8,11 +8,12 @@ budgets by s (less, if negative). What a choice loses, beyond a constant, is
 
 the objective here. Two things make the program trustworthy where the plain one is not:
 
-* *Scale.* HiGHS stops at absolute tolerances (1e-7 and larger): losses of 1e-9 would all look alike. The
-  objective is scaled so that the gap that is left becomes SCALE.
-* *Precision.* HiGHS takes no coefficient above 1e15, and a binary that is off by 1e-6 times a large
-  cost is money. Budgets whose numbers exceed LARGEST are counted in a larger unit, rounded up: a choice
-  that fits in the program fits the budget; one that fits by less than a unit for each group is missed.
+* *Scale.* HiGHS stops at absolute tolerances (1e-7 and larger): losses of 1e-9 would all look
+  alike. The objective is scaled so that the gap that is left becomes SCALE.
+* *Precision.* HiGHS takes no coefficient above 1e15, and a binary may be off by 1e-6, which times a
+  large cost is much. A budget with numbers beyond LARGEST is counted in a larger unit, rounded up:
+  a choice that fits in the program fits the budget; one that fits by less than a unit for each
+  group can be missed.
 """
 
 import dataclasses

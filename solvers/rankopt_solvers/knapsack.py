@@ -5,26 +5,36 @@ finds; ``knapsack`` is there as an independent answer by a general solver. It is
 
 * several budgets (``problem.side_budgets``): see several;
 * forced and forbidden options: options that are left out, so ``exact`` solves what is left;
-* at most k groups that differ from a given choice (an earlier plan, say): a budget of its own, in which
-  the given option costs 0 and every other one 1.
+* at most k groups that differ from a given choice (an earlier plan, say): a budget of its own, in
+  which the given option costs 0 and every other one 1.
 
 *One budget.* Reduced-cost fixing: with the greedy loss U, the Lagrangian bound D and its multiplier
-lam, an option whose reduced loss ``loss + lam*cost - min`` exceeds U - D cannot be in a better choice
-and is left out (Dembo & Hammer 1980). The rest goes to HiGHS, scaled (see integer_program).
+lam, an option whose reduced loss ``loss + lam*cost - min`` exceeds U - D cannot be in a better
+choice and is left out (Dembo & Hammer 1980). The rest goes to HiGHS, scaled (see integer_program).
 
-*Recount.* What HiGHS takes is counted again in integers; if it is missing, over a budget or worse than
-the choice that was there before, that one is returned and ``stats["kept_greedy"]`` says so. The bound
-and the status are ours: HiGHS's ``optimal`` alone, within its tolerances, is not reported as such.
+*Recount.* What HiGHS takes is counted again in integers; if it is missing, over a budget or worse
+than the choice that was there before, that one is returned and ``stats["kept_greedy"]`` says so.
+The bound and the status are ours: HiGHS's ``optimal``, within its tolerances, proves nothing here.
 """
 
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from rankopt_solvers.budgets import EPS, Budgets, Claim, Priced, claim, normal_form, priced
+from rankopt_solvers.budgets import (
+    EPS,
+    Budgets,
+    Claim,
+    Priced,
+    claim,
+    normal_form,
+    of_table,
+    priced,
+)
 from rankopt_solvers.constraints import AtMostChanged, constrained
 from rankopt_solvers.exact import solve_exact
 from rankopt_solvers.greedy import solve_greedy
@@ -117,7 +127,7 @@ def _one_budget(problem: Problem, clock: _Clock) -> Solution:
     """Greedy, reduced-cost fixing, HiGHS, recount."""
     greedy = solve_greedy(problem)
     proven = (greedy.bound, greedy.multiplier)
-    stats = {"columns": 0, "kept_greedy": True}
+    stats: dict[str, Any] = {"columns": 0, "kept_greedy": True}
     if greedy.status == "optimal":
         stats["highs_status"] = "not needed: greedy reaches the bound"
         return certify(problem, greedy.choice, "knapsack", stats=stats, bound=proven)
@@ -127,16 +137,7 @@ def _one_budget(problem: Problem, clock: _Clock) -> Solution:
             problem, greedy.choice, "knapsack", timed_out=True, stats=stats, bound=proven
         )
     table = problem.table
-    # Undominated options only, which the normal form cannot know of.
-    rows = np.split(np.arange(table.cost.size), table.start[1:-1])
-    undominated = Problem(
-        tuple(
-            Group(group.name, table.cost[row], table.loss[row])
-            for group, row in zip(problem.groups, rows, strict=True)
-        ),
-        problem.budget,
-    )
-    budgets = normal_form(undominated)
+    budgets = of_table(table, problem.budget)
     at = priced(budgets, np.array([greedy.multiplier * budgets.unit[0]]))
     gap = greedy.loss - greedy.bound
     kept = np.flatnonzero(at.reduced <= gap * (1 + 1e-9) + 8 * EPS * at.least)
@@ -175,10 +176,10 @@ def _any(problem: Problem, clock: _Clock) -> Solution:
 
 
 def _left_to_exact(problem: Problem, budgets: Budgets, clock: _Clock) -> Solution:
-    which = budgets.which[0] if budgets.which else 0
+    """One budget counts, perhaps a side budget: its costs make an ordinary problem."""
     one = dataclasses.replace(problem, side_budgets=())
-    if which:
-        side = problem.side_budgets[which - 1]
+    if budgets.which and budgets.which[0]:
+        side = problem.side_budgets[budgets.which[0] - 1]
         groups = tuple(
             Group(group.name, cost, group.loss)
             for group, cost in zip(problem.groups, side.costs, strict=True)
@@ -188,28 +189,26 @@ def _left_to_exact(problem: Problem, budgets: Budgets, clock: _Clock) -> Solutio
     stats = {
         **found.stats,
         "columns": 0,
-        "highs_status": "not needed: one budget is left, solved by exact",
+        "highs_status": "not needed: one budget counts, exact solved it",
         "kept_greedy": False,
     }
-    timed_out = found.status == "time_limit"
-    if not problem.side_budgets:
-        bound = (found.bound, found.multiplier)
-        return certify(
-            problem, found.choice, "knapsack",
-            timed_out=timed_out, stats=stats, bound=bound, proof=found.proof,
-        )  # fmt: skip
-    # ``verify`` takes no proof by cases beside side budgets: what the multipliers prove is claimed.
-    stats |= {"exact_bound": found.bound, "exact_status": found.status}
-    price = np.array([found.multiplier * unit for unit in budgets.unit])
-    least, lam, side_lams = _best_claim(problem, budgets, priced(budgets, price))
+    bound: Claim = (found.bound, found.multiplier, ())
+    proof = found.proof
+    if problem.side_budgets:
+        stats |= {"exact_bound": found.bound, "exact_status": found.status}
+    if one.groups is not problem.groups:
+        # A proof by cases is about the budget, not a side budget: only what the prices prove.
+        price = np.array([found.multiplier * unit for unit in budgets.unit])
+        bound, proof = _best_claim(problem, budgets, priced(budgets, price)), None
     return certify(
         problem,
         found.choice,
         "knapsack",
-        timed_out=timed_out,
+        timed_out=found.status == "time_limit",
         stats=stats,
-        bound=(least, lam),
-        side_multipliers=side_lams,
+        bound=bound[:2],
+        side_multipliers=bound[2],
+        proof=proof,
     )
 
 

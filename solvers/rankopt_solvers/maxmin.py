@@ -96,6 +96,12 @@ def within_level(
     refuse_side_budgets(problem, "a level", sum_only=True)
     problem.require_feasible()
     measures = [group.loss for group in problem.groups] if measure is None else list(measure)
+    given = [len(values) for values in measures]
+    if given != (wanted := [group.loss.size for group in problem.groups]):
+        raise ProblemError(
+            f"the measure needs one number for each option of each group: got {given[:4]}, "
+            f"wanted {wanted[:4]}"
+        )
     if level is None:
         fair = tuple(
             Group(group.name, group.cost, values)

@@ -6,6 +6,7 @@ later rows must add to bring the cost back to the room there is, exceed the tole
 """
 
 import dataclasses
+import math
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +15,9 @@ from rankopt_solvers.table import FloatArray, IntArray
 
 EPS = float(np.finfo(np.float64).eps)
 _NEVER = 2**61
+
+#: Costs in the widest array: it and its temporaries take a few hundred megabytes.
+_WIDEST = 2**23
 
 #: Partial choices held at once by the sorted list, whose states take much more memory.
 _MOST_LISTED = 3_000_000
@@ -88,9 +92,11 @@ class Steps:
         return found
 
     @property
-    def width(self) -> int:
-        """Largest window."""
-        return max((high - low + 1 for low, high in self.windows), default=1)
+    def is_narrow(self) -> bool:
+        """Whether the windows are small, and not much wider than there can be states in them."""
+        width = max((high - low + 1 for low, high in self.windows), default=1)
+        choices = math.prod(step.change.size for step in self.steps[:32])
+        return width <= min(_WIDEST, 4 * choices)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -67,7 +67,7 @@ def find_solver(solver: str | Solver) -> tuple[str, Solver]:
         found: Any = importlib.import_module(module)
         for part in function.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever a module of others does when it is imported
         raise UnknownSolverError(f"solver {solver!r}: cannot load {where}: {error}") from error
     if not callable(found):
         raise UnknownSolverError(f"solver {solver!r}: {where} is not callable")

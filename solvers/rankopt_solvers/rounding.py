@@ -1,9 +1,9 @@
 """From a mixture of options to a choice within several budgets; or the proof that there is none.
 
-At most as many groups as there are budgets are mixed in the linear relaxation. Each way to settle them
-is repaired (the change that lessens the excess most for the loss it adds, until there is none) and
-filled (the change that saves most for what it spends, until none fits); the best is kept. None of this
-is certain to find a choice where there is one.
+At most as many groups as there are budgets are mixed in the linear relaxation. Each way to settle
+them is repaired (the change that lessens the excess most for the loss it adds, until there is none)
+and filled (the change that saves most for what it spends, until none fits); the best is kept. None
+of this is certain to find a choice where there is one.
 """
 
 import itertools
@@ -74,7 +74,8 @@ def repair(core: Budgets, position: IntArray, price: FloatArray) -> bool:
             return False
         # What the change costs, at the prices of the budgets that it eases or burdens.
         worse = core.loss - core.loss[here] + price @ (core.cost - core.cost[:, here])
-        worth = np.where(lessened > 1e-12, np.maximum(worse, 0.0) / np.maximum(lessened, 1e-12), np.inf)
+        useful = np.maximum(lessened, 1e-12)
+        worth = np.where(lessened > 1e-12, np.maximum(worse, 0.0) / useful, np.inf)
         # Of the changes that cost nothing, the one that lessens most.
         best = np.flatnonzero(worth == worth.min())
         change = int(best[np.argmax(lessened[best])])

@@ -2,14 +2,15 @@
 
 1. *Relax* by column generation (see columns): prices, a bound, a mixture.
 2. *Round* the mixture to a choice within the budgets (see rounding).
-3. *Reduce.* An option whose reduced loss at the prices exceeds the distance between choice and bound
-   cannot be in a better choice (Dembo & Hammer 1980).
-4. *Integer programs* over what is left: first the options with the smallest reduced losses, which HiGHS
-   finishes and which lower the distance, then more of them. More than MOST_COLUMNS are not tried, so a
-   better choice may be missed. The bound does not depend on that.
+3. *Reduce.* An option whose reduced loss at the prices exceeds the distance between choice and
+   bound cannot be in a better choice (Dembo & Hammer 1980).
+4. *Integer programs* over what is left: first a few of these options, which HiGHS is done with soon
+   and which lessen that distance; then all that are left. Where these are
+   more than MOST_COLUMNS a better choice may be missed. The bound does not depend on that.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,18 +21,18 @@ from rankopt_solvers.columns import Excess, Linear, relax_columns
 from rankopt_solvers.integer_program import Program, solve_program
 from rankopt_solvers.problem import Problem
 from rankopt_solvers.rounding import fill, least_beside, loss_of, round_mixture
-from rankopt_solvers.table import IntArray
+from rankopt_solvers.solution import NoChoiceFoundError
+from rankopt_solvers.table import FloatArray, IntArray
 
-#: Options in the first integer program, and in the last.
+#: Options in the first integer programs, and in the last: HiGHS overruns its time with more.
 FEW_COLUMNS = 2_000
-MOST_COLUMNS = 20_000
+MOST_COLUMNS = 6_000
 
-#: Share of the time left that the first one gets.
+#: Options to round with.
+NEAR = 20_000
+
+#: Share of the time left that each of the first programs gets.
 FIRST_SHARE = 0.3
-
-
-class NoChoiceFoundError(ValueError):
-    """No choice within all budgets was found, nor a proof that there is none."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,9 +52,7 @@ class Found:
     stats: dict[str, Any]
 
 
-def relaxed(
-    problem: Problem, budgets: Budgets, stopped: Callable[[], bool]
-) -> Linear:
+def relaxed(problem: Problem, budgets: Budgets, stopped: Callable[[], bool]) -> Linear:
     """The linear relaxation.
 
     Raises:
@@ -91,9 +90,8 @@ def solve_several(
     best = None if rounded is None else near[rounded]
     stats: dict[str, Any] = {"rounds": linear.rounds, "lp_columns": linear.columns}
     stats |= {"lp": linear.value, "columns": 0, "kept_greedy": True}
-    timed_out, most = False, 0
-    while most < MOST_COLUMNS:
-        most = FEW_COLUMNS if most == 0 else MOST_COLUMNS
+    timed_out, most, share = False, FEW_COLUMNS, FIRST_SHARE
+    while True:
         kept, whole = _survivors(budgets, at, best, most)
         if not kept.size:
             stats.setdefault("highs_status", "not needed: the choice reaches the bound")
@@ -102,16 +100,19 @@ def solve_several(
             stats.setdefault("highs_status", "not tried: out of time")
             timed_out = True
             break
-        seconds = remaining() * (1.0 if whole or most == MOST_COLUMNS else FIRST_SHARE)
+        seconds = remaining() * (1.0 if whole else share)
         found, said = _program_choice(budgets, at, best, kept, seconds)
-        stats |= said
-        stats["all_columns"] = whole
+        stats |= {**said, "all_columns": whole}
         timed_out = "limit" in said["highs_status"]
-        if found is not None and (best is None or loss_of(budgets, found) < loss_of(budgets, best)):
+        before = _gap(budgets, at, best)
+        if found is not None and _gap(budgets, at, found) < before:
             best = found
             stats["kept_greedy"] = False
-        if whole:
+        if whole or most == MOST_COLUMNS:
             break
+        if not _gap(budgets, at, best) < before / 2:
+            # Another sample of this size would not help.
+            most, share = MOST_COLUMNS, 1.0
     if best is None:
         proof = least_beside(budgets)
         if proof is not None:
@@ -126,7 +127,7 @@ def solve_several(
 
 def _near(budgets: Budgets, linear: Linear) -> IntArray:
     """The options to round with: the best at the prices, the mixture, the cheapest of all kinds."""
-    wanted = [_smallest(linear.at.reduced, MOST_COLUMNS), linear.column, linear.at.position]
+    wanted = [_sample(linear.at.reduced, NEAR), linear.column, linear.at.position]
     for cost in budgets.cost:
         # The least d of a group is 0; of several, the one that loses least.
         free = np.flatnonzero(cost == 0)
@@ -137,10 +138,24 @@ def _near(budgets: Budgets, linear: Linear) -> IntArray:
     return np.unique(np.concatenate(wanted))
 
 
-def _smallest(reduced: np.ndarray, most: int) -> IntArray:
+def _sample(reduced: FloatArray, most: int) -> IntArray:
+    """Indices of about ``most`` options: half of them the best ones, half from everywhere.
+
+    Those with the smallest reduced losses are neighbours in a few groups whose curves are flat, and
+    allow small changes only. So of each run of neighbours the best is taken too.
+    """
     if reduced.size <= most:
         return np.arange(reduced.size)
-    return np.asarray(np.argpartition(reduced, most)[:most])
+    smallest = np.argpartition(reduced, most // 2)[: most // 2]
+    run = -(-reduced.size // (most - most // 2))
+    starts = np.arange(0, reduced.size, run)
+    least = np.minimum.reduceat(reduced, starts)
+    hits = np.flatnonzero(reduced == np.repeat(least, np.diff(starts, append=reduced.size)))
+    return np.union1d(smallest, hits[np.searchsorted(hits, starts)])
+
+
+def _gap(budgets: Budgets, at: Priced, best: IntArray | None) -> float:
+    return math.inf if best is None else loss_of(budgets, best) - at.bound
 
 
 def _survivors(
@@ -148,25 +163,25 @@ def _survivors(
 ) -> tuple[IntArray, bool]:
     """Positions of options that a better choice can have, at most ``most``; and whether all."""
     kept = np.arange(budgets.loss.size)
+    gap = _gap(budgets, at, best)
+    if gap <= 0:
+        return kept[:0], True
     if best is not None:
-        gap = loss_of(budgets, best) - at.bound
-        if gap <= 0:
-            return kept[:0], True
         rounding = 4 * (len(at.price) + 1) * EPS * at.least
         kept = np.flatnonzero(at.reduced <= gap * (1 + 1e-9) + rounding)
     if kept.size <= most:
         return kept, True
-    kept = kept[_smallest(at.reduced[kept], most)]
+    kept = kept[_sample(at.reduced[kept], most)]
     return np.union1d(kept, at.position), False
 
 
-def program_of(budgets: Budgets, at: Priced, gap: float | None, kept: IntArray) -> Program:
+def program_of(budgets: Budgets, at: Priced, gap: float, kept: IntArray) -> Program:
     """The integer program of some options, around the best ones at the prices.
 
     Args:
         budgets: all options.
         at: prices.
-        gap: between the choice in hand and the bound; None without a choice.
+        gap: between the choice in hand and the bound; infinite without a choice.
         kept: positions, sorted; the best option of each group among them.
     """
     group = np.searchsorted(budgets.start, kept, side="right") - 1
@@ -175,7 +190,7 @@ def program_of(budgets: Budgets, at: Priced, gap: float | None, kept: IntArray) 
     # Differences of neighbours: they keep digits that the prices of whole options have lost.
     reduced = (budgets.loss[kept] - budgets.loss[here]) + at.price @ spent
     reduced = np.maximum(reduced, 0.0)
-    if gap is None:
+    if gap == math.inf:
         gap = float(reduced.max()) or 1.0
     return Program(group, reduced, spent, budgets.left(at.position), at.price, gap)
 
@@ -183,8 +198,8 @@ def program_of(budgets: Budgets, at: Priced, gap: float | None, kept: IntArray) 
 def _program_choice(
     budgets: Budgets, at: Priced, best: IntArray | None, kept: IntArray, seconds: float
 ) -> tuple[IntArray | None, dict[str, Any]]:
-    gap = None if best is None else loss_of(budgets, best) - at.bound
-    taken, said = solve_program(program_of(budgets, at, gap, kept), seconds)
+    program = program_of(budgets, at, _gap(budgets, at, best), kept)
+    taken, said = solve_program(program, seconds)
     if taken is None:
         return None, said
     core = budgets.keep(kept)

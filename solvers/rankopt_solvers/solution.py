@@ -23,6 +23,10 @@ class SolutionError(ValueError):
     """A solution does not hold what it claims; the message says which claim."""
 
 
+class NoChoiceFoundError(ValueError):
+    """No choice within all budgets was found, nor a proof that there is none."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A node of a proof by cases.

@@ -8,11 +8,12 @@ by cases; the bound of a max must be a level below which no choice fits the budg
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 
 from rankopt_solvers.problem import Problem
-from rankopt_solvers.solution import Proof, Solution, SolutionError, checked_choice
+from rankopt_solvers.solution import Proof, Solution, SolutionError, Status, checked_choice
 
 #: Relative rounding allowed to claims about sums of losses.
 TOLERANCE = 1e-12
@@ -21,6 +22,7 @@ TOLERANCE = 1e-12
 MOST_PARTIAL_CHOICES = 20_000_000
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is too dear for any choice
 def verify(problem: Problem, solution: Solution) -> None:
     """Check a solution's claims without any of the solvers' code.
 
@@ -42,6 +44,9 @@ def verify(problem: Problem, solution: Solution) -> None:
         raise SolutionError(f"loss is {loss!r}; claimed {solution.loss!r}")
     if not solution.bound <= solution.loss:
         raise SolutionError(f"bound {solution.bound!r} lies above the loss {solution.loss!r}")
+    if solution.status not in get_args(Status):
+        known = ", ".join(get_args(Status))
+        raise SolutionError(f"the status is {solution.status!r}, not one of {known}")
     if solution.status == "optimal" and solution.gap != 0.0:
         raise SolutionError(f"claimed optimal with a gap of {solution.gap:.3g}")
     if problem.objective == "max":
@@ -51,8 +56,9 @@ def verify(problem: Problem, solution: Solution) -> None:
     slack = TOLERANCE * max(proven, solution.loss)
     if solution.bound <= proven + slack:
         return
-    if problem.objective == "max" or solution.proof is None or problem.side_budgets:
+    if problem.objective == "max" or solution.proof is None:
         raise SolutionError(f"bound {solution.bound!r} is not proven: only {proven!r} is")
+    # What no choice can do within the budget alone, none can do within side budgets too.
     _check_proof(problem, solution.proof, solution.bound - slack)
 
 
@@ -77,13 +83,25 @@ def _usable_budget(problem: Problem) -> int:
     return start + (problem.budget - start) // step * step if step else start
 
 
+def _usable(costs: tuple[np.ndarray, ...], limit: int) -> int:
+    """The largest total within the limit that a choice of any options can cost."""
+    step, start = 0, 0
+    for cost in costs:
+        least = int(cost.min())
+        start += least
+        step = math.gcd(step, *{int(extra) for extra in np.unique(cost - least)})
+    return start + (limit - start) // step * step if step else start
+
+
 def _proven_sum(problem: Problem, lam: float, side_lams: tuple[float, ...]) -> float:
     lams = (lam, *side_lams)
     if not all(math.isfinite(x) and x >= 0 for x in lams):
         raise SolutionError(f"multipliers must be finite numbers >= 0, got {lams!r}")
     if side_lams and len(side_lams) != len(problem.side_budgets):
         raise SolutionError(f"{len(side_lams)} multipliers for {len(problem.side_budgets)} sides")
-    usable = _usable_budget(problem)
+    # A dominated option may be the cheaper one in a side budget: then all options count.
+    costs = tuple(group.cost for group in problem.groups)
+    usable = _usable(costs, problem.budget) if any(side_lams) else _usable_budget(problem)
     least, unpriced = [], []
     for g, group in enumerate(problem.groups):
         # Relative to the cheapest option, the prices cancel less.
@@ -95,7 +113,9 @@ def _proven_sum(problem: Problem, lam: float, side_lams: tuple[float, ...]) -> f
     cheapest = sum(int(group.cost.min()) for group in problem.groups)
     rest = [-lam * (usable - cheapest)]
     for side, price in zip(problem.side_budgets, side_lams, strict=False):
-        rest.append(-price * (side.limit - sum(int(c.min()) for c in side.costs)))
+        rest.append(
+            -price * (_usable(side.costs, side.limit) - sum(int(c.min()) for c in side.costs))
+        )
     return max(math.fsum(unpriced), math.fsum([*least, *rest]))
 
 

@@ -16,7 +16,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.MULTILINE | re.DOT
 
 def run(number: int) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(BLOCKS[number], f"{README.name}[{number}]", "exec"), namespace)
+    for block in range(number + 1):  # a page is read from its top
+        exec(compile(BLOCKS[block], f"{README.name}[{block}]", "exec"), namespace)
     return namespace
 
 
@@ -27,7 +28,7 @@ def test_there_are_examples_and_all_of_them_are_found() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_every_example_runs_on_its_own(number: int) -> None:
+def test_every_example_runs_after_those_before(number: int) -> None:
     run(number)
 
 
