@@ -238,7 +238,7 @@ def with_workers(count: int, storage: str | None) -> Iterator[None]:
     if storage is None:
         raise BudgetError("several workers need a storage to share: give --storage or --output")
     try:
-        from rankopt_solvers.studies import open_storage
+        from rankopt_solvers.search.studies import open_storage
 
         # Here, so that the workers find a storage and do not all create it.
         open_storage(storage)

@@ -496,7 +496,7 @@ def test_best_floor_is_that_of_maxmin() -> None:
 
 
 def test_floor_beyond_the_budget_names_the_smallest_that_keeps_it() -> None:
-    with pytest.raises(InfeasibleBudgetError, match="min_retained=0.9") as error:
+    with pytest.raises(InfeasibleBudgetError, match=r"min_retained=0\.9") as error:
         make_plan(SMOOTH, keep=0.3, min_retained=0.9)
     smallest = int(re.findall(r"is ([0-9,]+) \(keep", str(error.value))[0].replace(",", ""))
     assert make_plan(SMOOTH, max_params=smallest, min_retained=0.9).size.planned <= smallest

@@ -20,10 +20,10 @@ from rankopt_solvers import (
     solve,
     verify,
 )
-from rankopt_solvers import several as several_module
-from rankopt_solvers.budgets import claim, normal_form, priced
-from rankopt_solvers.columns import Excess, Linear, relax_columns
-from rankopt_solvers.rounding import least_beside, repair, round_mixture
+from rankopt_solvers.knapsack import several as several_module
+from rankopt_solvers.knapsack.budgets import claim, normal_form, priced
+from rankopt_solvers.knapsack.columns import Excess, Linear, relax_columns
+from rankopt_solvers.knapsack.rounding import least_beside, repair, round_mixture
 
 HAS_HIGHS = find_spec("cvxpy") is not None and find_spec("highspy") is not None
 needs_highs = pytest.mark.skipif(not HAS_HIGHS, reason="needs the extra milp")

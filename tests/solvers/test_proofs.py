@@ -65,6 +65,18 @@ def test_no_multiplier_of_a_proof_proves_too_much(
             verify(problem, claim)
 
 
+@pytest.mark.parametrize("leaf", [1e5, 1e8, 1e12, 1e16, 1e20, 1e100, 1e300])
+def test_a_price_that_swallows_the_losses_hides_no_choice(leaf: float) -> None:
+    # Costs 32 + 58 and 45 + 45 are equal, and so are their prices up to rounding.
+    table = [32, 45, 53, 58, 64], [1.2e-4, 1.4e-8, 1.7e-9, 4e-11, 7e-12]
+    problem = Problem((group("a", *table), group("b", *table)), 96)
+    worse = certify(problem, (4, 0), "worse")
+    proof = Proof(1e-14, (Case(leaf),))
+    claim = dataclasses.replace(worse, bound=worse.loss, status="optimal", proof=proof)
+    with pytest.raises(SolutionError):
+        verify(problem, claim)
+
+
 @pytest.mark.parametrize(
     "cases",
     [
@@ -185,6 +197,8 @@ def test_no_proof_makes_a_bound_above_the_optimum_acceptable(
     usual = max(slopes, default=1.0)
     lams = st.one_of(
         st.sampled_from([*slopes, 0.0, -usual, 1e300, -1e300, math.nan, math.inf]),
+        # Prices so high that the losses are lost in their rounding.
+        st.integers(3, 18).map(lambda digits: 10.0**digits * usual),
         st.floats(0.0, 2.0).map(lambda x: x * usual),
     )
     # A random tree: each split replaces a leaf.

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from rankopt_solvers import Group, Problem, ProblemError, SolutionError, solve, verify
-from rankopt_solvers.multipliers import multiplier_names, multiplier_weights, reweighted
 from rankopt_solvers.search import (
     Choice,
     SearchError,
@@ -24,6 +23,7 @@ from rankopt_solvers.search import (
     StudyError,
     search,
 )
+from rankopt_solvers.search.multipliers import multiplier_names, multiplier_weights, reweighted
 
 pytest.importorskip("optuna")
 
@@ -384,7 +384,7 @@ def test_worker_whose_heart_stopped_on_another_host_is_replaced(tmp_path: Path) 
     """Its trial was not measured, is queued again, and its choice is measured by who is left."""
     from optuna.storages import RDBStorage
 
-    from rankopt_solvers.studies import _queue_again, quiet
+    from rankopt_solvers.search.studies import _queue_again, quiet
 
     with quiet():
         storage = RDBStorage(
@@ -401,7 +401,7 @@ def test_worker_whose_heart_stopped_on_another_host_is_replaced(tmp_path: Path) 
 
     with pytest.MonkeyPatch.context() as patch:
         # What a process leaves that is killed elsewhere: a RUNNING trial with one heartbeat.
-        patch.setattr("rankopt_solvers.studies.socket.gethostname", lambda: "elsewhere")
+        patch.setattr("rankopt_solvers.search.studies.socket.gethostname", lambda: "elsewhere")
         patch.setattr("optuna.study.Study.tell", lambda *args, **more: None)
         with pytest.raises(SystemExit):
             run(evaluate=die, storage=storage, trials=3)
@@ -413,8 +413,8 @@ def test_worker_whose_heart_stopped_on_another_host_is_replaced(tmp_path: Path) 
 
 
 def test_trial_of_another_host_in_a_journal_is_given_up_in_time(tmp_path: Path) -> None:
-    from rankopt_solvers.ledger import Ledger
-    from rankopt_solvers.studies import open_storage, requeue_dead
+    from rankopt_solvers.search.ledger import Ledger
+    from rankopt_solvers.search.studies import open_storage, requeue_dead
 
     problem, weights = instance()
     storage = open_storage(tmp_path / "s.journal")
@@ -433,8 +433,8 @@ def test_trial_of_another_host_in_a_journal_is_given_up_in_time(tmp_path: Path) 
 
 def test_trial_that_kills_its_process_is_left_alone_in_the_end(tmp_path: Path) -> None:
     """After three retries."""
-    from rankopt_solvers.ledger import Ledger
-    from rankopt_solvers.studies import RETRIES, open_storage, owner, requeue_dead
+    from rankopt_solvers.search.ledger import Ledger
+    from rankopt_solvers.search.studies import RETRIES, open_storage, owner, requeue_dead
 
     storage = open_storage(tmp_path / "s.journal")
     ledger = Ledger(instance()[0], storage, "rankopt", {})

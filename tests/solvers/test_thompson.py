@@ -9,7 +9,7 @@ pytest.importorskip("optuna")
 
 import optuna
 
-from rankopt_solvers.thompson import (
+from rankopt_solvers.search.thompson import (
     HIGHEST,
     LOWEST,
     ThompsonSampler,
@@ -42,7 +42,7 @@ def test_prior_is_positive_definite_and_says_who_is_alike() -> None:
 def test_many_measurements_of_a_linear_loss_give_the_true_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rankopt_solvers.thompson.NONLINEAR", 0.0)
+    monkeypatch.setattr("rankopt_solvers.search.thompson.NONLINEAR", 0.0)
     masses, losses, weights = measured(0, 60)
     for origin in (None, 3.0):
         found = draw_weights(
@@ -56,7 +56,7 @@ def test_many_measurements_of_a_linear_loss_give_the_true_weights(
 def test_draws_scatter_about_the_posterior_mean_and_less_with_more_evidence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rankopt_solvers.thompson.NONLINEAR", 0.03)
+    monkeypatch.setattr("rankopt_solvers.search.thompson.NONLINEAR", 0.03)
     masses, losses, _ = measured(1, 40, noise=0.01)
     covariance = 0.05 * prior(KINDS, DEPTHS, 15)  # so small that no draw is clipped
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rankopt_solvers.budgets import EPS, Budgets, Priced, priced
+from rankopt_solvers.knapsack.budgets import EPS, Budgets, Priced, priced
 from rankopt_solvers.table import FloatArray, IntArray
 
 #: Rounds of pricing; a dozen are usual.

@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from rankopt_solvers.budgets import (
+from rankopt_solvers.exact import solve_exact
+from rankopt_solvers.greedy import solve_greedy
+from rankopt_solvers.knapsack.budgets import (
     EPS,
     Budgets,
     Claim,
@@ -35,12 +37,10 @@ from rankopt_solvers.budgets import (
     of_table,
     priced,
 )
-from rankopt_solvers.constraints import AtMostChanged, constrained
-from rankopt_solvers.exact import solve_exact
-from rankopt_solvers.greedy import solve_greedy
-from rankopt_solvers.integer_program import require_milp, solve_program
+from rankopt_solvers.knapsack.constraints import AtMostChanged, constrained
+from rankopt_solvers.knapsack.integer_program import require_milp, solve_program
+from rankopt_solvers.knapsack.several import bound_of_several, program_of, solve_several
 from rankopt_solvers.problem import Group, Problem, ProblemError
-from rankopt_solvers.several import bound_of_several, program_of, solve_several
 from rankopt_solvers.solution import Solution, bound_of, certify
 
 

@@ -31,15 +31,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankopt_solvers.multipliers import (
+from rankopt_solvers.problem import Problem, ProblemError
+from rankopt_solvers.registry import Solver, solve
+from rankopt_solvers.search.multipliers import (
     LARGEST,
     check_labels,
     multiplier_names,
     multiplier_weights,
     reweighted,
 )
-from rankopt_solvers.problem import Problem, ProblemError
-from rankopt_solvers.registry import Solver, solve
 from rankopt_solvers.solution import Solution, certify
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import Trial
 
-    from rankopt_solvers.ledger import Ledger
+    from rankopt_solvers.search.ledger import Ledger
 
 Choice = tuple[int, ...]
 
@@ -236,8 +236,8 @@ def _open(
     parameters: str,
 ) -> "Ledger":
     _require("search", "optuna")
-    from rankopt_solvers.ledger import Ledger
-    from rankopt_solvers.studies import open_storage
+    from rankopt_solvers.search.ledger import Ledger
+    from rankopt_solvers.search.studies import open_storage
 
     identity = {"problem": problem.digest(), "label": label, "parameters": parameters}
     return Ledger(problem, open_storage(storage), name, identity)
@@ -253,8 +253,8 @@ def _sampler(
 ) -> "BaseSampler":
     import optuna
 
-    from rankopt_solvers.studies import quiet
-    from rankopt_solvers.thompson import ThompsonSampler
+    from rankopt_solvers.search.studies import quiet
+    from rankopt_solvers.search.thompson import ThompsonSampler
 
     if not isinstance(sampler, str):
         return sampler

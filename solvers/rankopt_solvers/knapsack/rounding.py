@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from rankopt_solvers.budgets import Budgets
+from rankopt_solvers.knapsack.budgets import Budgets
 from rankopt_solvers.table import FloatArray, IntArray
 
 #: Ways to settle the mixed groups that are tried.

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from rankopt_solvers.budgets import EPS, Budgets, Priced, infeasible, normal_form
-from rankopt_solvers.columns import Excess, Linear, relax_columns
-from rankopt_solvers.integer_program import Program, solve_program
+from rankopt_solvers.knapsack.budgets import EPS, Budgets, Priced, infeasible, normal_form
+from rankopt_solvers.knapsack.columns import Excess, Linear, relax_columns
+from rankopt_solvers.knapsack.integer_program import Program, solve_program
+from rankopt_solvers.knapsack.rounding import fill, least_beside, loss_of, round_mixture
 from rankopt_solvers.problem import Problem
-from rankopt_solvers.rounding import fill, least_beside, loss_of, round_mixture
 from rankopt_solvers.solution import NoChoiceFoundError
 from rankopt_solvers.table import FloatArray, IntArray
 
