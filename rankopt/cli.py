@@ -153,8 +153,8 @@ def plan(
     ] = None,
     trials: Annotated[int, typer.Option(help="search: plans to measure in all.")] = 40,
     sampler: Annotated[
-        str, typer.Option(help="search: thompson, tpe, cmaes, gp or random.")
-    ] = "thompson",
+        str, typer.Option(help="search: cmaes, tpe, thompson, gp or random.")
+    ] = "cmaes",
     storage: Annotated[
         str | None,
         typer.Option(help="search: journal file or database URL; OUTPUT.journal if not given."),

@@ -80,7 +80,7 @@ def search_plan(
     backend: str | None = None,
     scale: str | None = None,
     plans: Sequence[str] = PLANS,
-    sampler: Any = "thompson",
+    sampler: Any = "cmaes",
     storage: Any = None,
     study_name: str = "rankopt",
     seed: int = 0,
@@ -104,7 +104,7 @@ def search_plan(
         backend: whose spectra to use; by default the profile's first.
         scale: how layers compare (see curves); by default the backend's first.
         plans: SOLVER or SOLVER/OBJECTIVE, measured first.
-        sampler: ``thompson``, ``tpe``, ``cmaes``, ``gp``, ``random``, or a sampler of Optuna's.
+        sampler: ``cmaes``, ``tpe``, ``thompson``, ``gp``, ``random``, or a sampler of Optuna's.
         storage: a journal file or a database's URL; the same call goes on where it was stopped,
             and several processes share the work. None keeps nothing.
         study_name: name in the storage.

@@ -48,7 +48,7 @@ def cores(draw: st.DrawFn) -> Steps:
     return Steps(steps, cost, loss, draw(st.integers(0, 30)), float(lam), 0.0)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(given_=cores(), left=st.sampled_from([0.0, 3.0, 10.0, 40.0, 1e6]))
 def test_both_programs_agree_with_enumeration(given_: Steps, left: float) -> None:
     steps = dataclasses.replace(given_, left=left)

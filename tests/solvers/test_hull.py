@@ -48,7 +48,7 @@ def exact_bound(problem: Problem, lam: float) -> Fraction:
     return least - price * problem.table.tightened(problem.budget)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_vertices_are_those_of_the_definition(problems: Problems, data: st.DataObject) -> None:
     # Small whole losses keep the float slopes exact enough to separate any two of them.
@@ -89,7 +89,7 @@ def test_points_on_a_line_are_no_vertices() -> None:
     assert lower_hulls(table).vertex.tolist() == [0, 4999]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_every_option_lies_on_or_above_the_hull(ugly: Problems, data: st.DataObject) -> None:
     problem = data.draw(ugly())
@@ -182,7 +182,7 @@ def check_relaxation(table: Table, hulls: Hulls, found: Relaxation, budget: int)
         assert table.cost[target] - table.cost[found.position[row]] > found.room
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_the_bound_is_one_and_close_to_the_lagrangian_function(
     ugly: Problems, optimum: Optimum, data: st.DataObject
@@ -198,7 +198,7 @@ def test_the_bound_is_one_and_close_to_the_lagrangian_function(
     assert Fraction(bound) >= exact - Fraction(best) / 2**40 - Fraction(5e-324) * 64
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_no_multiplier_proves_more_than_the_one_found(
     problems: Problems, data: st.DataObject

@@ -14,7 +14,7 @@ Problems = Callable[..., st.SearchStrategy[Problem]]
 Choices = Callable[[Problem], list[tuple[int, ...]]]
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_other_option_loses_at_least_the_margin_more(
     problems: Problems, feasible_choices: Choices, data: st.DataObject

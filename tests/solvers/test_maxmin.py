@@ -30,7 +30,7 @@ def group(name: str, cost: list[int], loss: list[float]) -> Group:
     return Group(name, np.array(cost), np.array(loss))
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_the_smallest_level_is_that_of_enumeration(
     ugly: Problems, optimum: Optimum, data: st.DataObject
@@ -96,7 +96,7 @@ def second_stage(
     )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_without_a_level_the_best_one_is_kept(
     problems: Problems, feasible_choices: Choices, data: st.DataObject
@@ -115,7 +115,7 @@ def test_without_a_level_the_best_one_is_kept(
     assert solution.bound <= solve(problem).loss <= solution.loss * (1 + 1e-12)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_level_of_another_measure(
     problems: Problems, feasible_choices: Choices, data: st.DataObject

@@ -68,10 +68,10 @@ def test_no_multiplier_of_a_proof_proves_too_much(
 @pytest.mark.parametrize("leaf", [1e5, 1e8, 1e12, 1e16, 1e20, 1e100, 1e300])
 def test_a_price_that_swallows_the_losses_hides_no_choice(leaf: float) -> None:
     # Costs 32 + 58 and 45 + 45 are equal, and so are their prices up to rounding.
-    table = [32, 45, 53, 58, 64], [1.2e-4, 1.4e-8, 1.7e-9, 4e-11, 7e-12]
+    table = [32, 45, 53, 58, 64], [1.1819e-4, 1.4264e-8, 1.691e-9, 3.98e-11, 7.12e-12]
     problem = Problem((group("a", *table), group("b", *table)), 96)
     worse = certify(problem, (4, 0), "worse")
-    proof = Proof(1e-14, (Case(leaf),))
+    proof = Proof(1.17e-14, (Case(leaf),))
     claim = dataclasses.replace(worse, bound=worse.loss, status="optimal", proof=proof)
     with pytest.raises(SolutionError):
         verify(problem, claim)
@@ -180,7 +180,7 @@ def test_a_leaf_whose_multiplier_proves_nothing_is_refused_or_enumerated(
                         verify(problem, with_case(claim, leaf, multiplier=multiplier))
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_no_proof_makes_a_bound_above_the_optimum_acceptable(
     ugly: Problems,

@@ -67,7 +67,7 @@ OURS = ["exact", "greedy", "density"]
 
 @pytest.mark.parametrize("objective", ["sum", "max"])
 def test_a_few_hundred(ugly: Problems, optimum: Optimum, objective: Objective) -> None:
-    run(ugly(objective), optimum, OURS, 250)
+    run(ugly(objective), optimum, OURS, 200)
 
 
 @needs_highs

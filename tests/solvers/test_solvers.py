@@ -31,7 +31,7 @@ def affordable_improvements(problem: Problem, choice: tuple[int, ...], level: fl
     ]
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_greedy_spends_what_can_be_spent(
     ugly: Problems, optimum: Optimum, data: st.DataObject
@@ -48,7 +48,7 @@ def test_greedy_spends_what_can_be_spent(
     assert not affordable_improvements(capped, solution.choice, np.inf)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(solver=st.sampled_from(OURS), data=st.data())
 def test_max_is_exact_and_the_rest_of_the_budget_is_spent(
     problems: Problems, optimum: Optimum, solver: str, data: st.DataObject

@@ -34,7 +34,7 @@ def random_table(seed: int, groups: int = 40, largest: int = 200) -> Table:
     return tabulate([(rng.integers(0, 10**6, k) * 6, rng.random(k)) for k in sizes])
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_rows_hold_the_undominated_options_and_know_where_they_came_from(
     ugly: Problems, data: st.DataObject
@@ -92,7 +92,7 @@ def test_single_options_have_no_divisor() -> None:
     assert table.tightened(13) == table.tightened(10**30) == 13
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_tightened_budget_is_the_budget_for_undominated_choices(
     ugly: Problems, data: st.DataObject

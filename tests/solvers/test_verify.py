@@ -127,7 +127,7 @@ def test_the_bound_at_zero_needs_no_multiplier(generic: Callable[..., Problem]) 
 
 
 @pytest.mark.parametrize("objective", ["sum", "max"])
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_no_multiplier_makes_a_bound_above_the_optimum_acceptable(
     problems: Problems,
