@@ -197,16 +197,7 @@ def study(
                     pending += jobs_of(case, bound, folder, settings)
     found.verdicts += [*claims.fast(found.rows), claims.proven(found.rows)]
     found.verdicts.append(claims.layerwise(found.rows))
-    for instance in watched:
-        case = next(cases(instance, settings.watched, (0.5,), ("sum",)))
-        print(f"memory and frontier: {case.name}", flush=True)
-        found.verdicts.append(
-            claims.memory(
-                case.name, measure.memory_ratio(case), measure.memory_ratio(case, writable=True)
-            )
-        )
-        bracket = measure.bracket(case, settings.budgets)
-        found.verdicts += claims.bracketed(f"{instance.name} q={case.multiple}", bracket)
+    found.verdicts += watch(watched, settings)
     print(f"HiGHS: {len(pending)} processes", flush=True)
     answers = milp.run_all([one.job for one in pending], settings.workers)
     for one, answer in zip(pending, answers, strict=True):
@@ -219,11 +210,33 @@ def study(
     return found
 
 
-def write(found: Found, settings: Settings, seconds: float, folder: Path) -> None:
+def watch(watched: list[instances.Instance], settings: Settings) -> list[claims.Claim]:
+    """Peak memory, and the frontier against exact optima."""
+    verdicts = []
+    for instance in watched:
+        case = next(cases(instance, settings.watched, (0.5,), ("sum",)))
+        print(f"memory and frontier: {case.name}", flush=True)
+        read_only, writable = measure.memory_ratio(case), measure.memory_ratio(case, writable=True)
+        verdicts.append(claims.memory(case.name, read_only, writable))
+        bracket = measure.bracket(case, settings.budgets)
+        verdicts += claims.bracketed(f"{instance.name} q={case.multiple}", bracket)
+    return verdicts
+
+
+def watch_again(watched: list[instances.Instance], settings: Settings, before: Row) -> Found:
+    """Only memory and frontier once more; the other figures stay those of the run before."""
+    found = Found(before["rows"], before["knapsack_and_exact"], left_out=before["left_out"])
+    again = {claim.text: claim for claim in watch(watched, settings)}
+    old = [claims.Claim(**claim) for claim in before["claims"]]
+    found.verdicts = [again.get(claim.text, claim) for claim in old]
+    return found
+
+
+def write(found: Found, settings: Settings, seconds: float, folder: Path, command: str) -> None:
     """results.json, a row on each line, and table.md."""
     packages = ("numpy", "scipy", "cvxpy", "highspy")
     head = {
-        "command": " ".join(["python", "experiments/01_exactness/run.py", *sys.argv[1:]]),
+        "command": command,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: importlib.metadata.version(name) for name in packages},
@@ -250,6 +263,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="HiGHS processes at a time")
     parser.add_argument("--only", default="", help="instances whose name holds this")
     parser.add_argument("--folder", type=Path, default=HERE, help="where the results go")
+    parser.add_argument(
+        "--watch-again", action="store_true", help="measure only memory and frontier once more"
+    )
     given = parser.parse_args()
     started = time.perf_counter()
     if given.quick:
@@ -264,11 +280,17 @@ def main() -> None:
         settings = Settings(
             (0.2, 0.5, 0.8), (1, 16, 64), given.highs_limit, given.workers, watched=1, budgets=200
         )
-    with tempfile.TemporaryDirectory() as temporary:
-        found = study(chosen, watched, settings, Path(temporary))
+    command = " ".join(["python", "experiments/01_exactness/run.py", *sys.argv[1:]])
+    if given.watch_again:
+        before = json.loads((given.folder / "results.json").read_text(encoding="utf-8"))
+        found, skipped = watch_again(watched, settings, before), []
+        command, started = f"{before['command']}; {command}", started - before["wall_seconds"]
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            found = study(chosen, watched, settings, Path(temporary))
     found.left_out += [f"{name}: its package is not installed" for name in skipped]
     if not given.quick:
-        write(found, settings, time.perf_counter() - started, given.folder)
+        write(found, settings, time.perf_counter() - started, given.folder, command)
     for note in found.left_out:
         print(f"left out: {note}")
     for claim in found.verdicts:

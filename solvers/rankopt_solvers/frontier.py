@@ -45,13 +45,23 @@ class Frontier:
             self.problem.with_budget(budget).require_feasible()
         return point
 
+    def _position(self, point: int) -> IntArray:
+        hulls = self.problem.hulls
+        taken = np.bincount(self.group[:point], minlength=self.problem.table.rows)
+        vertex: IntArray = hulls.vertex[hulls.start[:-1] + taken]
+        return vertex
+
+    def _value(self, point: int) -> float:
+        # The running sums of `loss` are rounded at every step, this one once.
+        return math.fsum(self.problem.table.loss[self._position(point)].tolist())
+
     def value(self, budget: int) -> float:
         """Loss of the nested choice within the budget.
 
         Raises:
             InfeasibleError: even the cheapest choice is over the budget.
         """
-        return float(self.loss[self._point(budget)])
+        return self._value(self._point(budget))
 
     def bound(self, budget: int) -> float:
         """No choice within the budget loses less than this: the linear relaxation, rounded down.
@@ -60,13 +70,13 @@ class Frontier:
             InfeasibleError: even the cheapest choice is over the budget.
         """
         point = self._point(budget)
-        at = float(self.loss[point])
+        at = self._value(point)
         if point == self.slope.size:
-            return at * (1 - 8 * EPS)
+            return at
         usable = self.problem.table.tightened(budget)
         saved = float(self.slope[point]) * (usable - int(self.cost[point]))
-        # The running sums are rounded; so are slopes, by which an edge may be out of place.
-        rounding = EPS * (16 * self.problem.table.rows * at + 16 * saved)
+        # Slopes are rounded: by that an edge may be out of its place.
+        rounding = 16 * EPS * self.problem.table.rows * (at + saved)
         return max(at - saved - rounding, 0.0)
 
     def choice(self, budget: int) -> tuple[int, ...]:
@@ -75,10 +85,7 @@ class Frontier:
         Raises:
             InfeasibleError: even the cheapest choice is over the budget.
         """
-        point = self._point(budget)
-        hulls, table = self.problem.hulls, self.problem.table
-        taken = np.bincount(self.group[:point], minlength=table.rows)
-        return table.options_at(hulls.vertex[hulls.start[:-1] + taken])
+        return self.problem.table.options_at(self._position(self._point(budget)))
 
     def nested(self, budget: int) -> "Solution":
         """The nested choice with its certificate.

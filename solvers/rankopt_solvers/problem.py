@@ -54,7 +54,10 @@ class InfeasibleError(ValueError):
 
 def _frozen(array: npt.NDArray[np.generic], given: object) -> npt.NDArray[np.generic]:
     """A read-only array that the caller cannot write to: a copy, unless it already is one."""
-    if array is given and not array.flags.writeable:
+    owner = array
+    while isinstance(owner.base, np.ndarray):
+        owner = owner.base
+    if array is given and not array.flags.writeable and not owner.flags.writeable:
         return array
     kept = array.copy() if array is given or array.base is not None else array
     kept.flags.writeable = False
@@ -91,7 +94,7 @@ class Group:
         cost: shape ``(K,)``, whole numbers >= 0, in any order.
         loss: shape ``(K,)``, finite, >= 0; loss[j] belongs to cost[j].
 
-    Both are copied, unless they are read-only arrays of int64 and float64 already.
+    Both are copied, unless they are read-only arrays of int64 and float64 that nobody can write.
 
     Raises:
         ProblemError: wrong shapes, NaN or infinite losses, negative numbers.
@@ -107,7 +110,7 @@ class Group:
             loss = np.ascontiguousarray(self.loss, dtype=np.float64)
         except (TypeError, ValueError) as error:
             raise ProblemError(f"group {self.name!r}: losses must be numbers: {error}") from error
-        if cost.ndim != 1 or cost.shape != loss.shape or not cost.size:
+        if np.ndim(self.cost) != 1 or cost.shape != loss.shape or not cost.size:
             raise ProblemError(
                 f"group {self.name!r}: cost and loss must be two equally long lists of at least "
                 f"one option, got shapes {cost.shape} and {loss.shape}"
@@ -131,11 +134,12 @@ def shared_choice(name: str, groups: Sequence[Group]) -> Group:
     Raises:
         ProblemError: no groups, or different numbers of options.
     """
-    sizes = {group.name: group.cost.size for group in groups}
-    if len(set(sizes.values())) != 1:
+    sizes = [(group.name, group.cost.size) for group in groups]
+    if len({size for _, size in sizes}) != 1:
         raise ProblemError(
             f"group {name!r}: a shared choice needs equally many options, got {sizes}"
         )
+    _require_small(f"group {name!r}", (group.cost for group in groups))
     return Group(name, sum(group.cost for group in groups), sum(group.loss for group in groups))  # type: ignore[arg-type]
 
 
@@ -146,7 +150,7 @@ class SideBudget:
     Args:
         name: said in every error.
         costs: one array for each group, aligned with its options; whole numbers >= 0.
-        limit: largest total, an integer >= 0.
+        limit: largest total, an integer.
 
     Raises:
         ProblemError: a cost that is not a whole number >= 0, a limit that is no integer.
@@ -158,6 +162,10 @@ class SideBudget:
 
     def __post_init__(self) -> None:
         costs = tuple(_integers(f"{k} of {self.name}", cost) for k, cost in enumerate(self.costs))
+        if any(np.ndim(cost) != 1 or not np.size(cost) for cost in self.costs):
+            raise ProblemError(
+                f"side budget {self.name!r}: each group needs a list of at least one cost"
+            )
         object.__setattr__(self, "costs", costs)
         object.__setattr__(self, "limit", _whole(f"the limit of {self.name!r}", self.limit))
         _require_small(self.name, costs)
@@ -214,6 +222,10 @@ class Problem:
         if self.objective not in get_args(Objective):
             raise ProblemError(f"objective must be 'sum' or 'max', got {self.objective!r}")
         _require_small("the budget", (group.cost for group in self.groups))
+        largest = [float(group.loss.max()) for group in self.groups]
+        if max(largest) > np.finfo(np.float64).max / (2 * len(largest)):
+            worst = self.groups[largest.index(max(largest))].name
+            raise ProblemError(f"group {worst!r}: losses of {max(largest)!r} cannot be added up")
         sizes = [group.cost.size for group in self.groups]
         for side in self.side_budgets:
             given = [cost.size for cost in side.costs]

@@ -22,7 +22,7 @@ TOLERANCE = 1e-12
 MOST_PARTIAL_CHOICES = 20_000_000
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what overflows is too dear for any choice
+@np.errstate(over="ignore")  # what overflows is too dear for any choice
 def verify(problem: Problem, solution: Solution) -> None:
     """Check a solution's claims without any of the solvers' code.
 
@@ -139,6 +139,9 @@ class _Row:
 
 def _check_proof(problem: Problem, proof: Proof, bound: float) -> None:
     """Raise SolutionError unless no choice within the budget loses less than ``bound``."""
+    lams = [proof.multiplier, *(case.multiplier for case in proof.cases)]
+    if not all(math.isfinite(lam) and lam >= 0 for lam in lams):
+        raise SolutionError("the multipliers of the proof must be finite numbers >= 0")
     budget = _usable_budget(problem)
     rows, names = [], []
     for group in problem.groups:
@@ -167,6 +170,8 @@ def _check_proof(problem: Problem, proof: Proof, bound: float) -> None:
             ]
             _check_leaf(inside, budget, case.multiplier, bound, index)
             continue
+        if case.group >= len(rows):
+            raise SolutionError(f"case {index} of the proof splits group {case.group}: no such")
         if min(case.below, case.above) <= index:
             raise SolutionError(f"case {index} of the proof comes after its own cases")
         below, above = list(high), list(low)
@@ -185,7 +190,7 @@ def _reduced(rows: list[_Row], budget: int, lam: float, bound: float) -> list[_R
     return [
         _Row(row.cost[keep], row.loss[keep])
         for row, extra in zip(rows, excess, strict=True)
-        for keep in [extra <= bound - floor + TOLERANCE * bound]
+        for keep in [extra <= bound - floor + TOLERANCE * max(bound, bound - floor)]
     ]
 
 
@@ -201,7 +206,10 @@ def _excess(rows: list[_Row], budget: int, lam: float) -> tuple[list[np.ndarray]
         excess.append(extra - min(float(extra.min()), 0.0))
         least.append(float(row.loss[best]) + min(float(extra.min()), 0.0))
         base += int(row.cost[best] - row.cost.min())
-    return excess, math.fsum([*least, -lam * (budget - base)])
+    unspent = lam * (budget - base)
+    if not math.isfinite(unspent):
+        raise SolutionError(f"the multiplier {lam!r} of the proof is too large to be evaluated")
+    return excess, math.fsum([*least, -unspent])
 
 
 def _check_leaf(rows: list[_Row], budget: int, lam: float, bound: float, index: int) -> None:
@@ -259,8 +267,10 @@ def _cheapest_below(
             unspent = max(budget - total - later_most, 0)
             if total + later_least > budget or above + lam * unspent > slack + lam * left_over:
                 continue
-            if total not in longer or above < longer[total][1]:
-                longer[total] = (loss + float(rows[g].loss[j]), above)
+            # At one cost the excess orders as the loss does, but a high price can swallow it.
+            lost = loss + float(rows[g].loss[j])
+            if total not in longer or lost < longer[total][0]:
+                longer[total] = (lost, above)
         if looked_at > MOST_PARTIAL_CHOICES:
             return None
         partial = _front(longer)

@@ -28,6 +28,9 @@ from rankopt_solvers.table import FloatArray, IntArray
 #: What the gap between the choice in hand and the bound becomes in the scaled objective.
 SCALE = 1e4
 
+#: Largest coefficient of the objective.
+LARGEST_OBJECTIVE = 1e12
+
 #: Largest coefficient of a budget.
 LARGEST = 2**30
 
@@ -108,11 +111,15 @@ def solve_program(program: Program, time_limit: float) -> tuple[IntArray | None,
     one_each = csr_array(
         (np.ones(columns), (program.group, np.arange(columns))), shape=(groups, columns)
     )
-    scale = SCALE / program.gap
+    # A coefficient far above the gap keeps an option out, however large it is.
+    with np.errstate(over="ignore"):
+        reduced, prices = (
+            np.minimum(x / program.gap * SCALE, LARGEST_OBJECTIVE) for x in (program.reduced, price)
+        )
     take = cp.Variable(columns, boolean=True)
     left = cp.Variable(room.size, nonneg=True)
     stated = cp.Problem(
-        cp.Minimize((program.reduced * scale) @ take + (price * scale) @ left),
+        cp.Minimize(reduced @ take + prices @ left),
         [one_each @ take == 1, csr_array(spent.astype(np.float64)) @ take + left == room],
     )
     try:
