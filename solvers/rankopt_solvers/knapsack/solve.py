@@ -1,7 +1,11 @@
 """The knapsack as an integer program through cvxpy and HiGHS, and constraints that ``exact`` lacks.
 
 *When to prefer it.* With one budget and no other constraint ``exact`` is faster and proves what it
-finds; ``knapsack`` is there as an independent answer by a general solver. It is the solver for
+finds: on 70 instances of up to 10^5 options (experiments/01_exactness) HiGHS ends within 5 s on 60,
+and there ``knapsack`` gives the optimum of ``exact`` at loss scales from 1e-12 to 1e6; on the other
+ten (Llama-7B's shapes) it ends up to 2e-5 above. ``exact`` takes at most 0.33 s on all of them.
+Without the reduction and the scale HiGHS calls 14 of 62 choices optimal that are not. ``knapsack``
+is an independent answer by a general solver, and the solver for
 
 * several budgets (``problem.side_budgets``): see several;
 * forced and forbidden options: options that are left out, so ``exact`` solves what is left;
