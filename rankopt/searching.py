@@ -8,7 +8,6 @@ ranks are fitted to: measure the result on other data.
 
 import contextlib
 import dataclasses
-import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -153,7 +152,7 @@ def search_plan(
             return evaluate(compressed, batches, progress=False).loss
 
     dense = evaluate(model, batches, progress=False)
-    digests = f"{profile.digest()} {data_digest(model, batches)}"
+    label = f"profile {profile.digest()[:16]}, data {data_digest(model, batches)[:16]}"
     last = max(len(offered.layers) - 1, 1)
     with bar(range(trials), "Search", "trial", progress) as shown:
 
@@ -173,7 +172,7 @@ def search_plan(
                 origin=dense.loss,
                 storage=storage,
                 study_name=study_name,
-                label=hashlib.sha256(digests.encode()).hexdigest(),
+                label=label,
                 seed=seed,
                 solver=solver,
                 solver_options=solver_options,

@@ -150,7 +150,7 @@ def open_study(storage: BaseStorage, name: str, identity: dict[str, Any]) -> Stu
             study.set_user_attr(key, wanted)
         elif found != wanted:
             raise StudyError(
-                f"the study {name!r} is about another {key} ({found!r:.40}, now {wanted!r:.40}): "
+                f"the study {name!r} is about another {key} ({found!s:.60}; now {wanted!s:.60}): "
                 "give another storage or study name, or what it was started with"
             )
     return study
