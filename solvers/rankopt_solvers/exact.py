@@ -32,7 +32,7 @@ from rankopt_solvers.greedy import filled
 from rankopt_solvers.hull import Relaxation, lower_bound, lower_hulls, reduced_losses, relax
 from rankopt_solvers.problem import Problem, refuse_side_budgets
 from rankopt_solvers.solution import Case, Proof, Solution, certify
-from rankopt_solvers.table import IntArray, Table
+from rankopt_solvers.table import IntArray, Table, identical_rows
 
 #: Partial choices that one dynamic program may look at. Where the edge at the break is a long one,
 #: splitting the case does more.
@@ -154,7 +154,7 @@ class _Search:
             near = reduced_losses(block, root.multiplier, at) <= gap
             kept[a : a + near.size] = near & (block.loss <= loss)
         kept[position] = True
-        self._siblings = _identical_rows(full)
+        self._siblings = identical_rows(full)
         for row, rows in enumerate(self._siblings):
             if rows.size > 1 and rows[0] == row:
                 # Rounding may have told them apart.
@@ -175,7 +175,7 @@ class _Search:
         self.loss = int(self.table.loss[at].sum())
         self.cases: list[Case] = []
         self.nodes = self.states = 0
-        self._heap: list[tuple[float, int, _Node, Core | None]] = []
+        self._heap: list[tuple[float, int, _Node, Core]] = []
         self._counter = 0
         self._push(_Node(core.start[:-1].copy(), core.start[1:].copy(), self._case()))
 
@@ -203,7 +203,6 @@ class _Search:
             if self.nodes and stopped():
                 return True
             _, _, node, core = heapq.heappop(self._heap)
-            assert core is not None
             self._look(node, core)
         return False
 
@@ -295,34 +294,3 @@ def _is_long(core: Core) -> bool:
     more = position[position + 1 < table.start[1:]]
     usual = float(np.median(table.cost[more + 1] - table.cost[more]))
     return float(table.cost[target] - table.cost[position[row]]) > LONG * usual
-
-
-def _identical_rows(table: Table) -> list[IntArray]:
-    """For each row the rows with the same options, itself included, in order."""
-    first, last = table.start[:-1], table.start[1:] - 1
-    middle = (first + last) // 2
-    looks = zip(
-        (last - first).tolist(),
-        table.cost[last].tolist(),
-        table.loss[first].tolist(),
-        table.loss[middle].tolist(),
-        strict=True,
-    )
-    classes: dict[tuple[float, ...], list[list[int]]] = {}
-    for row, look in enumerate(looks):
-        here = slice(int(first[row]), int(last[row]) + 1)
-        for members in classes.setdefault(look, []):
-            there = slice(int(first[members[0]]), int(last[members[0]]) + 1)
-            if np.array_equal(table.cost[here], table.cost[there]) and np.array_equal(
-                table.loss[here], table.loss[there]
-            ):
-                members.append(row)
-                break
-        else:
-            classes[look].append([row])
-    found: list[IntArray] = [np.empty(0, dtype=np.int64)] * table.rows
-    for group in classes.values():
-        for members in group:
-            for row in members:
-                found[row] = np.array(members)
-    return found

@@ -157,3 +157,34 @@ def tabulate(options: Sequence[tuple[IntArray, FloatArray]]) -> Table:
         )
     start = np.concatenate(([0], np.cumsum(size)))
     return Table(start, np.concatenate(costs), np.concatenate(losses), option)
+
+
+def identical_rows(table: Table) -> list[IntArray]:
+    """For each row the rows with the same options, itself included, in order."""
+    first, last = table.start[:-1], table.start[1:] - 1
+    middle = (first + last) // 2
+    looks = zip(
+        (last - first).tolist(),
+        table.cost[last].tolist(),
+        table.loss[first].tolist(),
+        table.loss[middle].tolist(),
+        strict=True,
+    )
+    classes: dict[tuple[float, ...], list[list[int]]] = {}
+    for row, look in enumerate(looks):
+        here = slice(int(first[row]), int(last[row]) + 1)
+        for members in classes.setdefault(look, []):
+            there = slice(int(first[members[0]]), int(last[members[0]]) + 1)
+            if np.array_equal(table.cost[here], table.cost[there]) and np.array_equal(
+                table.loss[here], table.loss[there]
+            ):
+                members.append(row)
+                break
+        else:
+            classes[look].append([row])
+    found: list[IntArray] = [np.empty(0, dtype=np.int64)] * table.rows
+    for group in classes.values():
+        for members in group:
+            for row in members:
+                found[row] = np.array(members)
+    return found
