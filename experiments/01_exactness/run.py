@@ -238,7 +238,6 @@ def write(found: Found, settings: Settings, seconds: float, folder: Path, comman
     head = {
         "command": command,
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "seed": instances.SEED,
         "settings": dataclasses.asdict(settings),
