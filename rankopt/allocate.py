@@ -11,6 +11,7 @@ sides.
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -50,8 +51,15 @@ class Allocation:
     rank_multiple: int
 
     def problem(self, budget: int) -> Problem:
-        """The problem under a budget of parameters."""
-        return Problem(self.groups, budget, "max" if self.objective == "maxmin" else "sum")
+        """The problem under a budget of parameters; what one prepares serves all."""
+        return self._prepared.with_budget(budget)
+
+    @cached_property
+    def _prepared(self) -> Problem:
+        problem = Problem(self.groups, 0, "max" if self.objective == "maxmin" else "sum")
+        # The level of a maxmin needs the table only; every bound of a sum needs the hulls too.
+        _ = problem.table if problem.objective == "max" else problem.hulls
+        return problem
 
     def fairness_problem(self, budget: int) -> Problem:
         """Minimise the largest lost share, whatever the objective: what ``threshold`` needs."""

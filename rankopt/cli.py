@@ -31,17 +31,18 @@ from rankopt.options import (
     PairOption,
     ProfileArgument,
     ScaleOption,
+    Source,
     SplitOption,
     SpreadOptions,
     TextOption,
-    batches_of,
     floor_of,
     require_writable,
-    rows_of,
 )
 from rankopt.plan import Plan
 from rankopt.planning import known_solvers, make_plan
 from rankopt.profile import Profile
+
+_SOLVERS = ", ".join([*known_solvers(), "search"])
 
 app = typer.Typer(
     help="Decide how many ranks each layer of a neural network deserves.\n\n"
@@ -87,22 +88,13 @@ def profile(
 ) -> None:
     """Measure what every rank of every layer retains."""
     require_writable(output, force)
-    rows = rows_of(data, split, text_column, pair_column)
+    source = Source.read(
+        data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+    )
     from rankopt.measure import profile_model
-    from rankopt.models import load_model
     from rankopt.report import profile_summary
 
-    loaded = load_model(model, dtype)
-    batches = batches_of(
-        data,
-        loaded,
-        model,
-        rows=rows,
-        columns=(text_column, pair_column, label_column),
-        max_length=max_length,
-        batch_size=batch_size,
-        examples=examples,
-    )
+    loaded, batches = source.load(model, dtype)
     found = profile_model(loaded, batches, backends=tuple(backend or ["fwsvd"]), keep_bases=bases)
     found.save(output)
     typer.echo(found.info.model_dump_json() if as_json else profile_summary(found))
@@ -116,7 +108,7 @@ def profile(
     "rankopt plan profile.safetensors --solver threshold --share 0.95\n\n"
     "rankopt plan profile.safetensors --keep 0.9 -o plan.json --solver search "
     "--model ./model --data validation.txt --trials 40\n\n"
-    "Without -o the plan is printed. Solvers: " + ", ".join(known_solvers()) + ", search, or "
+    "Without -o the plan is printed. Solvers: " + _SOLVERS + ", or "
     "module:function of your own. A search goes on where it was stopped when it is called again."
 )
 def plan(
@@ -130,7 +122,7 @@ def plan(
     max_params: Annotated[
         int | None, typer.Option(help="Parameters for the planned layers.")
     ] = None,
-    solver: Annotated[str, typer.Option(help=", ".join([*known_solvers(), "search"]))] = "exact",
+    solver: Annotated[str, typer.Option(help=_SOLVERS)] = "exact",
     objective: Annotated[str, typer.Option(help="total, layerwise or maxmin.")] = "total",
     rank_multiple: MultipleOption = 1,
     backend: BackendOption = None,
@@ -201,22 +193,13 @@ def plan(
             raise RankoptError("--solver search measures a model: it needs --model and --data")
         if share is not None or min_retained is not None:
             raise RankoptError("--share and --min-retained do not go with --solver search")
-        rows = rows_of(data, split, text_column, pair_column)
+        source = Source.read(
+            data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+        )
         loaded_profile = Profile.load(profile)
-        from rankopt.models import load_model
         from rankopt.searching import search_plan, with_workers
 
-        loaded = load_model(model, dtype)
-        batches = batches_of(
-            data,
-            loaded,
-            model,
-            rows=rows,
-            columns=(text_column, pair_column, label_column),
-            max_length=max_length,
-            batch_size=batch_size,
-            examples=examples,
-        )
+        loaded, batches = source.load(model, dtype)
         kept = storage or (None if output is None else f"{output}.journal")
         with with_workers(workers, kept):
             searched = search_plan(
@@ -277,7 +260,13 @@ def compare_command(
     """Show strategies side by side: retained Fisher information, size, gap, and measured loss."""
     if (model is None) != (data is None):
         raise RankoptError("measuring the loss needs both --model and --data")
-    data_rows = [] if data is None else rows_of(data, split, text_column, pair_column)
+    source = (
+        None
+        if data is None
+        else Source.read(
+            data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+        )
+    )
     strategies = [Strategy.parse(text) for text in strategy] if strategy else DEFAULT_STRATEGIES
     loaded_profile = Profile.load(profile)
     rows = list(
@@ -291,22 +280,11 @@ def compare_command(
         )
     )
     dense = None
-    if model is not None and data is not None:
+    if model is not None and source is not None:
         from rankopt.evaluation import evaluate
         from rankopt.measured import measure_rows
-        from rankopt.models import load_model
 
-        loaded = load_model(model, dtype)
-        batches = batches_of(
-            data,
-            loaded,
-            model,
-            rows=data_rows,
-            columns=(text_column, pair_column, label_column),
-            max_length=max_length,
-            batch_size=batch_size,
-            examples=examples,
-        )
+        loaded, batches = source.load(model, dtype)
         dense = evaluate(loaded, batches)
         rows = list(measure_rows(loaded, loaded_profile, rows, batches))
     if as_json:
@@ -375,22 +353,13 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Measure loss, the task's metric and size of a dense or compressed model."""
-    rows = rows_of(data, split, text_column, pair_column)
+    source = Source.read(
+        data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+    )
     from rankopt.evaluation import evaluate
-    from rankopt.models import load_model
     from rankopt.report import evaluation, print_table
 
-    loaded = load_model(model, dtype)
-    batches = batches_of(
-        data,
-        loaded,
-        model,
-        rows=rows,
-        columns=(text_column, pair_column, label_column),
-        max_length=max_length,
-        batch_size=batch_size,
-        examples=examples,
-    )
+    loaded, batches = source.load(model, dtype)
     found = evaluate(loaded, batches)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=1))

@@ -1,5 +1,6 @@
 """What commands of the command line share: options, data, and checks before long work."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -74,52 +75,75 @@ ScaleOption = Annotated[str | None, typer.Option(help="How layers compare: nats 
 MultipleOption = Annotated[int, typer.Option(help="Offer only multiples of this rank.")]
 
 
-def batches_of(
-    source: str,
-    model: Any,
-    model_name: str,
-    *,
-    rows: "Sequence[DataRow]",
-    columns: tuple[str, str | None, str],
-    max_length: int | None,
-    batch_size: int,
-    examples: int | None,
-) -> "list[Batch]":
-    """Read data and tokenise it for the model's task; windows as long as the model allows.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Data that was read before the model it is for: a wrong column is found early.
 
-    Raises:
-        DataError: more tokens than the model takes, or data that does not fit the task.
+    Attributes:
+        data: file or name of a data set.
+        rows: of it.
+        columns: of the text, the second text and the label.
+        examples, max_length, batch_size: as on the command line.
     """
-    from rankopt.data import Columns, load_batches
-    from rankopt.errors import DataError
-    from rankopt.models import load_tokenizer, longest_input
-    from rankopt.tasks import task_of
 
-    longest = longest_input(model)
-    if max_length is None:
-        max_length = min(256, longest or 256)
-    elif longest is not None and max_length > longest:
-        raise DataError(f"--max-length {max_length}: the model takes at most {longest} tokens")
-    return load_batches(
-        source,
-        load_tokenizer(model_name),
-        task_of(model),
-        columns=Columns(*columns),
-        max_length=max_length,
-        batch_size=batch_size,
-        examples=examples,
-        label2id={str(k): int(v) for k, v in (model.config.label2id or {}).items()},
-        rows=rows,
-    )
+    data: str
+    rows: "Sequence[DataRow]"
+    columns: tuple[str, str | None, str]
+    examples: int | None
+    max_length: int | None
+    batch_size: int
 
+    @classmethod
+    def read(
+        cls,
+        data: str,
+        split: str | None,
+        columns: tuple[str, str | None, str],
+        examples: int | None,
+        max_length: int | None,
+        batch_size: int,
+    ) -> "Source":
+        """Read the rows and look for the columns of the texts.
 
-def rows_of(source: str, split: str | None, *columns: str | None) -> "Sequence[DataRow]":
-    """Read data and find a missing column before a model is loaded."""
-    from rankopt.data import read_rows, require_columns
+        Raises:
+            DataError: no such data, split or column.
+        """
+        from rankopt.data import read_rows, require_columns
 
-    rows = read_rows(source, split)
-    require_columns(source, rows, *columns)
-    return rows
+        rows = read_rows(data, split)
+        require_columns(data, rows, *columns[:2])
+        return cls(data, rows, columns, examples, max_length, batch_size)
+
+    def load(self, name: str, dtype: str) -> "tuple[Any, list[Batch]]":
+        """The model, and the data tokenised for its task; windows as long as the model allows.
+
+        Raises:
+            ModelError: no such model.
+            DataError: more tokens than the model takes, or data that does not fit the task.
+        """
+        from rankopt.data import Columns, load_batches
+        from rankopt.errors import DataError
+        from rankopt.models import load_model, load_tokenizer, longest_input
+        from rankopt.tasks import task_of
+
+        model = load_model(name, dtype)
+        longest, max_length = longest_input(model), self.max_length
+        if max_length is None:
+            max_length = min(256, longest or 256)
+        elif longest is not None and max_length > longest:
+            raise DataError(f"--max-length {max_length}: the model takes at most {longest} tokens")
+        batches = load_batches(
+            self.data,
+            load_tokenizer(name),
+            task_of(model),
+            columns=Columns(*self.columns),
+            max_length=max_length,
+            batch_size=self.batch_size,
+            examples=self.examples,
+            label2id={str(k): int(v) for k, v in (model.config.label2id or {}).items()},
+            rows=self.rows,
+        )
+        return model, batches
 
 
 def require_writable(path: Path, force: bool) -> None:

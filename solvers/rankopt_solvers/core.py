@@ -18,9 +18,9 @@ import dataclasses
 
 import numpy as np
 
-from rankopt_solvers.hull import EPS, Relaxation, reduced_losses
+from rankopt_solvers.hull import Relaxation, reduced_losses
 from rankopt_solvers.program import Step, Steps, run_dense, run_sparse
-from rankopt_solvers.table import FloatArray, IntArray, Table
+from rankopt_solvers.table import EPS, FloatArray, IntArray, Table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankopt_solvers.hull import EPS
 from rankopt_solvers.problem import Problem, refuse_side_budgets
-from rankopt_solvers.table import FloatArray, IntArray
+from rankopt_solvers.table import EPS, FloatArray, IntArray
 
 if TYPE_CHECKING:
     from rankopt_solvers.solution import Solution

@@ -7,8 +7,7 @@ slope. The rest of the budget is then spent on single options, those off the hul
 saving per cost first.
 
 ``density`` is what one would write first: always the next option of the group that saves most per
-cost. It sees the jump only from the option before it; on Fisher curves it loses 1-2 % more. It is
-here to be compared with.
+cost. It sees the jump only from the option before it. It is here to be compared with.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ import heapq
 
 import numpy as np
 
-from rankopt_solvers.hull import Relaxation, relax
+from rankopt_solvers.hull import Relaxation, lower_bound, relax
 from rankopt_solvers.problem import Problem, refuse_side_budgets
 from rankopt_solvers.solution import Solution, certify
 from rankopt_solvers.table import IntArray, Table
@@ -108,7 +107,8 @@ def solve_greedy(problem: Problem) -> Solution:
             forced.position[row] = target
             other = table.options_at(filled(table, forced))
             choice = min(choice, other, key=problem.loss_of)
-    return certify(problem, choice, "greedy")
+    bound = (lower_bound(table, relaxation), relaxation.multiplier)
+    return certify(problem, choice, "greedy", bound=bound)
 
 
 def solve_density(problem: Problem) -> Solution:

@@ -18,9 +18,7 @@ import math
 
 import numpy as np
 
-from rankopt_solvers.table import BoolArray, FloatArray, IntArray, Table
-
-EPS = float(np.finfo(np.float64).eps)
+from rankopt_solvers.table import EPS, BoolArray, FloatArray, IntArray, Table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,9 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from rankopt_solvers.table import FloatArray, IntArray
+from rankopt_solvers.table import EPS, FloatArray, IntArray
 
-EPS = float(np.finfo(np.float64).eps)
 _NEVER = 2**61
 
 #: Costs in the widest array: it and its temporaries take a few hundred megabytes.

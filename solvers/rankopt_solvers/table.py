@@ -20,6 +20,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 _Number = TypeVar("_Number", np.int64, np.float64)
 
+EPS = float(np.finfo(np.float64).eps)
+
 #: Options of a block: its float64 temporaries fit a second-level cache.
 BLOCK = 2**15
 

@@ -7,7 +7,7 @@ by cases; the bound of a max must be a level below which no choice fits the budg
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 import numpy as np
@@ -74,17 +74,12 @@ def _undominated(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 def _usable_budget(problem: Problem) -> int:
     """The largest total that a choice of undominated options can cost within the budget."""
-    step, start = 0, 0
-    for group in problem.groups:
-        costs = group.cost[_undominated(group.cost, group.loss)]
-        least = int(costs.min())
-        start += least
-        step = math.gcd(step, *{int(extra) for extra in np.unique(costs - least)})
-    return start + (problem.budget - start) // step * step if step else start
+    costs = [group.cost[_undominated(group.cost, group.loss)] for group in problem.groups]
+    return _usable(costs, problem.budget)
 
 
-def _usable(costs: tuple[np.ndarray, ...], limit: int) -> int:
-    """The largest total within the limit that a choice of any options can cost."""
+def _usable(costs: Sequence[np.ndarray], limit: int) -> int:
+    """The largest total within the limit that a choice of options with these costs can have."""
     step, start = 0, 0
     for cost in costs:
         least = int(cost.min())
@@ -100,7 +95,7 @@ def _proven_sum(problem: Problem, lam: float, side_lams: tuple[float, ...]) -> f
     if side_lams and len(side_lams) != len(problem.side_budgets):
         raise SolutionError(f"{len(side_lams)} multipliers for {len(problem.side_budgets)} sides")
     # A dominated option may be the cheaper one in a side budget: then all options count.
-    costs = tuple(group.cost for group in problem.groups)
+    costs = [group.cost for group in problem.groups]
     usable = _usable(costs, problem.budget) if any(side_lams) else _usable_budget(problem)
     least, unpriced = [], []
     for g, group in enumerate(problem.groups):

@@ -24,9 +24,7 @@ import math
 import numpy as np
 
 from rankopt_solvers.problem import LARGEST_TOTAL_COST, InfeasibleError, Problem
-from rankopt_solvers.table import FloatArray, IntArray, Table
-
-EPS = float(np.finfo(np.float64).eps)
+from rankopt_solvers.table import EPS, FloatArray, IntArray, Table
 
 #: A lower bound, its multiplier for the budget, and those of the side budgets.
 Claim = tuple[float, float, tuple[float, ...]]

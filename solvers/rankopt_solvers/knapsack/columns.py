@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rankopt_solvers.knapsack.budgets import EPS, Budgets, Priced, priced
-from rankopt_solvers.table import FloatArray, IntArray
+from rankopt_solvers.knapsack.budgets import Budgets, Priced, priced
+from rankopt_solvers.table import EPS, FloatArray, IntArray
 
 #: Rounds of pricing; a dozen are usual.
 MOST_ROUNDS = 40

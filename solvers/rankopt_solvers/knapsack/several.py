@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from rankopt_solvers.knapsack.budgets import EPS, Budgets, Priced, infeasible, normal_form
+from rankopt_solvers.knapsack.budgets import Budgets, Priced, infeasible, normal_form
 from rankopt_solvers.knapsack.columns import Excess, Linear, relax_columns
 from rankopt_solvers.knapsack.integer_program import Program, solve_program
 from rankopt_solvers.knapsack.rounding import fill, least_beside, loss_of, round_mixture
 from rankopt_solvers.problem import Problem
 from rankopt_solvers.solution import NoChoiceFoundError
-from rankopt_solvers.table import FloatArray, IntArray
+from rankopt_solvers.table import EPS, FloatArray, IntArray
 
 #: Options in the first integer programs, and in the last: HiGHS overruns its time with more.
 FEW_COLUMNS = 2_000

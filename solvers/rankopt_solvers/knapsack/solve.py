@@ -32,7 +32,6 @@ import numpy as np
 from rankopt_solvers.exact import solve_exact
 from rankopt_solvers.greedy import solve_greedy
 from rankopt_solvers.knapsack.budgets import (
-    EPS,
     Budgets,
     Claim,
     Priced,
@@ -46,6 +45,7 @@ from rankopt_solvers.knapsack.integer_program import require_milp, solve_program
 from rankopt_solvers.knapsack.several import bound_of_several, program_of, solve_several
 from rankopt_solvers.problem import Group, Problem, ProblemError
 from rankopt_solvers.solution import Solution, bound_of, certify
+from rankopt_solvers.table import EPS
 
 
 @dataclasses.dataclass(frozen=True)
