@@ -3,9 +3,9 @@
     Profile, backend, scale, objective, rank multiple, budget  ->  Problem
     choice of options                                          ->  rank of every layer
 
-Every layer is a group; its options are the multiples of ``rank_multiple`` that save parameters, and
-dense. Rounding happens here, in the list of options, never after solving. Nothing else knows both
-sides.
+Every layer, with the partners that are tied to it, is a group. Its options are the ranks of its
+loss curve that save parameters and are multiples of ``rank_multiple``, and dense. Rounding happens
+here, in the list of options, never after solving. Nothing else knows both sides.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from rankopt.budget import whole_number
-from rankopt.curves import FloatArray, loss_at, scale_factor
+from rankopt.curves import FloatArray
 from rankopt.errors import BudgetError
 from rankopt.layers import DENSE, IntArray, Layer
 from rankopt.profile import Profile
@@ -93,14 +93,15 @@ def allocation(
     """Tabulate cost and loss of every rank of every layer.
 
     Args:
-        profile: with spectra of the backend.
-        backend: whose curve the losses follow.
-        scale: unit of the losses of the ``total`` objective (see curves).
+        profile: with loss curves of the backend.
+        backend: whose curves the losses follow.
+        scale: unit of the losses of the ``total`` objective, one of the backend's.
         objective: the other two objectives lose shares, which have no unit.
         rank_multiple: ranks on offer are multiples of it.
 
     Raises:
-        BudgetError: unknown objective, or a multiple below 1.
+        BudgetError: unknown objective or scale, a multiple below 1, or one that leaves no layer any
+            rank.
         ProfileError: the profile lacks the backend.
     """
     if objective not in get_args(Objective):
@@ -116,24 +117,27 @@ def allocation(
 def _tabulate(
     profile: Profile, backend: str, scale: str, objective: Objective, rank_multiple: int
 ) -> Allocation:
-    spectra = profile.spectra(backend)
+    factors = profile.backend(backend).find_scale(scale).factors
     ranks, groups, shares, full = [], [], [], []
-    for layer in profile.info.layers:
-        offered = layer.ranks(rank_multiple)
-        energies = spectra[layer.name]
-        lost = loss_at(energies, offered)
-        total = float(loss_at(energies, np.zeros(1, dtype=np.int64))[0])
+    for layer, factor in zip(profile.info.layers, factors, strict=True):
+        curve = profile.loss_curve(backend, layer.name)
+        offered = curve.offered(layer, rank_multiple)
+        lost = curve.at(offered)
         # A layer without any Fisher information loses nothing at any rank.
-        lost_share = lost / total if total > 0 else np.zeros_like(lost)
+        lost_share = lost / curve.full if curve.full > 0 else np.zeros_like(lost)
         cost = np.where(offered == DENSE, layer.dense_cost, offered * layer.rank_cost)
-        factor = scale_factor(layer, scale)
         loss = lost * factor if objective == "total" else lost_share
         # Read-only arrays are not copied again.
         cost.flags.writeable = loss.flags.writeable = False
         ranks.append(offered)
         groups.append(Group(layer.name, cost, loss))
         shares.append(lost_share)
-        full.append(total * factor)
+        full.append(curve.full * factor)
+    if all(offered.size == 1 for offered in ranks):
+        raise BudgetError(
+            f"no layer can be given a rank: of the ranks that {backend} was measured at and that "
+            f"save parameters, none is a multiple of rank_multiple={rank_multiple}"
+        )
     return Allocation(
         profile.info.layers,
         tuple(ranks),

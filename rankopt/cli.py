@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rankopt import profiling
 from rankopt._version import __version__
 from rankopt.compare import DEFAULT_STRATEGIES, Strategy, compare
 from rankopt.errors import RankoptError
@@ -58,47 +59,7 @@ def _note(text: str) -> None:
     typer.echo(text, err=True)
 
 
-@app.command(
-    cls=SpreadOptions,
-    epilog="Examples:\n\n"
-    "rankopt profile ./model --data train.txt -o profile.safetensors\n\n"
-    "rankopt profile ./bert-sst2 --data train.tsv --text-column sentence --examples 512 -o p.st\n\n"
-    "rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 --examples 64 -o p.st",
-)
-def profile(
-    model: ModelArgument,
-    data: DataOption,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
-    split: SplitOption = None,
-    text_column: TextOption = "text",
-    pair_column: PairOption = None,
-    label_column: LabelOption = "label",
-    examples: ExamplesOption = 256,
-    max_length: LengthOption = None,
-    batch_size: BatchOption = 4,
-    backend: Annotated[
-        list[str] | None, typer.Option(help="fwsvd (default) or svd, or both.")
-    ] = None,
-    dtype: DtypeOption = "float32",
-    bases: Annotated[
-        bool, typer.Option(help="Keep singular vectors: a larger file, a faster apply.")
-    ] = True,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure what every rank of every layer retains."""
-    require_writable(output, force)
-    source = Source.read(
-        data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
-    )
-    from rankopt.measure import profile_model
-    from rankopt.report import profile_summary
-
-    loaded, batches = source.load(model, dtype)
-    found = profile_model(loaded, batches, backends=tuple(backend or ["fwsvd"]), keep_bases=bases)
-    found.save(output)
-    typer.echo(found.info.model_dump_json() if as_json else profile_summary(found))
-    _note(f"profile written to {output} ({output.stat().st_size / 2**20:.1f} MiB)")
+app.command(cls=SpreadOptions, epilog=profiling.EXAMPLES)(profiling.profile)
 
 
 @app.command(
@@ -238,7 +199,7 @@ def compare_command(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="SOLVER or SOLVER/OBJECTIVE; if not given: "
+            help="SOLVER[/OBJECTIVE][@BACKEND]; if not given: "
             + ", ".join(map(str, DEFAULT_STRATEGIES))
         ),
     ] = None,
@@ -285,7 +246,7 @@ def compare_command(
         from rankopt.measured import measure_rows
 
         loaded, batches = source.load(model, dtype)
-        dense = evaluate(loaded, batches)
+        dense = evaluate(loaded, batches, layers=loaded_profile.info.layers)
         rows = list(measure_rows(loaded, loaded_profile, rows, batches))
     if as_json:
         found = {"rows": [row.to_dict() for row in rows]}

@@ -17,28 +17,41 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """A solver and what it maximises; written ``solver`` or ``solver/objective``."""
+    """Who chooses the ranks; written ``SOLVER[/OBJECTIVE][@BACKEND]``.
+
+    Attributes:
+        solver: a name that make_plan takes.
+        objective: what it maximises.
+        backend: whose losses it sees and whose factors are made; None is the profile's default.
+    """
 
     solver: str
     objective: Objective = "total"
+    backend: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Strategy":
-        """From ``solver/objective``.
+        """From ``SOLVER[/OBJECTIVE][@BACKEND]``; whether a profile has the backend shows later.
 
         Raises:
-            BudgetError: unknown solver or objective.
+            BudgetError: unknown solver or objective, or no backend after the @.
         """
-        solver, _, objective = text.partition("/")
+        chooser, at, backend = text.partition("@")
+        if at and (not backend or "/" in backend or "@" in backend):
+            raise BudgetError(
+                f"strategy {text!r} names no backend after the @: SOLVER[/OBJECTIVE][@BACKEND]"
+            )
+        solver, _, objective = chooser.partition("/")
         if not is_known_solver(solver):
             raise BudgetError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
         for known in ("total", "layerwise", "maxmin"):
             if objective in (known, ""):
-                return cls(solver, known if objective else "total")
+                return cls(solver, known if objective else "total", backend or None)
         raise BudgetError(f"unknown objective {objective!r}; known: total, layerwise, maxmin")
 
     def __str__(self) -> str:
-        return self.solver if self.objective == "total" else f"{self.solver}/{self.objective}"
+        objective = "" if self.objective == "total" else f"/{self.objective}"
+        return self.solver + objective + (f"@{self.backend}" if self.backend else "")
 
 
 #: What ``rankopt compare`` shows: every strategy, and every objective solved exactly.
@@ -78,6 +91,7 @@ class Row:
         found: dict[str, Any] = {
             "strategy": self.strategy.solver,
             "objective": self.strategy.objective,
+            "backend": plan.backend,
             "keep": self.keep,
             "retained_total": plan.retained_total,
             "retained_worst": plan.retained_worst,
@@ -105,15 +119,20 @@ def compare(
 ) -> Iterator[Row]:
     """Plan with every strategy at every budget, one row at a time.
 
+    Each backend has its own losses: retained shares and gaps of different backends are no
+    comparison; the measured loss is.
+
     Args:
-        profile: what every rank retains.
+        profile: what every rank loses.
         keeps: budgets, as shares of the planned layers' parameters.
         strategies: who chooses.
-        options: passed to make_plan: backend, scale, rank_multiple.
+        options: passed to make_plan: backend (of the strategies that name none), scale,
+            rank_multiple.
 
     Raises:
-        BudgetError, InfeasibleBudgetError: as make_plan.
+        BudgetError, InfeasibleBudgetError, ProfileError: as make_plan.
     """
+    backend = options.pop("backend", None)
     for keep in keeps:
         for strategy in strategies:
             start = time.perf_counter()
@@ -122,6 +141,7 @@ def compare(
                 keep=keep,
                 solver=strategy.solver,
                 objective=strategy.objective,
+                backend=strategy.backend or backend,
                 **options,
             )
             yield Row(strategy, keep, plan, time.perf_counter() - start)

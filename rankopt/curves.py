@@ -1,57 +1,84 @@
-"""From a spectrum to the loss of every rank.
+"""Loss curves: what is lost at every rank on offer.
 
 For a backend that truncates the SVD of a weighted matrix with energies e_1 >= e_2 >= ... (squared
-singular values), what is retained at rank r is e_1 + ... + e_r and what is lost is the tail
-e_{r+1} + .... A *scale* turns the tail into comparable numbers across layers:
+singular values), the loss of rank r is the tail e_{r+1} + e_{r+2} + ... (Eckart & Young 1936). A
+tail is summed from its small end: ``total - (e_1 + ... + e_r)`` would lose the digits of small
+losses, which are the ones that a plan weighs against each other. A backend without a closed form
+computes its factors at a grid of ranks, and the curve has those ranks only.
 
-``nats`` (fwsvd)
-    1/(2 * out) * tail: the second-order estimate 1/2 sum_ij F_ij dW_ij^2 of the increase of the
-    loss of one example, with the Fisher information of a weight taken as the *mean* over its
-    row (all weights that read the same input feature).
-``sum`` (fwsvd)
-    the tail as in the paper (Hsu et al., ICLR 2022, section 3.2), where the Fisher information of a
-    row is a *sum*: the same within a layer, but it counts wide layers more.
-``frobenius`` (svd)
-    the tail of the plain spectrum: squared weights, no information about the loss.
+A *scale* (``rankopt.info.ScaleInfo``) is a factor for each layer that makes the curves of different
+layers comparable.
 """
+
+import dataclasses
 
 import numpy as np
 import numpy.typing as npt
 
-from rankopt.errors import BudgetError
+from rankopt.errors import ProfileError
 from rankopt.layers import DENSE, IntArray, Layer
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Scales of each backend; the first is the default.
-SCALES: dict[str, tuple[str, ...]] = {"fwsvd": ("nats", "sum"), "svd": ("frobenius",)}
-
-
-def find_scale(backend: str, scale: str | None) -> str:
-    """The scale by name, or the backend's default.
-
-    Raises:
-        BudgetError: the backend has no such scale; lists those it has.
-    """
-    known = SCALES[backend]
-    if scale is None:
-        return known[0]
-    if scale not in known:
-        raise BudgetError(f"backend {backend!r} has no scale {scale!r}; known: {', '.join(known)}")
-    return scale
-
-
-def scale_factor(layer: Layer, scale: str) -> float:
-    """What a layer's energies are multiplied with."""
-    return 0.5 / layer.out_features if scale == "nats" else 1.0
-
 
 def tails(energies: FloatArray) -> FloatArray:
-    """Energy lost at every rank 0..K, shape ``(K+1,)``; summed from the small end."""
+    """Energy lost at every rank 0..K, shape ``(K,)`` -> ``(K+1,)``; summed from the small end."""
     return np.append(np.cumsum(energies[::-1])[::-1], 0.0)
 
 
-def loss_at(energies: FloatArray, ranks: IntArray) -> FloatArray:
-    """Energy lost at each of the ranks; DENSE loses nothing."""
-    lost = tails(energies)
-    return np.where(ranks == DENSE, 0.0, lost[np.minimum(ranks, lost.size - 1)])
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossCurve:
+    """Losses of one layer under one backend.
+
+    Attributes:
+        ranks: int64 ``(G,)``, increasing, the first is 0; 0..K if the curve is complete.
+        losses: float64 ``(G,)``, finite, >= 0, never rising.
+    """
+
+    ranks: IntArray
+    losses: FloatArray
+
+    def require_sound(self, layer: Layer, backend: str) -> None:
+        """Check all of the above against a layer.
+
+        Raises:
+            ProfileError: names the layer and the backend.
+        """
+        ranks, losses, largest = self.ranks, self.losses, min(layer.out_features, layer.in_features)
+        what = f"layer {layer.name}: the {backend} loss curve"
+        if ranks.ndim != 1 or losses.shape != ranks.shape or losses.dtype != np.float64:
+            raise ProfileError(
+                f"{what} must have {ranks.size} float64 losses, one for each rank, "
+                f"got {losses.dtype} {losses.shape}"
+            )
+        if ranks.dtype != np.int64 or not ranks.size or ranks[0] != 0 or ranks[-1] > largest:
+            raise ProfileError(f"{what} needs ranks from 0 to at most {largest}, got {ranks!r}")
+        if (np.diff(ranks) <= 0).any():
+            raise ProfileError(f"{what} has ranks that do not increase")
+        if not np.isfinite(losses).all() or (losses < 0).any():
+            raise ProfileError(f"{what} holds NaN, infinite or negative values")
+        if (np.diff(losses) > 0).any():
+            raise ProfileError(f"{what} rises with the rank")
+
+    @property
+    def full(self) -> float:
+        """Loss of retaining nothing."""
+        return float(self.losses[0])
+
+    def at(self, ranks: IntArray) -> FloatArray:
+        """Losses at some of the curve's ranks, same shape; DENSE loses nothing.
+
+        Raises:
+            ProfileError: the curve has no such rank.
+        """
+        places = np.minimum(np.searchsorted(self.ranks, ranks), self.ranks.size - 1)
+        missing = (self.ranks[places] != ranks) & (ranks != DENSE)
+        if missing.any():
+            raise ProfileError(f"the loss curve has no rank {ranks[missing][0]}")
+        return np.where(ranks == DENSE, 0.0, self.losses[places])
+
+    def offered(self, layer: Layer, multiple: int) -> IntArray:
+        """Ranks of the curve that save parameters and are multiples, then DENSE."""
+        saving = layer.ranks(multiple)
+        offered: IntArray = saving[(saving == DENSE) | np.isin(saving, self.ranks)]
+        return offered

@@ -25,7 +25,8 @@ from rankopt.discover import find_layers, fingerprint
 from rankopt.errors import MissingExtraError, ProfileError
 from rankopt.evaluation import Evaluation, evaluate
 from rankopt.files import whole_file
-from rankopt.measure import data_digest, profile_model
+from rankopt.gather import data_digest
+from rankopt.measure import profile_model
 from rankopt.measured import measure_rows
 from rankopt.models import load_model, load_tokenizer
 from rankopt.plan import Plan
@@ -42,7 +43,11 @@ STRATEGIES = (
     "knapsack",
     "exact",
     "exact/layerwise",
+    "uniform@kronecker",
+    "exact@kronecker",
 )
+#: The paper's, and the one whose factors lose least (experiments/05_backends).
+BACKENDS = ("fwsvd", "kronecker")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +140,14 @@ def cached_profile(model: Any, batches: list[Batch], path: Path) -> Profile:
     try:
         profile = Profile.load(path)
         architecture = type(model).__name__
-        same_model = profile.info.fingerprint == fingerprint(
+        same_model = profile.backends == BACKENDS and profile.info.fingerprint == fingerprint(
             architecture, find_layers(model).layers
         )
         if same_model and profile.info.data_digest == data_digest(model, batches):
             return profile
     except ProfileError:
         tqdm.write(f"no usable profile at {path}: measuring", file=sys.stderr)
-    profile = profile_model(model, batches)
+    profile = profile_model(model, batches, backends=BACKENDS)
     profile.save(path)
     return profile
 
@@ -187,7 +192,7 @@ def run_demo(
     planned = list(compare(profile, keeps, [Strategy.parse(text) for text in STRATEGIES]))
     rows = list(measure_rows(model, profile, planned, held_batches))
 
-    plan = next(row.plan for row in rows if str(row.strategy) == "exact")
+    plan = next(row.plan for row in rows if str(row.strategy) == "exact@kronecker")
     plan.save(folder / "plan.json")
     apply_plan(model, plan, profile)
     save_model(model, folder / "compressed", plan=plan, tokenizer=tokenizer, overwrite=True)

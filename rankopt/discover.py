@@ -1,20 +1,32 @@
 """Which matrices of a model are planned, and which are left alone and why.
 
-Planned are plain ``nn.Linear`` and GPT-2's ``Conv1D`` inside the transformer blocks, that is below
-an ``nn.ModuleList``: every transformers architecture keeps its repeated blocks in one. Types are
-compared exactly, because int8, 4-bit and LoRA layers are subclasses of ``nn.Linear``.
+Planned by default are plain ``nn.Linear`` and GPT-2's ``Conv1D`` inside the transformer blocks,
+that is below an ``nn.ModuleList``: every transformers architecture keeps its repeated blocks in
+one. A model that has none there has no such blocks, and all its plain ``nn.Linear`` are planned.
+On request anything plain is, embeddings included.
 """
 
 import dataclasses
+import difflib
+import fnmatch
 import hashlib
 import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankopt.errors import ModelError
 from rankopt.layers import Layer, LeftAlone
-from rankopt.lowrank import LowRankLinear
+from rankopt.lowrank import LowRank
+from rankopt.matrices import NOT_SELECTED as NOT_SELECTED
+from rankopt.matrices import Matrix, matrices_of
+from rankopt.modules import device_of as device_of
+from rankopt.modules import identities
+from rankopt.modules import is_conv1d as is_conv1d
+from rankopt.modules import unwrapped as unwrapped
+from rankopt.modules import weight_of as weight_of
 
 _SAMPLE = 64
 
@@ -25,7 +37,7 @@ class Found:
 
     Attributes:
         layers: planned, in the order of ``named_modules``.
-        modules: layer name -> module.
+        modules: name -> module, of all members of the layers.
         left_alone: other modules with matrices.
     """
 
@@ -34,93 +46,141 @@ class Found:
     left_alone: tuple[LeftAlone, ...]
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D, whose weight is (in, out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """W in normal form, shape ``(out, in)``, detached; a view of the module's own."""
-    weight = module.get_parameter("weight").detach()
-    return weight.T if is_conv1d(module) else weight
-
-
-def find_layers(model: nn.Module) -> Found:
+def find_layers(
+    model: nn.Module,
+    *,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    untie: bool = False,
+) -> Found:
     """List what can be planned.
 
+    Args:
+        model: not wrapped (see unwrapped).
+        include: patterns of module names (``*.q_proj``, ``lm_head``) that replace the default
+            choice; they may name embeddings, heads and poolers.
+        exclude: patterns of module names to leave alone.
+        untie: let a head and an embedding that share a weight be planned, as one group of two
+            matrices that share nothing any more.
+
     Raises:
-        ModelError: weights not loaded, not finite, a plan already applied, or nothing to plan.
+        ModelError: weights not loaded or not finite, a plan already applied, a pattern without
+            anything to plan, or nothing to plan at all.
     """
-    structure = _Structure.of(model)
+    _require_dense(model)
+    matrices = matrices_of(model)
+    chosen = [name for name, matrix in matrices.items() if matrix.default]
+    patterns = _patterns(include)
+    if patterns:
+        chosen = [n for pattern in patterns for n in _included(pattern, matrices, untie)]
+    out = {n for pattern in _patterns(exclude) for n in _matching(pattern, matrices)}
+    left_out = [n for n in chosen if out & {n, *matrices[n].pair}]
+    chosen = [n for n in chosen if n not in left_out]
+    tied = [name for name, matrix in matrices.items() if matrix.pair]
+    if untie and tied and not set(tied) & set(chosen):
+        raise ModelError(f"untie: none of {', '.join(tied)} is included: include one of them")
+    found = _found(matrices, chosen, left_out)
+    if not found.layers:
+        raise ModelError(f"{type(model).__name__} has nothing to plan: {_nothing(found)}")
+    return found
+
+
+def find_planned(model: nn.Module, layers: Sequence[Layer]) -> Found:
+    """Those of the layers that a model has, whatever selected them.
+
+    ``left_alone`` has the reason NOT_SELECTED for what would be planned by default and is none of
+    the layers.
+
+    Raises:
+        ModelError: weights not loaded or not finite, or a plan already applied.
+    """
+    _require_dense(model)
+    matrices = matrices_of(model)
+    wanted = {layer.name: layer.partners for layer in layers if layer.name in matrices}
+    # A tied weight is no layer of its own, and an untied one no group: neither is what was planned.
+    chosen = [
+        name
+        for name, partners in wanted.items()
+        if matrices[name].hindrance(True) is None and matrices[name].pair[1:] == partners
+    ]
+    return _found(matrices, chosen, ())
+
+
+def _require_dense(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LowRank):
+            raise ModelError(f"layer {name} is low rank already: use the dense model")
+        if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):
+            raise ModelError(
+                f"layer {name} has an adapter ({type(module).__name__}): merge it into the weight "
+                "first, model = model.merge_and_unload()"
+            )
+
+
+def _patterns(given: Iterable[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _matching(pattern: str, matrices: dict[str, Matrix]) -> list[str]:
+    hits = [name for name in matrices if fnmatch.fnmatchcase(name, pattern)]
+    if not hits:
+        tails = {".".join(name.split(".")[-k:]): name for name in matrices for k in (1, 2)}
+        close = difflib.get_close_matches(pattern.strip("*."), [*matrices, *tails], 3)
+        meant = list(dict.fromkeys(x if x in matrices else f"*.{x}" for x in close))
+        hint = f"did you mean {' or '.join(meant)}?" if meant else "there are " + _few(matrices)
+        raise ModelError(f"no module with a matrix is called {pattern!r}; {hint}")
+    return hits
+
+
+def _included(pattern: str, matrices: dict[str, Matrix], untie: bool) -> list[str]:
+    hits = _matching(pattern, matrices)
+    usable = [name for name in hits if matrices[name].hindrance(untie) is None]
+    if not usable:
+        first = hits[0]
+        more = f" (and {len(hits) - 1} more)" if len(hits) > 1 else ""
+        raise ModelError(f"{first} cannot be planned: {matrices[first].hindrance(untie)}{more}")
+    # Of a pair it is the head that stands for both.
+    return [(matrices[name].pair or (name,))[0] for name in usable]
+
+
+def _few(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _nothing(found: Found) -> str:
+    if not found.left_alone:
+        return "it has no plain nn.Linear or Conv1D"
+    reasons = Counter(entry.reason for entry in found.left_alone)
+    return "; ".join(f"{reason} ({n} modules)" for reason, n in reasons.most_common(3))
+
+
+def _found(
+    matrices: dict[str, Matrix], chosen: Collection[str], left_out: Collection[str]
+) -> Found:
     layers: list[Layer] = []
     modules: dict[str, nn.Module] = {}
-    left_alone: list[LeftAlone] = []
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            raise ModelError(f"layer {name} is low rank already: use the dense model")
-        own = list(module.parameters(recurse=False))
-        if not any(parameter.dim() >= 2 for parameter in own):
-            continue
-        reason = _reason(name, module, structure)
-        if reason is None:
-            layer = _describe(name, module)
-            if layer.largest_rank > 0:
-                layers.append(layer)
-                modules[name] = module
-                continue
-            reason = f"no rank of a {layer.out_features} x {layer.in_features} matrix saves any"
-        parameters = sum(parameter.numel() for parameter in own)
-        left_alone.append(
-            LeftAlone(name=name, module=type(module).__name__, parameters=parameters, reason=reason)
+    for name, matrix in matrices.items():
+        if name in chosen:
+            layer = _describe(name, matrix)
+            layers.append(layer)
+            modules |= {member: matrices[member].module for member in layer.members}
+    left_alone = [
+        LeftAlone(
+            name=name,
+            module=type(matrix.module).__name__,
+            parameters=sum(p.numel() for p in matrix.module.parameters(recurse=False)),
+            reason="excluded" if name in left_out else matrix.reason(),
         )
-    if not layers:
-        raise ModelError(
-            f"{type(model).__name__} has no plain nn.Linear or Conv1D inside an nn.ModuleList: "
-            "nothing to plan"
-        )
+        for name, matrix in matrices.items()
+        if name not in modules
+    ]
     return Found(tuple(layers), modules, tuple(left_alone))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Structure:
-    """Names of the ModuleLists, and for each parameter (by id) the modules that own it."""
-
-    lists: set[str]
-    owners: dict[int, list[str]]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "_Structure":
-        lists, owners = set(), dict[int, list[str]]()
-        for name, module in model.named_modules():
-            if isinstance(module, nn.ModuleList):
-                lists.add(name)
-            for parameter in module.parameters(recurse=False):
-                owners.setdefault(id(parameter), []).append(name)
-        return cls(lists, owners)
-
-
-def _reason(name: str, module: nn.Module, structure: _Structure) -> str | None:
-    parents = name.split(".")
-    if not any(".".join(parents[:k]) in structure.lists for k in range(1, len(parents))):
-        kind = "embedding" if isinstance(module, nn.Embedding) else "head or projection"
-        owners = {n for p in module.parameters(recurse=False) for n in structure.owners[id(p)]}
-        tied = ", ".join(sorted(owners - {name}))
-        return f"{kind} outside the transformer blocks" + (f", tied to {tied}" if tied else "")
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return "not a plain nn.Linear or Conv1D"
-    weight = module.get_parameter("weight")
+def _describe(name: str, matrix: Matrix) -> Layer:
+    weight = weight_of(matrix.module)
     if weight.is_meta:
         raise ModelError(f"layer {name}: its weights are not loaded (meta device)")
-    if type(weight.data) is not Tensor or not weight.is_floating_point():
-        return f"its weight is a {type(weight.data).__name__} of {weight.dtype}, not plain floats"
-    others = [other for other in structure.owners[id(weight)] if other != name]
-    if others:
-        return f"its weight is tied to {', '.join(others)}"
-    return None
-
-
-def _describe(name: str, module: nn.Module) -> Layer:
-    weight = weight_of(module)
     if not bool(torch.isfinite(weight).all()):
         raise ModelError(f"layer {name}: its weights hold NaN or infinite values")
     stride = max(weight.numel() // _SAMPLE, 1)
@@ -132,6 +192,7 @@ def _describe(name: str, module: nn.Module) -> Layer:
         kind=re.split(r"(?:^|\.)\d+\.", name)[-1],
         itemsize=weight.element_size(),
         digest=hashlib.sha256(sample.tobytes()).hexdigest()[:16],
+        partners=matrix.pair[1:],
     )
 
 
@@ -139,7 +200,8 @@ def fingerprint(architecture: str, layers: tuple[Layer, ...]) -> str:
     """sha256 over the architecture and the layers' names, shapes and weight samples."""
     digest = hashlib.sha256(architecture.encode())
     for x in layers:
-        digest.update(f"\n{x.name} {x.out_features} {x.in_features} {x.digest}".encode())
+        names = " ".join(x.members)
+        digest.update(f"\n{names} {x.out_features} {x.in_features} {x.digest}".encode())
     return digest.hexdigest()
 
 
@@ -148,7 +210,7 @@ class ModelSize:
     """Parameters and bytes as they are now.
 
     Attributes:
-        planned: weights inside the transformer blocks that a plan changed or could change.
+        planned: weights that a plan changed or could change.
         model: all parameters, tied ones once.
         model_bytes: the same in bytes.
     """
@@ -158,24 +220,32 @@ class ModelSize:
     model_bytes: int
 
 
-def model_size(model: nn.Module) -> ModelSize:
-    """Count parameters, of a dense or a compressed model."""
-    structure, planned = _Structure.of(model), 0
-    inside = ""
+def model_size(model: nn.Module, layers: Iterable[Layer] | None = None) -> ModelSize:
+    """Count parameters, of a dense or a compressed model.
+
+    Args:
+        model: not wrapped (see unwrapped).
+        layers: what counts as planned; by default what find_layers finds if nothing is said, and
+            all that is low rank.
+    """
+    owned = identities(model)
+    unique = {identity: _parameter(model, *key) for key, identity in owned.items()}
+    members = None if layers is None else {name for layer in layers for name in layer.members}
+    weights = [
+        name
+        for name, matrix in matrices_of(model).items()
+        if (matrix.default if members is None else name in members)
+    ]
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
-            inside = name + "."
-            planned += module.down.weight.numel() + module.up.weight.numel()
-        elif inside and name.startswith(inside):
-            continue
-        elif (type(module) is nn.Linear or is_conv1d(module)) and _reason(
-            name, module, structure
-        ) is None:
-            rows, columns = module.get_parameter("weight").shape
-            planned += rows * columns if min(rows, columns) > 1 else 0
-    parameters = list(model.parameters())
+        if isinstance(module, LowRank) and (members is None or name in members):
+            weights += [f"{name}.down", f"{name}.up"]
+    planned = {owned[name, "weight"] for name in weights}
     return ModelSize(
-        planned,
-        sum(p.numel() for p in parameters),
-        sum(p.numel() * p.element_size() for p in parameters),
+        sum(unique[identity].numel() for identity in planned),
+        sum(p.numel() for p in unique.values()),
+        sum(p.numel() * p.element_size() for p in unique.values()),
     )
+
+
+def _parameter(model: nn.Module, module: str, name: str) -> nn.Parameter:
+    return model.get_submodule(module).get_parameter(name)

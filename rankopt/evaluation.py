@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankopt.discover import model_size
+from rankopt.discover import device_of, model_size, unwrapped
 from rankopt.errors import DataError, MissingExtraError
+from rankopt.layers import Layer
 from rankopt.progress import bar
-from rankopt.tasks import IGNORED, Batch, loss_terms, mean_loss, prepare, task_of
+from rankopt.tasks import (
+    IGNORED,
+    LossFunction,
+    loss_terms,
+    mean_loss,
+    prepare,
+    task_of,
+    to_device,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +32,11 @@ class Evaluation:
         loss: mean of the model's own loss over all targets; nats for likelihoods, squared error
             for regressions.
         metrics: ``perplexity`` of language models, ``accuracy`` of classifiers (``f1`` and
-            ``matthews`` too if there are two classes), ``pearson`` and ``spearman`` of regressions.
+            ``matthews`` too if there are two classes), ``pearson`` and ``spearman`` of regressions;
+            none of ``custom`` losses.
         examples: seen.
         targets: predicted tokens, or labels.
-        planned_parameters: weights of the plannable layers, as they are now.
+        planned_parameters: weights of the planned layers, as they are now.
         model_parameters: of the whole model, tied ones once.
         model_bytes: the same in bytes.
     """
@@ -43,21 +53,30 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Batch], *, progress: bool | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFunction | None = None,
+    layers: Iterable[Layer] | None = None,
+    progress: bool | None = None,
 ) -> Evaluation:
     """Measure a dense or compressed model; in eval mode, the model is left as it was.
 
     Args:
-        model: a transformers model with a head.
+        model: a transformers model with a head, or any module with ``loss_fn``.
         batches: as for profile_model. Perplexity is that of the batches' windows: each starts
             without context, and its first token is not predicted.
+        loss_fn: (model, batch) -> loss of each example ``(B,)``, as for profile_model.
+        layers: what counts as planned, ``profile.info.layers``; by default what is planned if
+            nothing is included or excluded, and what is low rank.
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
         DataError: no batches, or batches without targets.
     """
-    task = task_of(model)
-    device = next(model.parameters()).device
+    model = unwrapped(model)
+    task = "custom" if loss_fn is not None else task_of(model)
+    device = device_of(model)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     summed, examples, targets = 0.0, 0, 0
@@ -65,6 +84,11 @@ def evaluate(
     guesses: list[Tensor] = []
     try:
         for batch in bar(batches, "Evaluate", "batch", progress):
+            if loss_fn is not None:
+                losses = _losses(loss_fn, model, to_device(batch, device))
+                summed += float(losses.double().sum())
+                examples, targets = examples + len(losses), targets + len(losses)
+                continue
             ready = prepare(task, batch, device)
             terms = loss_terms(task, ready["labels"])
             loss, output = mean_loss(model, ready)
@@ -80,11 +104,12 @@ def evaluate(
     if not examples:
         raise DataError("no batches were given")
     loss_mean = summed / targets
+    metrics: dict[str, float] = {}
     if task.endswith("-lm"):
         metrics = {"perplexity": math.exp(min(loss_mean, 700.0))}
-    else:
+    elif loss_fn is None:
         metrics = _metrics(task, torch.cat(truths), torch.cat(guesses))
-    size = model_size(model)
+    size = model_size(model, layers)
     return Evaluation(
         task,
         loss_mean,
@@ -95,6 +120,17 @@ def evaluate(
         size.model,
         size.model_bytes,
     )
+
+
+def _losses(function: LossFunction, model: nn.Module, batch: Any) -> Tensor:
+    losses = function(model, batch)
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise DataError(
+            "loss_fn(model, batch) must return the loss of each example, a tensor of shape (B,); "
+            f"it returned {given}"
+        )
+    return losses
 
 
 def _answers(task: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,45 @@
-"""The low-rank layer: two plain ``nn.Linear`` in a row."""
+"""The low-rank layers: two plain modules of torch in a row.
 
+Both keep factors ``down`` and ``up`` as their children, which are plain ``nn.Linear`` (the first of
+an embedding ``nn.Embedding``), so that tools that look for those (quantisers, exporters, LoRA) find
+them.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class LowRankLinear(nn.Module):
-    """y = up(down(x)): in -> rank -> out, the bias in ``up``.
+class LowRank(nn.Module):
+    """What the low-rank layers have in common.
 
-    The children are plain ``nn.Linear``, so tools that look for those (quantisers, exporters, LoRA)
-    find them.
+    Attributes:
+        rank: width between the two factors.
+        down: the first factor, in -> rank.
+        up: the second, rank -> out.
+    """
+
+    rank: int
+    down: nn.Linear | nn.Embedding
+    up: nn.Linear
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of the factors, in the layout of the dense module."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # The zero-size guard that checkpoint.py writes is not a parameter.
+        state_dict.pop(prefix + "weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class LowRankLinear(LowRank):
+    """y = up(down(x)): in -> rank -> out, the bias in ``up``.
 
     Args:
         in_features: size of the input's last dimension.
@@ -20,6 +49,8 @@ class LowRankLinear(nn.Module):
         device: as in ``nn.Linear``.
         dtype: as in ``nn.Linear``.
     """
+
+    down: nn.Linear
 
     def __init__(
         self,
@@ -37,12 +68,15 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_factors(cls, down: Tensor, up: Tensor, bias: Tensor | None) -> "LowRankLinear":
-        """From factors of shapes ``(rank, in)`` and ``(out, rank)``, in their dtype and device."""
+        """From factors of shapes ``(rank, in)`` and ``(out, rank)``, in their dtype and device.
+
+        A bias that is a parameter stays that parameter, tied to whatever it was tied to.
+        """
         layer = cls(down.shape[1], up.shape[0], down.shape[0], bias is not None, device="meta")
         layer.down.weight = nn.Parameter(down)
         layer.up.weight = nn.Parameter(up)
         if bias is not None:
-            layer.up.bias = nn.Parameter(bias)
+            layer.up.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
     @property
@@ -64,9 +98,106 @@ class LowRankLinear(nn.Module):
         """Shown by print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+
+class LowRankEmbedding(LowRank):
+    """y = up(down(index)): a vector of the rank is looked up, then mapped to the dimension.
+
+    The padding index stays with ``down``: its vector gets no gradient. It is what the factors make
+    of the dense row, not exactly zero; what attends to padding is masked anyway.
+
+    Args:
+        num_embeddings: size of the vocabulary V.
+        embedding_dim: size d of the output's last dimension.
+        rank: width between the two.
+        padding_idx: as in ``nn.Embedding``.
+        device: as in ``nn.Embedding``.
+        dtype: as in ``nn.Embedding``.
+    """
+
+    down: nn.Embedding
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        # The zero-size guard that checkpoint.py writes is not a parameter.
-        state_dict.pop(prefix + "weight", None)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
+        self.down = nn.Embedding(num_embeddings, rank, padding_idx, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, embedding_dim, bias=False, device=device, dtype=dtype)
+
+    @classmethod
+    def from_factors(
+        cls, down: Tensor, up: Tensor, padding_idx: int | None = None
+    ) -> "LowRankEmbedding":
+        """From factors of shapes ``(rank, V)`` and ``(d, rank)``, in their dtype and device.
+
+        They are those of W in normal form (d, V), as LowRankLinear has them; ``down`` keeps the
+        transpose, as embeddings do.
+        """
+        layer = cls(down.shape[1], up.shape[0], down.shape[0], padding_idx, device="meta")
+        layer.down.weight = nn.Parameter(down.T.contiguous())
+        layer.up.weight = nn.Parameter(up)
+        return layer
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The index of ``down`` that gets no gradient."""
+        return self.down.padding_idx
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of the factors, shape ``(V, d)`` as in nn.Embedding: formed at each access.
+
+        In normal form, (d, V), it is its transpose.
+        """
+        return self.down.weight @ self.up.weight.T
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Shape ``(...)`` of indices -> ``(..., d)``."""
+        y: Tensor = self.up(self.down(index))
+        return y
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return (
+            f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, "
+            f"rank={self.rank}"
+        )
+
+
+def low_rank(
+    dense: nn.Module, down: Tensor, up: Tensor, bias: Tensor | None
+) -> LowRankLinear | LowRankEmbedding:
+    """The low-rank module to stand in the place of a dense one.
+
+    Args:
+        dense: nn.Linear, Conv1D or nn.Embedding; mode and trainability are taken over from it.
+        down: shape ``(rank, in)``, in normal form.
+        up: shape ``(out, rank)``.
+        bias: of the dense module.
+    """
+    low: LowRankLinear | LowRankEmbedding
+    if isinstance(dense, nn.Embedding):
+        low = LowRankEmbedding.from_factors(down, up, dense.padding_idx)
+    else:
+        low = LowRankLinear.from_factors(down, up, bias)
+    trainable = dense.get_parameter("weight").requires_grad
+    for factor in (low.down, low.up):
+        factor.weight.requires_grad_(trainable)
+    low.train(dense.training)
+    return low
+
+
+def replace(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put modules in the place of others, under every name that those have; returns the others."""
+    old = {name: model.get_submodule(name) for name in new}
+    instead = {id(module): new[name] for name, module in old.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in instead:
+            model.set_submodule(name, instead[id(module)])
+    return old

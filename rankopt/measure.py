@@ -1,167 +1,362 @@
 """From a model and batches to a profile."""
 
-import hashlib
-import sys
-from collections.abc import Iterable, Sequence
+import dataclasses
+import functools
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from rankopt._version import __version__
-from rankopt.backends import find_backend, projection
-from rankopt.discover import Found, find_layers, fingerprint, model_size, weight_of
-from rankopt.errors import DataError, ModelError
-from rankopt.fisher import RowFisher
-from rankopt.profile import BasisArray, FloatArray, Profile, ProfileInfo
-from rankopt.progress import bar
-from rankopt.tasks import Batch, check_loss, loss_terms, mean_loss, prepare, task_of
+from rankopt.backends import find_backend
+from rankopt.backends.base import Backend
+from rankopt.discover import Found, find_layers, fingerprint, model_size
+from rankopt.errors import DataError, InfeasibleBudgetError
+from rankopt.estimators import Estimator, Kind, Unit
+from rankopt.gather import Checkpoint, Gathered, Objective, Stop, gather
+from rankopt.info import BackendInfo, ProfileInfo, ScaleInfo
+from rankopt.layers import Layer
+from rankopt.modules import device_of, unwrapped, weight_of
+from rankopt.planning import make_plan
+from rankopt.profile import Profile
+from rankopt.sharing import Processes
+from rankopt.spectra import Curve, Kept, decompose_layers, recomputable
+from rankopt.tasks import LossFunction, task_of
 
 #: Bases are kept while they fit in this many bytes; beyond, ``apply_plan`` decomposes again.
 BASES_LIMIT = 2 * 2**30
 
 
+@dataclasses.dataclass(frozen=True)
+class Stability:
+    """When ranks have settled: twice the data would hardly move them.
+
+    Measuring stops after 4, 8, 16, ... batches if the ranks that an exact plan would give have
+    moved at most ``tolerance`` of the budget's parameters since half as many batches.
+
+    Attributes:
+        keep: budget of the plan.
+        tolerance: share of the budget's parameters.
+    """
+
+    keep: float = 0.8
+    tolerance: float = 0.01
+
+
 def profile_model(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     *,
     backends: Sequence[str] = ("fwsvd",),
+    loss_fn: LossFunction | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    untie: bool = False,
+    estimator: Kind = "empirical",
+    unit: Unit = "example",
+    draws: int = 1,
+    seed: int = 0,
+    until_stable: Stability | None = None,
     keep_bases: bool = True,
+    kept: Kept | None = None,
+    layers_at_a_time: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 32,
+    workers: int | None = None,
     progress: bool | None = None,
 ) -> Profile:
     """Measure what every rank of every layer retains.
 
     Runs each batch forward and backward once (no gradients of weights, eval mode; the model is left
-    as it was), then decomposes every layer once for each backend.
+    as it was), then decomposes every layer once for each backend. Started by ``torchrun``, every
+    process measures its share of the batches and returns the same profile.
 
     Args:
-        model: a transformers model with a head and its own loss, weights loaded.
+        model: a transformers model with a head and its own loss, or any module with ``loss_fn``;
+            weights loaded.
         batches: dictionaries of tensors as the model takes them, ``(B, T)`` inputs and labels.
             Causal language models shift labels themselves: give ``labels`` equal to ``input_ids``,
-            or leave them out. Labels of padding are ignored.
-        backends: whose spectra to compute, ``fwsvd`` and ``svd``.
-        keep_bases: store singular vectors too, so that applying a plan is fast.
+            or leave them out. Labels of padding are ignored. With ``loss_fn``, anything.
+        backends: ``fwsvd``, ``fwsvd_two_sided``, ``kronecker``, ``svd``, ``tfwsvd``, ``whitened``,
+            or any that is installed; only what they need is measured.
+        loss_fn: (model, batch) -> the loss of each example, summed over its terms, ``(B,)``.
+        include: globs of the layers to plan, instead of those inside the transformer blocks.
+        exclude: globs of layers to leave alone.
+        untie: plan a head and an embedding that share their weight, as one group.
+        estimator: ``empirical`` or ``sampled`` (see estimators).
+        unit: ``example`` or ``token``.
+        draws: of labels or signs for each example.
+        seed: of what is drawn.
+        until_stable: stop when the ranks have settled.
+        keep_bases: store singular vectors too, so that applying a plan is fast. What a backend
+            needs and could not compute again without the data is always stored.
+        kept: where these arrays go; memory by default. ``files.SpilledArrays`` is a folder.
+        layers_at_a_time: collect statistics of so many layers in one pass over the data, and take
+            several: for moments that do not fit in memory together.
+        checkpoint: file for what has been measured so far; if it is there, go on from it.
+        checkpoint_every: batches.
+        workers: layers that are decomposed at a time, on the CPU; by default as many as cores.
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
         ModelError: no plannable layers, an unknown kind of loss, or a layer that saw no gradient.
-        DataError: no batches, or batches without labels or targets.
+        DataError: no batches, no labels or targets, or options that do not go together.
         BudgetError: an unknown backend.
     """
-    for name in backends:
-        find_backend(name)
     if not backends:
         raise DataError("at least one backend is needed")
-    model = _unwrapped(model)
-    task = task_of(model)
-    found = find_layers(model)
-    device = next(model.parameters()).device
-    digest, examples, targets = hashlib.sha256(), 0, 0
-    with RowFisher(model, found.modules) as fisher:
-        for batch in bar(batches, "Fisher", "batch", progress):
-            ready = prepare(task, batch, device)
-            if not examples:
-                _warn_of_padding(model, ready)
-                check_loss(model, task, ready)
-            _update(digest, ready)
-            terms = loss_terms(task, ready["labels"])
-            fisher.begin(len(terms), _tokens(ready))
-            loss, _ = mean_loss(model, ready)
-            fisher.backward(loss * terms.sum())
-            examples += len(terms)
-            targets += int(terms.sum())
-    if not examples:
-        raise DataError("no batches were given")
-    silent = [layer.name for layer in found.layers if layer.name not in fisher.rows]
-    if silent:
-        raise ModelError(
-            f"{len(silent)} planned layers never took part in the loss ({', '.join(silent[:3])}): "
-            "their Fisher information is unknown"
+    chosen = {name: find_backend(name) for name in backends}
+    how = Estimator(estimator, unit, draws, seed)
+    if loss_fn is not None and how.random:
+        raise DataError(
+            "loss_fn gives one loss for an example: labels cannot be drawn from it, nor tokens "
+            "taken apart; use the empirical estimator per example"
         )
-    energies, bases = _decompose(found, fisher.rows, examples, backends, keep_bases, progress)
-    size, architecture = model_size(model), type(model).__name__
+    model = unwrapped(model)
+    objective = Objective("custom" if loss_fn else task_of(model), how, loss_fn)
+    found = find_layers(model, include=include, exclude=exclude, untie=untie)
+    processes = Processes.join()
+    needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
+    part = len(found.layers) if layers_at_a_time is None else layers_at_a_time
+    parts = [found.layers[k : k + part] for k in range(0, len(found.layers), max(part, 1))]
+    _require_together(len(parts), part, until_stable, checkpoint)
+    if checkpoint_every < 1:
+        raise DataError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    if len(parts) > 1:
+        batches = list(batches)
+    architecture = type(model).__name__
+    settings = {
+        "model": fingerprint(architecture, found.layers),
+        "task": objective.task,
+        "needs": sorted(needs),
+        "dtype": str(next(model.parameters()).dtype),
+        "until_stable": until_stable and [*dataclasses.astuple(until_stable), backends[0]],
+        **{field.name: getattr(how, field.name) for field in dataclasses.fields(how)},
+    }
+    keep = _keeper(found, chosen.values(), keep_bases)
+    arrays: Kept = {} if kept is None else kept
+    count = _workers(model, workers)
+    whole: _Parts = _Parts()
+    decomposed = functools.partial(_decomposed, found, processes, backends, count)
+    for layers in parts:
+        stop = None
+        if until_stable is not None:
+            stop = _stable(model, found, objective, until_stable, processes, backends, count)
+        gathered = gather(
+            model,
+            {member: found.modules[member] for layer in layers for member in layer.members},
+            batches,
+            objective,
+            needs,
+            processes=processes,
+            checkpoint=None
+            if checkpoint is None
+            else Checkpoint(Path(checkpoint), checkpoint_every, settings),
+            stop=stop,
+            progress=progress,
+        )
+        curves = decomposed(layers, gathered, kept=arrays, keep=keep, progress=progress)
+        whole.add(layers, gathered, curves)
+    return _assembled(model, found, objective, whole, backends, processes, arrays)
+
+
+def _decomposed(
+    found: Found,
+    processes: Processes,
+    backends: Sequence[str],
+    workers: int,
+    layers: Sequence[Layer],
+    gathered: Gathered,
+    **how: Any,
+) -> dict[str, dict[str, Curve]]:
+    """Each process decomposes its share of the layers; all get all curves."""
+    mine = decompose_layers(
+        layers[processes.rank :: processes.count],
+        lambda name: weight_of(found.modules[name]),
+        gathered.statistics,
+        backends,
+        workers=workers,
+        **how,
+    )
+    shared = {name: processes.together(curves) for name, curves in mine.items()}
+    if "kept" in how:
+        processes.exchange(how["kept"])
+    return {b: {x.name: curves[x.name] for x in layers} for b, curves in shared.items()}
+
+
+def _require_together(
+    parts: int, part: int, until_stable: Stability | None, checkpoint: object
+) -> None:
+    if part < 1:
+        raise DataError(f"layers_at_a_time must be at least 1, got {part}")
+    if parts > 1 and until_stable is not None:
+        raise DataError("until_stable looks at all layers: it does not go with layers_at_a_time")
+    if parts > 1 and checkpoint is not None:
+        raise DataError("a checkpoint holds one pass: it does not go with layers_at_a_time")
+
+
+def _workers(model: nn.Module, workers: int | None) -> int:
+    if workers is not None:
+        if workers < 1:
+            raise DataError(f"workers must be at least 1, got {workers}")
+        return workers
+    if device_of(model).type != "cpu":
+        return 1
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _keeper(
+    found: Found, backends: Iterable[Backend], keep_bases: bool
+) -> "functools.partial[bool]":
+    spare = [backend for backend in backends if recomputable(backend)]
+    size = sum(
+        4 * min(x.out_features, x.in_features) * x.largest_rank * len(x.members)
+        for x in found.layers
+    )
+    fits = keep_bases and size * len(spare) <= BASES_LIMIT
+    return functools.partial(_kept, fits=fits)
+
+
+def _kept(backend: Backend, fits: bool) -> bool:
+    return fits or not recomputable(backend)
+
+
+@dataclasses.dataclass
+class _Parts:
+    """What passes over the data gave, put together."""
+
+    rows: dict[str, Any] = dataclasses.field(default_factory=dict)
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    traces: dict[str, Any] = dataclasses.field(default_factory=dict)
+    totals: list[Any] = dataclasses.field(default_factory=list)
+    curves: dict[str, dict[str, Curve]] = dataclasses.field(default_factory=dict)
+    gathered: Gathered | None = None
+
+    def add(
+        self,
+        layers: Sequence[Layer],
+        gathered: Gathered,
+        curves: Mapping[str, Mapping[str, Curve]],
+    ) -> None:
+        """Take over one pass; moments are let go."""
+        for name, sums in gathered.sums.items():
+            self.rows[name] = sums.rows.cpu().numpy()
+            self.traces[name] = sums.traces.cpu().numpy()
+            if sums.columns is not None:
+                self.columns[name] = sums.columns.cpu().numpy()
+        index = {name: k for k, name in enumerate(gathered.names)}
+        totals = torch.stack(gathered.seen.totals)
+        for layer in layers:
+            self.totals.append(sum(totals[:, index[name]] for name in layer.members))
+        for backend, found in curves.items():
+            self.curves.setdefault(backend, {}).update(found)
+        self.gathered = dataclasses.replace(gathered, sums={}, owners={})
+
+
+def _assembled(
+    model: nn.Module,
+    found: Found,
+    objective: Objective,
+    parts: _Parts,
+    backends: Sequence[str],
+    processes: Processes,
+    arrays: Kept,
+) -> Profile:
+    gathered, how = parts.gathered, objective.estimator
+    assert gathered is not None
+    size, architecture, seen = model_size(model), type(model).__name__, gathered.seen
+    versions = {"rankopt": __version__, "torch": torch.__version__}
     info = ProfileInfo(
-        versions={"rankopt": __version__, "torch": torch.__version__}
-        | {"transformers": version("transformers")},
+        versions=versions | {"transformers": version("transformers")},
         architecture=architecture,
         fingerprint=fingerprint(architecture, found.layers),
-        task=task,
-        examples=examples,
-        targets=targets,
-        data_digest=digest.hexdigest(),
+        task=objective.task,
+        estimator=how.kind,
+        unit=how.unit,
+        draws=how.draws,
+        seed=how.seed if how.random else None,
+        examples=seen.examples,
+        targets=seen.targets,
+        units=gathered.units,
+        processes=processes.count,
+        stopped=seen.stopped,
+        data_digest=seen.chain,
         model_parameters=size.model,
         model_bytes=size.model_bytes,
         layers=found.layers,
         left_alone=found.left_alone,
+        backends=tuple(_described(name, how.unit, found, parts.curves[name]) for name in backends),
     )
-    rows = {name: fisher.rows[name].cpu().numpy() for name in found.modules}
-    return Profile(info, rows, energies, _bases=bases)
+    return Profile(
+        info,
+        parts.rows,
+        {name: {x: c.losses for x, c in parts.curves[name].items()} for name in backends},
+        {
+            name: {x: c.ranks for x, c in parts.curves[name].items() if c.ranks is not None}
+            for name in backends
+        },
+        fisher_columns=parts.columns,
+        traces=parts.traces,
+        batch_fisher=torch.stack(parts.totals, 1).numpy(),
+        batch_units=np.array(seen.units),
+        kept_arrays=arrays,
+    )
 
 
-def _decompose(
+def _described(name: str, unit: str, found: Found, curves: Mapping[str, Curve]) -> BackendInfo:
+    backend = find_backend(name)
+    scales = tuple(
+        ScaleInfo(
+            name=scale,
+            unit=value.unit.format(unit=unit),
+            factors=tuple(curves[layer.name].factors[scale] for layer in found.layers),
+        )
+        for scale, value in backend.scales.items()
+    )
+    return BackendInfo(name=name, source=backend.source, scales=scales)
+
+
+def _stable(
+    model: nn.Module,
     found: Found,
-    rows: dict[str, Tensor],
-    examples: int,
+    objective: Objective,
+    wanted: Stability,
+    processes: Processes,
     backends: Sequence[str],
-    keep_bases: bool,
-    progress: bool | None,
-) -> tuple[dict[str, dict[str, FloatArray]], dict[str, BasisArray]]:
-    stored = sum(4 * min(x.out_features, x.in_features) * x.largest_rank for x in found.layers)
-    keep = keep_bases and stored * len(backends) <= BASES_LIMIT
-    energies: dict[str, dict[str, FloatArray]] = {name: {} for name in backends}
-    bases: dict[str, BasisArray] = {}
-    for layer in bar(found.layers, "Spectra", "layer", progress):
-        weight = weight_of(found.modules[layer.name])
-        for name in backends:
-            weights = find_backend(name).input_weights(rows[layer.name] / examples)
-            spectrum, basis = projection.decompose(weight, weights)
-            energies[name][layer.name] = spectrum.cpu().numpy()
-            if keep:
-                useful = basis[:, : layer.largest_rank].float().contiguous()
-                bases[f"{layer.name}/basis.{name}"] = useful.cpu().numpy()
-    return energies, bases
+    workers: int,
+) -> Stop:
+    """Says, at 4, 8, 16, ... batches, whether the ranks have settled."""
 
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    if isinstance(model, nn.DataParallel):
-        raise ModelError("DataParallel replicas race in hooks: profile model.module")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ModelError("DDP averages gradients before they can be squared: profile model.module")
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
-def _tokens(batch: Batch) -> int:
-    ids = batch.get("input_ids")
-    return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() > 1 else 1
-
-
-def _warn_of_padding(model: nn.Module, batch: Batch) -> None:
-    pad, ids = getattr(model.config, "pad_token_id", None), batch.get("input_ids")
-    eos = getattr(model.config, "eos_token_id", None)
-    if pad is None or pad == eos or ids is None or "attention_mask" in batch:
-        return
-    if bool((ids == pad).any()):
-        tqdm.write(
-            "warning: the batches hold padding but no attention_mask: it is learnt from",
-            file=sys.stderr,
+    def stop(gathered: Gathered, before: list[float]) -> tuple[list[float], str | None]:
+        first = backends[:1]
+        curves = _decomposed(
+            found, processes, first, workers, found.layers, gathered, progress=False
+        )
+        parts = _Parts()
+        parts.add(found.layers, gathered, curves)
+        profile = _assembled(model, found, objective, parts, first, processes, {})
+        try:
+            plan = make_plan(profile, keep=wanted.keep)
+        except InfeasibleBudgetError as error:
+            raise DataError(f"no ranks to settle: {error}") from error
+        # What one process decides is decided: solvers may run out of time, and not on all alike.
+        spent = processes.decided([float(entry.parameters) for entry in plan.layers])
+        if not before:
+            return spent, None
+        # What one layer gives another takes: half the sum of the changes has moved.
+        changes = sum(abs(now - then) for now, then in zip(spent, before, strict=True))
+        moved = changes / 2 / plan.budget.parameters
+        if moved > wanted.tolerance:
+            return spent, None
+        batches = gathered.seen.batches
+        return spent, (
+            f"ranks have settled: {moved:.2%} of the parameters at keep {wanted.keep:g} moved "
+            f"between {batches // 2} and {batches} batches"
         )
 
-
-def data_digest(model: nn.Module, batches: Iterable[Batch]) -> str:
-    """The digest that a profile of these batches has, without measuring."""
-    task, device = task_of(model), next(model.parameters()).device
-    digest = hashlib.sha256()
-    for batch in batches:
-        _update(digest, prepare(task, batch, device))
-    return digest.hexdigest()
-
-
-def _update(digest: "hashlib._Hash", batch: Batch) -> None:
-    for name in sorted(batch):
-        if isinstance(batch[name], Tensor):
-            array = batch[name].detach().cpu().contiguous()
-            digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
-            digest.update(array.view(torch.uint8).numpy().tobytes())
+    return stop

@@ -18,7 +18,8 @@ def measure_rows(
 ) -> Iterator[Row]:
     """Apply each row's plan in turn, evaluate, and restore the dense model.
 
-    Layers are decomposed once for all plans, and plans with the same ranks are evaluated once.
+    Layers are decomposed once for all plans; plans with one backend and the same ranks are
+    evaluated once.
 
     Args:
         model: the dense model that was profiled.
@@ -27,10 +28,10 @@ def measure_rows(
         batches: held-out data.
     """
     cache: FactorCache = {}
-    seen: dict[tuple[tuple[str, int | None], ...], Evaluation] = {}
+    seen: dict[tuple[str, tuple[tuple[str, int | None], ...]], Evaluation] = {}
     for row in bar(rows, "Compare", "plan"):
-        ranks = tuple(row.plan.ranks.items())
-        if ranks not in seen:
+        model_of = row.plan.backend, tuple(row.plan.ranks.items())
+        if model_of not in seen:
             with applied(model, row.plan, profile, cache) as compressed:
-                seen[ranks] = evaluate(compressed, batches)
-        yield dataclasses.replace(row, measured=seen[ranks])
+                seen[model_of] = evaluate(compressed, batches, layers=profile.info.layers)
+        yield dataclasses.replace(row, measured=seen[model_of])

@@ -13,12 +13,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def load_model(name: str, dtype: str = "auto") -> Any:
+def load_model(name: str, dtype: str = "auto", device_map: str | None = None) -> Any:
     """The model with its head, as the checkpoint's ``architectures`` says.
 
     Args:
         name: a folder or a hub name.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        device_map: for models larger than a GPU, as ``from_pretrained`` takes it; ``auto`` spreads
+            them over GPUs, memory and disk. Needs accelerate.
 
     Raises:
         ModelError: not found, or without a head whose loss is known.
@@ -29,12 +31,13 @@ def load_model(name: str, dtype: str = "auto") -> Any:
 
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(f"{name} is not a transformers model folder: it has no config.json")
+    spread = {} if device_map is None else {"device_map": device_map}
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         architecture = (config.architectures or [type(config).__name__])[0]
         task_of_architecture(architecture)
-        loaded = getattr(transformers, architecture).from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, AttributeError) as error:
+        loaded = getattr(transformers, architecture).from_pretrained(name, dtype=dtype, **spread)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
         raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     return loaded
 

@@ -71,7 +71,7 @@ DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or au
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 BackendOption = Annotated[str | None, typer.Option(help="Whose spectra; the profile's first.")]
-ScaleOption = Annotated[str | None, typer.Option(help="How layers compare: nats or sum (fwsvd).")]
+ScaleOption = Annotated[str | None, typer.Option(help="How layers compare; the backend's first.")]
 MultipleOption = Annotated[int, typer.Option(help="Offer only multiples of this rank.")]
 
 
@@ -114,7 +114,9 @@ class Source:
         require_columns(data, rows, *columns[:2])
         return cls(data, rows, columns, examples, max_length, batch_size)
 
-    def load(self, name: str, dtype: str) -> "tuple[Any, list[Batch]]":
+    def load(
+        self, name: str, dtype: str, device_map: str | None = None
+    ) -> "tuple[Any, list[Batch]]":
         """The model, and the data tokenised for its task; windows as long as the model allows.
 
         Raises:
@@ -126,7 +128,7 @@ class Source:
         from rankopt.models import load_model, load_tokenizer, longest_input
         from rankopt.tasks import task_of
 
-        model = load_model(name, dtype)
+        model = load_model(name, dtype, device_map)
         longest, max_length = longest_input(model), self.max_length
         if max_length is None:
             max_length = min(256, longest or 256)

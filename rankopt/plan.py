@@ -31,9 +31,9 @@ class PlannedLayer(BaseModel):
     """What happens to one layer.
 
     Attributes:
-        layer: the matrix.
-        rank: its rank, or null to leave it dense.
-        parameters: what that costs.
+        layer: the matrix, and the modules that share it.
+        rank: its rank in all of them, or null to leave it dense.
+        parameters: what that costs: one dense matrix, or factors for every module.
         retained: share of the layer's own Fisher information that is retained.
         margin: how sure the rank is: what the layer's next-best rank would lose more, at the
             certificate's price of a parameter and in its unit. Near 0, or below it, another rank
@@ -132,7 +132,7 @@ class Plan(BaseModel):
         format_version: of the file.
         rankopt: version that made it.
         backend: how the layers will be factorised.
-        scale: unit in which the layers were compared (see curves).
+        scale: how the layers were compared; the backend's name for it.
         solver: who chose.
         objective: what was maximised.
         rank_multiple: ranks are multiples of it.
@@ -173,7 +173,7 @@ class Plan(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":
-        names = [entry.layer.name for entry in self.layers]
+        names = [member for entry in self.layers for member in entry.layer.members]
         if len(set(names)) != len(names):
             raise ValueError("a layer is planned twice")
         spent = sum(entry.parameters for entry in self.layers)

@@ -9,7 +9,6 @@ from rankopt import strategies
 from rankopt._version import __version__
 from rankopt.allocate import Allocation, Objective, allocation
 from rankopt.budget import Budget, at_least, find_budget
-from rankopt.curves import find_scale
 from rankopt.errors import BudgetError, InfeasibleBudgetError
 from rankopt.plan import AskedBudget, Certificate, Plan, PlannedLayer, Size
 from rankopt.profile import Profile
@@ -30,12 +29,6 @@ STRATEGIES: dict[str, Callable[[Profile, Allocation, int], list[int]]] = {
     "uniform": strategies.uniform,
     "proportional": strategies.proportional,
     "threshold": strategies.threshold,
-}
-
-_UNITS = {
-    "nats": "nats per example (second-order estimate)",
-    "sum": "row-sum Fisher units",
-    "frobenius": "squared weights",
 }
 
 
@@ -67,7 +60,7 @@ def make_plan(
     """Decide the rank of every layer.
 
     Args:
-        profile: what every rank retains.
+        profile: what every rank loses.
         keep: budget as a share of the planned layers' parameters.
         keep_total: budget as a share of the whole model's parameters.
         max_params: budget as a number of parameters for the planned layers.
@@ -76,8 +69,8 @@ def make_plan(
         objective: ``total``, ``layerwise`` or ``maxmin`` retained Fisher information. The first
             three strategies do not look at it; it is what their bound and gap refer to.
         rank_multiple: offer only multiples of it (and dense).
-        backend: whose spectra to use; by default the profile's first.
-        scale: how layers compare (see curves); by default the backend's first.
+        backend: whose losses to use; by default the profile's first.
+        scale: how layers compare, one of the backend's; by default its first.
         share: for ``threshold``: retained share of every layer. Needs no budget; with one, a plan
             over it is an error.
         min_retained: share that every layer must retain at least, or ``"best"``: the largest
@@ -85,7 +78,8 @@ def make_plan(
         options: passed to the solver, ``time_limit`` for ``exact`` and ``knapsack``.
 
     Raises:
-        BudgetError: no or two budgets, or an unknown solver, objective, scale or option.
+        BudgetError: no or two budgets, an unknown solver, objective, scale or option, or no layer
+            with a rank that is a multiple.
         InfeasibleBudgetError: no ranks fit; names the smallest reachable budget.
         ProfileError: the profile lacks the backend.
     """
@@ -97,9 +91,8 @@ def make_plan(
         raise BudgetError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
     if share is not None and solver != "threshold":
         raise BudgetError(f"share belongs to the threshold strategy, not to {solver}")
-    backend = profile.backends[0] if backend is None else backend
-    profile.spectra(backend)
-    scale = find_scale(backend, scale)
+    found = profile.backend(backend)
+    backend, scale = found.name, found.find_scale(scale).name
     offered = allocation(profile, backend, scale, objective, rank_multiple)
     budget = find_budget(profile.info, keep, keep_total, max_params)
     if min_retained is not None:
@@ -229,7 +222,7 @@ def plan_of(
         offered: the problem's.
         solution: of the problem.
         asked: the budget.
-        backend: whose spectra were used.
+        backend: whose losses were used.
         scale: how layers were compared.
         min_retained: the floor that the solution keeps.
         sure: margins of the layers, if they are not those of the problem without a floor.
@@ -253,7 +246,9 @@ def plan_of(
     saved = info.planned_parameters - solution.cost
     saved_bytes = info.planned_bytes - sum(e.parameters * e.layer.itemsize for e in entries)
     worst = min(range(len(retained)), key=lambda k: retained[k])
-    unit = _UNITS[scale] if offered.objective == "total" else "lost share of a layer's Fisher"
+    unit = "lost share of a layer's Fisher"
+    if offered.objective == "total":
+        unit = profile.backend(backend).find_scale(scale).unit
     return Plan(
         rankopt=__version__,
         backend=backend,

@@ -8,7 +8,13 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def bar(items: Iterable[T], what: str, unit: str, progress: bool | None = None) -> "tqdm[T]":
+def bar(
+    items: Iterable[T],
+    what: str,
+    unit: str,
+    progress: bool | None = None,
+    total: int | None = None,
+) -> "tqdm[T]":
     """Iterate over items with a bar.
 
     Args:
@@ -16,6 +22,7 @@ def bar(items: Iterable[T], what: str, unit: str, progress: bool | None = None) 
         what: stands before the bar.
         unit: of what is counted.
         progress: show it; by default if stderr is a terminal.
+        total: how many there are, if items do not know.
     """
     hidden = None if progress is None else not progress
-    return tqdm(items, desc=what, unit=unit, disable=hidden)
+    return tqdm(items, desc=what, unit=unit, disable=hidden, total=total)

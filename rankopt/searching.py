@@ -18,11 +18,10 @@ from torch import nn
 from rankopt.allocate import Allocation, Objective, allocation
 from rankopt.budget import find_budget
 from rankopt.compare import Strategy
-from rankopt.curves import find_scale
 from rankopt.errors import BudgetError, MissingExtraError, RankoptError
 from rankopt.evaluation import Evaluation, evaluate
 from rankopt.layers import DENSE
-from rankopt.measure import data_digest
+from rankopt.gather import data_digest
 from rankopt.plan import Plan
 from rankopt.planning import asked_budget, make_plan, plan_of
 from rankopt.profile import Profile
@@ -100,8 +99,8 @@ def search_plan(
         max_params: budget as a number of parameters for the planned layers.
         objective: ``total`` or ``layerwise``: the losses that a trial reweights.
         rank_multiple: offer only multiples of it (and dense).
-        backend: whose spectra to use; by default the profile's first.
-        scale: how layers compare (see curves); by default the backend's first.
+        backend: whose losses to use; by default the profile's first.
+        scale: how layers compare, one of the backend's; by default its first.
         plans: SOLVER or SOLVER/OBJECTIVE, measured first.
         sampler: ``cmaes``, ``tpe``, ``thompson``, ``gp``, ``random``, or a sampler of Optuna's.
         storage: a journal file or a database's URL; the same call goes on where it was stopped,
@@ -119,9 +118,8 @@ def search_plan(
         MissingExtraError: Optuna is not installed.
         DataError: no batches.
     """
-    backend = profile.backends[0] if backend is None else backend
-    profile.spectra(backend)
-    scale = find_scale(backend, scale)
+    measured_with = profile.backend(backend)
+    backend, scale = measured_with.name, measured_with.find_scale(scale).name
     budget = find_budget(profile.info, keep, keep_total, max_params)
     if budget is None:
         raise BudgetError("a budget is needed: keep, keep_total or max_params")
@@ -130,6 +128,8 @@ def search_plan(
     named: dict[str, Choice] = {}
     for text in plans:
         strategy = Strategy.parse(text)
+        if strategy.backend not in (None, backend):
+            raise BudgetError(f"plan {text}: every trial of a search has the backend {backend}")
         made = make_plan(
             profile,
             **limits,  # type: ignore[arg-type]
@@ -147,11 +147,13 @@ def search_plan(
         solution = certify(problem, choice, "search")
         return plan_of(profile, offered, solution, asked, backend, scale)
 
+    layers = profile.info.layers
+
     def measured_loss(choice: Choice) -> float:
         with applied(model, planned(choice), profile, cache) as compressed:
-            return evaluate(compressed, batches, progress=False).loss
+            return evaluate(compressed, batches, layers=layers, progress=False).loss
 
-    dense = evaluate(model, batches, progress=False)
+    dense = evaluate(model, batches, layers=layers, progress=False)
     label = f"profile {profile.digest()[:16]}, data {data_digest(model, batches)[:16]}"
     last = max(len(offered.layers) - 1, 1)
     with bar(range(trials), "Search", "trial", progress) as shown:

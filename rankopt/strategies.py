@@ -103,7 +103,7 @@ def uniform(profile: Profile, offered: Allocation, budget: int) -> list[int]:
 
 def proportional(profile: Profile, offered: Allocation, budget: int) -> list[int]:
     """Rank in proportion to the layer's share of the total Fisher information."""
-    trace = [float(profile.fisher_rows[layer.name].sum()) for layer in offered.layers]
+    trace = [profile.fisher_trace(layer.name) for layer in offered.layers]
     rank_cost = [float(layer.rank_cost) for layer in offered.layers]
     return _to_targets(offered.problem(budget), np.array(trace) * np.array(rank_cost))
 

@@ -1,23 +1,25 @@
 """Apply a plan: replace layers by low-rank ones, all or nothing."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from rankopt.backends import find_backend, projection
+from rankopt.backends import find_backend
 from rankopt.checkpoint import attach, detach, require_unquantised
-from rankopt.discover import Found, find_layers, weight_of
-from rankopt.errors import PlanError
-from rankopt.layers import Layer
-from rankopt.lowrank import LowRankLinear
+from rankopt.discover import NOT_SELECTED, Found, find_planned, unwrapped, weight_of
+from rankopt.errors import ModelError, PlanError
+from rankopt.lowrank import low_rank, replace
+from rankopt.modules import tensor_of
 from rankopt.plan import Plan
 from rankopt.profile import Profile
 from rankopt.progress import bar
+from rankopt.spectra import recomputable
+from rankopt.statistics import Statistics
 
-#: (backend, layer name) -> left vectors U (out, R) and U^T W (R, in): every rank is a slice.
-FactorCache = MutableMapping[tuple[str, str], tuple[Tensor, Tensor]]
+#: (backend, layer or partner) -> arrays from which the backend makes factors of any rank.
+FactorCache = MutableMapping[tuple[str, str], Mapping[str, Tensor]]
 
 
 def apply_plan(
@@ -33,7 +35,7 @@ def apply_plan(
     All factors are computed before the first layer is replaced: an error leaves the model whole.
 
     Args:
-        model: the dense model that was profiled.
+        model: the dense model that was profiled; compiled by torch.compile it may be.
         plan: made from the profile.
         profile: for the Fisher information that weights the factorisation.
         allow_other_weights: accept a model of the same layers whose weights differ (fine-tuned
@@ -48,9 +50,15 @@ def apply_plan(
             differ.
         ModelError: the model cannot be factorised (already low rank, quantised, not loaded).
     """
-    replacements = _replacements(model, plan, profile, allow_other_weights, None, progress)
-    _swap(model, replacements)
-    attach(model, plan)
+    inner = unwrapped(model)
+    if any(isinstance(each, nn.parallel.DistributedDataParallel) for each in model.modules()):
+        raise ModelError(
+            "DDP would go on averaging the dense weights' gradients: apply the plan to "
+            "model.module and wrap that again"
+        )
+    replacements = _replacements(inner, plan, profile, allow_other_weights, None, progress)
+    replace(inner, replacements)
+    attach(inner, plan)
     return model
 
 
@@ -66,21 +74,15 @@ def applied(
         profile: see apply_plan.
         cache: pass one dictionary to several calls to decompose every layer only once.
     """
-    replacements = _replacements(model, plan, profile, False, cache, None)
-    dense = _swap(model, replacements)
-    attach(model, plan)
+    inner = unwrapped(model)
+    replacements = _replacements(inner, plan, profile, False, cache, None)
+    dense = replace(inner, replacements)
+    ties = attach(inner, plan)
     try:
         yield model
     finally:
-        _swap(model, dense)
-        detach(model)
-
-
-def _swap(model: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    replaced = {name: model.get_submodule(name) for name in replacements}
-    for name, module in replacements.items():
-        model.set_submodule(name, module)
-    return replaced
+        replace(inner, dense)
+        detach(inner, ties)
 
 
 def _replacements(
@@ -96,60 +98,76 @@ def _replacements(
             "the plan was made from another profile: give the profile that it was made from, or "
             "plan again"
         )
-    found = find_layers(model)
+    found = find_planned(model, [entry.layer for entry in plan.layers])
     require_unquantised(model)
-    _require_same(found, plan, allow_other_weights)
-    low_rank = {name: rank for name, rank in plan.ranks.items() if rank is not None}
+    known = {entry.name for entry in profile.info.left_alone}
+    _require_same(found, plan, allow_other_weights, known)
     layers = {layer.name: layer for layer in found.layers}
     same = all(e.layer.digest == layers[e.layer.name].digest for e in plan.layers)
+    members = [
+        (member, entry.layer.largest_rank, entry.rank)
+        for entry in plan.layers
+        if entry.rank is not None
+        for member in entry.layer.members
+    ]
     replacements: dict[str, nn.Module] = {}
-    for name, rank in bar(low_rank.items(), "Factors", "layer", progress):
-        module = found.modules[name]
-        key = (plan.backend, name)
-        if cache is None:
-            up, down = _factors(module, layers[name], plan.backend, profile, rank, same)
-        else:
-            if key not in cache:
-                full = layers[name].largest_rank
-                cache[key] = _factors(module, layers[name], plan.backend, profile, full, same)
-            up, down = cache[key][0][:, :rank], cache[key][1][:rank]
+    made: FactorCache = {} if cache is None else cache
+    for name, full, rank in bar(members, "Factors", "layer", progress):
+        module, key = found.modules[name], (plan.backend, name)
+        weight = weight_of(module)
+        kept = made[key] if key in made else _kept(name, weight, plan.backend, profile, full, same)
+        if cache is not None:
+            cache[key] = kept
+        with torch.no_grad():
+            up, down = find_backend(plan.backend).factors(weight, kept, rank)
         bias = getattr(module, "bias", None)
-        low = LowRankLinear.from_factors(
-            down.contiguous(), up.contiguous(), None if bias is None else bias.detach().clone()
-        )
-        low.train(module.training)
-        low.requires_grad_(module.get_parameter("weight").requires_grad)
-        replacements[name] = low
+        if bias is not None and bias.is_meta:
+            bias = tensor_of(module, "bias")
+        up, down = up.to(weight.dtype), down.to(weight.dtype)
+        replacements[name] = low_rank(module, down.contiguous(), up.contiguous(), bias)
     return replacements
 
 
 @torch.no_grad()
-def _factors(
-    module: nn.Module, layer: Layer, backend: str, profile: Profile, rank: int, stored: bool
-) -> tuple[Tensor, Tensor]:
-    """``up`` (out, rank) and ``down`` (rank, in), in the weight's dtype and on its device."""
-    weight = weight_of(module)
-    mean_fisher = torch.from_numpy(profile.fisher_rows[layer.name] / profile.examples)
-    weights = find_backend(backend).input_weights(mean_fisher.to(weight.device))
-    kept = profile.basis(backend, layer.name) if stored else None
-    if kept is None:
-        basis = projection.decompose(weight, weights)[1]
-    else:
-        basis = torch.from_numpy(kept).to(weight.device)
-    up = projection.left_vectors(weight, weights, basis[:, :rank])
-    down = up.T @ weight.double()
-    return up.to(weight.dtype), down.to(weight.dtype)
+def _kept(
+    member: str, weight: Tensor, backend: str, profile: Profile, largest: int, same: bool
+) -> Mapping[str, Tensor]:
+    """What the backend's factors need: from the profile, or decomposed again."""
+    chosen = find_backend(backend)
+    stored = profile.kept(backend, member)
+    if same and len(stored):
+        return {kind: torch.from_numpy(array).to(weight.device) for kind, array in stored.items()}
+    if not recomputable(chosen):
+        why = "the profile was saved without what it needs" if same else "the weights differ"
+        raise PlanError(
+            f"layer {member}: {why}, and {backend} cannot decompose it again without the data: "
+            "profile this model"
+        )
+    columns = profile.fisher_columns.get(member)
+    statistics = Statistics(
+        profile.units,
+        torch.from_numpy(profile.fisher_rows[member]).to(weight.device),
+        None if columns is None else torch.from_numpy(columns).to(weight.device),
+    )
+    return chosen.decompose(weight, statistics, largest).kept
 
 
-def _require_same(found: Found, plan: Plan, allow_other_weights: bool) -> None:
-    """Refuse a model whose layers are not the plan's."""
+def _require_same(
+    found: Found, plan: Plan, allow_other_weights: bool, known: Collection[str]
+) -> None:
+    """Refuse a model whose layers are not the plan's; ``known`` are those that it leaves alone."""
     have = {layer.name: layer for layer in found.layers}
+    reasons = {entry.name: entry.reason for entry in found.left_alone}
     differences: list[str] = []
     other_weights: list[str] = []
     for entry in plan.layers:
-        want, got = entry.layer, have.pop(entry.layer.name, None)
-        if got is None:
+        want, got = entry.layer, have.get(entry.layer.name)
+        if got is None and want.name not in reasons:
             differences.append(f"{want.name} is missing")
+        elif got is None and want.partners:
+            differences.append(f"{want.name} is not tied to {', '.join(want.partners)} as planned")
+        elif got is None:
+            differences.append(f"{want.name} cannot be planned ({reasons[want.name]})")
         elif (got.out_features, got.in_features) != (want.out_features, want.in_features):
             differences.append(
                 f"{want.name} is {got.out_features} x {got.in_features}, planned "
@@ -158,7 +176,8 @@ def _require_same(found: Found, plan: Plan, allow_other_weights: bool) -> None:
         elif got.digest != want.digest and not allow_other_weights:
             other_weights.append(f"{want.name} has other weights")
     # Another structure explains other weights, not the other way round: it is named first.
-    differences += [f"{name} is not in the plan" for name in have] + other_weights
+    more_layers = [n for n, why in reasons.items() if why == NOT_SELECTED and n not in known]
+    differences += [f"{name} is not in the plan" for name in more_layers] + other_weights
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise PlanError(

@@ -20,11 +20,14 @@ from rankopt import (
     profile_model,
     surgery,
 )
-from rankopt.backends import find_backend
-from rankopt.backends.projection import decompose, left_vectors, weighted_error
-from rankopt.curves import tails
+from rankopt.backends import BUILT_IN, find_backend
 from rankopt.discover import find_layers, model_size, weight_of
+from rankopt.estimators import Estimator
+from rankopt.gather import Objective, gather
+from rankopt.lowrank import low_rank, replace
+from rankopt.statistics import STATISTICS
 from rankopt.surgery import FactorCache
+from rankopt.tasks import task_of
 from tests import tiny
 
 
@@ -42,6 +45,17 @@ def logits(model: Any) -> Tensor:
 
 def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
+
+
+def weighted_error(weight: Tensor, product: Tensor, fisher: Tensor) -> float:
+    """sum_ij F_j (W - W_r)_ij^2, as the paper has it."""
+    return float(((weight.double() - product.double()).square() * fisher).sum())
+
+
+def least_error(weight: Tensor, fisher: Tensor, rank: int) -> float:
+    """What no matrix of the rank can go below (Eckart & Young)."""
+    values = torch.linalg.svdvals(weight.double() * fisher.sqrt())
+    return float(values[rank:].square().sum())
 
 
 def snapshot(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[str, Tensor]]:
@@ -79,45 +93,59 @@ def test_the_applied_model_has_the_planned_size_to_the_parameter(kind: str) -> N
 
 @pytest.mark.parametrize("kind", tiny.MODELS)
 def test_the_loss_that_the_solver_saw_is_that_of_the_factors(kind: str) -> None:
-    model = tiny.MODELS[kind]().double()
-    profile = profile_model(model, tiny.batches(model))
-    plan = make_plan(profile, keep=0.5)
-    found = find_layers(model)
-    dense = {name: weight_of(module).clone() for name, module in found.modules.items()}
-    apply_plan(model, plan, profile)
-    nats, curve = 0.0, 0.0
-    for name, rank in plan.ranks.items():
-        if rank is not None:
-            fisher = torch.from_numpy(profile.fisher_rows[name] / profile.examples)
-            product = model.get_submodule(name).weight.detach()
-            halved = 0.5 / dense[name].shape[0]
-            nats += halved * weighted_error(dense[name], product, fisher)
-            curve += halved * tails(profile.energies["fwsvd"][name])[rank]
-    assert nats > 0.0
-    assert nats == pytest.approx(plan.certificate.loss, rel=1e-6)
-    assert curve == pytest.approx(plan.certificate.loss, rel=1e-9)
+    """Of every backend, by its own account of an error: see test_backends for that."""
+    dense = tiny.MODELS[kind]().double()
+    batches, found = tiny.batches(dense), find_layers(dense)
+    profile = profile_model(dense, batches, backends=BUILT_IN)
+    objective = Objective(profile.info.task, Estimator())
+    seen = gather(dense, found.modules, batches, objective, STATISTICS)
+    for name in BUILT_IN:
+        plan, model, backend = (
+            make_plan(profile, keep=0.5, backend=name),
+            copy.deepcopy(dense),
+            find_backend(name),
+        )
+        apply_plan(model, plan, profile)
+        size = sum(p.numel() for p in model.parameters())
+        assert size == plan.size.model < plan.size.model_dense
+        scale = next(iter(backend.scales.values()))
+        lost, curve = 0.0, 0.0
+        for layer in found.layers:
+            rank, weight = plan.ranks[layer.name], weight_of(found.modules[layer.name])
+            if rank is None:
+                continue
+            statistics, product = (
+                seen.statistics(layer.name),
+                model.get_submodule(layer.name).weight,
+            )
+            factor = scale.factor((layer.out_features, layer.in_features), statistics)
+            ranks = profile.ranks[name][layer.name] if name == "tfwsvd" else range(rank + 1)
+            at = list(ranks).index(rank)
+            lost += factor * backend.error(weight, product.detach(), statistics)
+            curve += factor * profile.losses[name][layer.name][at]
+        assert lost > 0.0
+        assert lost == pytest.approx(plan.certificate.loss, rel=1e-5), name
+        assert curve == pytest.approx(plan.certificate.loss, rel=1e-9), name
 
 
-@pytest.mark.parametrize("backend", ["fwsvd", "svd"])
 @pytest.mark.parametrize("kind", tiny.MODELS)
-def test_factors_of_full_rank_leave_the_logits_alone(kind: str, backend: str) -> None:
+def test_factors_of_full_rank_leave_the_logits_alone(kind: str) -> None:
     batches = tiny.batches(tiny.MODELS[kind]())
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
-        model = tiny.MODELS[kind]().to(dtype)
-        profile = profile_model(model, batches[:1], keep_bases=False)
-        before = logits(model)
-        for name, module in find_layers(model).modules.items():
-            weight = weight_of(module)
-            fisher = torch.from_numpy(profile.fisher_rows[name] / profile.examples)
-            weights = find_backend(backend).input_weights(fisher)
-            up = left_vectors(weight, weights, decompose(weight, weights)[1])
-            down = up.T @ weight.double()
-            bias = getattr(module, "bias", None)
-            low = LowRankLinear.from_factors(down.to(dtype), up.to(dtype), bias)
-            assert low.rank == min(weight.shape)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, low)
-        assert distance(logits(model), before) < tolerance
+        dense = tiny.MODELS[kind]().to(dtype)
+        modules, before = find_layers(dense).modules, logits(dense)
+        objective = Objective(task_of(dense), Estimator())
+        seen = gather(dense, modules, batches[:1], objective, STATISTICS)
+        for name in BUILT_IN:
+            model, method, new = copy.deepcopy(dense), find_backend(name), {}
+            for layer, module in modules.items():
+                weight, full = weight_of(module), min(weight_of(module).shape)
+                kept = method.decompose(weight, seen.statistics(layer), full).kept
+                up, down = (x.to(dtype) for x in method.factors(weight, kept, full))
+                new[layer] = low_rank(module, down, up, getattr(module, "bias", None))
+                assert new[layer].rank == full
+            replace(model, new)
+            assert distance(logits(model), before) < tolerance, name
 
 
 def test_a_plan_that_is_all_dense_touches_no_module() -> None:
@@ -134,7 +162,7 @@ def test_bases_that_were_not_kept_are_computed_again(kind: str) -> None:
     model, profile, plan = prepared(kind)
     other, without, same_plan = prepared(kind, keep_bases=False)
     name = next(name for name, rank in plan.ranks.items() if rank is not None)
-    assert profile.basis("fwsvd", name) is not None and without.basis("fwsvd", name) is None
+    assert profile.kept("fwsvd", name) and not without.kept("fwsvd", name)
     assert same_plan == plan
     apply_plan(model, plan, profile)
     apply_plan(other, plan, without)
@@ -169,8 +197,8 @@ def test_a_cache_changes_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) -
     for plan in (tight, loose):
         with applied(model, plan, profile):
             wanted.append(logits(model))
-    calls, compute = [], surgery._factors
-    monkeypatch.setattr(surgery, "_factors", lambda *a: (calls.append(a[0]), compute(*a))[1])
+    calls, compute = [], surgery._kept
+    monkeypatch.setattr(surgery, "_kept", lambda *a: (calls.append(a[0]), compute(*a))[1])
     cache: FactorCache = {}
     for plan, expected in zip((tight, loose), wanted, strict=True):
         with applied(model, plan, profile, cache):
@@ -182,7 +210,7 @@ def test_a_cache_changes_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) -
 def test_an_error_on_the_way_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, profile, plan = prepared()
     before, config = snapshot(model), model.config.to_dict()
-    calls, compute = [], surgery._factors
+    calls, compute = [], surgery._kept
 
     def fails_at_third(*args: Any) -> Any:
         calls.append(args)
@@ -190,7 +218,7 @@ def test_an_error_on_the_way_leaves_the_model_whole(monkeypatch: pytest.MonkeyPa
             raise MemoryError
         return compute(*args)
 
-    monkeypatch.setattr(surgery, "_factors", fails_at_third)
+    monkeypatch.setattr(surgery, "_kept", fails_at_third)
     with pytest.raises(MemoryError):
         apply_plan(model, plan, profile)
     require_unchanged(model, before, config)
@@ -274,15 +302,13 @@ def test_other_weights_are_factorised_on_request_and_optimally() -> None:
     stale = 0.0
     for name, rank in plan.ranks.items():
         if rank is not None:
-            fisher = torch.from_numpy(profile.fisher_rows[name] / profile.examples)
-            least = tails(decompose(dense[name], fisher)[0].numpy())[rank]
+            fisher = torch.from_numpy(profile.fisher_rows[name] / profile.units)
+            least = least_error(dense[name], fisher, rank)
             product = model.get_submodule(name).weight.detach()
             assert weighted_error(dense[name], product, fisher) < least * (1 + 1e-3) + 1e-6
-            basis = profile.basis("fwsvd", name)
-            assert basis is not None
-            old = left_vectors(dense[name], fisher, torch.from_numpy(basis)[:, :rank])
-            kept = old @ (old.T @ dense[name].double())
-            stale = max(stale, weighted_error(dense[name], kept, fisher) / least)
+            basis = torch.from_numpy(profile.kept("fwsvd", name)["basis"])
+            up, down = find_backend("fwsvd").factors(dense[name], {"basis": basis}, rank)
+            stale = max(stale, weighted_error(dense[name], up @ down, fisher) / least)
     assert stale > 1.01, "the stored bases would have done as well"
 
 

@@ -119,7 +119,7 @@ def test_profile_prints_what_it_measured_and_json_agrees(run: Run, files: Path) 
     assert info == json.loads(read.info.model_dump_json())
     assert read.backends == ("fwsvd", "svd")
     assert (info["examples"], info["targets"]) == (6, 6 * 15)
-    assert read.basis("svd", read.info.layers[0].name) is None
+    assert not read.kept("svd", read.info.layers[0].name)
     printed = done(run(*arguments, *more, "--force"))
     assert f"{read.info.planned_parameters:,} of {read.info.model_parameters:,}" in printed
     assert Profile.load(path).digest() == read.digest()
@@ -197,7 +197,8 @@ def test_demo_with_another_model_reuses_its_profile(run: Run, files: Path, tmp_p
     exact = next(
         row
         for row in results["rows"]
-        if (row["strategy"], row["objective"], row["keep"]) == ("exact", "total", 0.9)
+        if (row["strategy"], row["objective"], row["keep"], row["backend"])
+        == ("exact", "total", 0.9, "kronecker")
     )
     assert results["reloaded"]["loss"] == pytest.approx(exact["loss"], rel=1e-5)
     assert Plan.load(made / "plan.json").size.model == results["reloaded"]["model_parameters"]

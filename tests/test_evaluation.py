@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from rankopt import DataError, evaluate
+from rankopt.discover import find_layers
 from tests import tiny
 
 Batch = dict[str, Any]
@@ -150,3 +151,31 @@ def test_no_batches_are_refused() -> None:
     model = tiny.bert()
     with pytest.raises(DataError, match="labels"):
         evaluate(model, [{"input_ids": torch.ones(2, 3, dtype=torch.long)}])
+
+
+def test_the_loss_of_any_module_is_the_mean_over_its_examples() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Dropout(0.5)).train()
+    batches = [(torch.randn(size, 5), torch.randn(size, 3)) for size in (4, 1)]
+
+    def squared(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        found: Tensor = (model(batch[0]) - batch[1]).square().sum(1)
+        return found
+
+    found = evaluate(model, batches, loss_fn=squared)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert found.loss == pytest.approx(
+        float((model[0](x) - y).detach().square().sum()) / 5, rel=1e-5
+    )
+    assert (found.task, found.metrics, found.examples, found.targets) == ("custom", {}, 5, 5)
+    assert model.training and model[1].training
+    with pytest.raises(DataError, match=r"shape \(B,\); it returned \(\)"):
+        evaluate(model, batches, loss_fn=lambda *both: squared(*both).sum())
+
+
+def test_what_counts_as_planned_may_be_said() -> None:
+    model = tiny.bert()
+    layers = find_layers(model, include=["bert.pooler.dense"]).layers
+    batches = tiny.batches(model, count=1)
+    assert evaluate(model, batches, layers=layers).planned_parameters == 24 * 24
+    assert evaluate(model, batches).planned_parameters == 2 * (4 * 24 * 24 + 2 * 24 * 40)

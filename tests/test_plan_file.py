@@ -79,6 +79,19 @@ def test_published_schema_is_the_one_that_is_enforced() -> None:
     assert published == json.dumps(Plan.model_json_schema(), indent=1) + "\n"
 
 
+def test_partners_survive_and_are_paid_for(tmp_path: Path) -> None:
+    made = make_plan(synthetic_profile(tied=(1, 2)), keep=0.6)
+    made.save(tmp_path / "plan.json")
+    read = Plan.load(tmp_path / "plan.json")
+    assert read == made
+    assert read.layers[1].layer.partners == ("partner.1",)
+    content = json.loads(made.to_json())
+    assert content["layers"][1]["layer"]["partners"] == ["partner.1"]
+    content["layers"][1]["layer"]["partners"] = []
+    with pytest.raises(PlanError, match=r"layers\.1: .*block\.1\.proj.*parameters"):
+        Plan.from_json(json.dumps(content))
+
+
 def dropped(content: dict[str, Any], *place: Any) -> None:
     *path, last = place
     for step in path:
@@ -119,6 +132,12 @@ def put(content: dict[str, Any], value: Any, *place: Any) -> None:
         (lambda c: put(c, "best", "certificate", "status"), r"certificate\.status: "),
         (lambda c: put(c, -1.0, "certificate", "loss"), r"certificate\.loss: "),
         (lambda c: put(c, c["layers"] * 2, "layers"), "a layer is planned twice"),
+        (
+            lambda c: put(c, ["block.1.proj"], "layers", 2, "layer", "partners"),
+            "a layer is planned twice",
+        ),
+        (lambda c: put(c, "ab", "layers", 2, "layer", "partners"), r"layers\.2\.layer\.partners"),
+        (lambda c: put(c, [1], "layers", 2, "layer", "partners"), r"layers\.2\.layer\.partners"),
         (lambda c: put(c, [], "layers"), "layers: "),
         (lambda c: put(c, 2, "format_version"), "plan format 2; this rankopt reads 1"),
         (lambda c: put(c, "1", "format_version"), "plan format '1'; this rankopt reads 1"),

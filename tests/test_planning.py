@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from rankopt import Profile, make_plan
 from rankopt.allocate import allocation
 from rankopt.budget import at_least, find_budget
+from rankopt.compare import Strategy, compare
+from rankopt.curves import tails
 from rankopt.errors import BudgetError, InfeasibleBudgetError, ProfileError
 from rankopt.layers import DENSE
 from rankopt.plan import Plan
 from rankopt.planning import known_solvers
+from rankopt.profile import BackendInfo, ScaleInfo
 from rankopt_solvers import Problem, certify
 from tests.test_profile_file import SHAPES, synthetic_profile
 
@@ -28,19 +31,20 @@ PROFILE = synthetic_profile()
 DENSE_COST = PROFILE.info.planned_parameters
 
 
-def smooth_profile(shapes: Any = SHAPES, seed: int = 0, left_alone: int = 1000) -> Profile:
+def smooth_profile(shapes: Any = SHAPES, seed: int = 0, **options: Any) -> Profile:
     """Spectra that fall slowly, so that every further rank is worth something."""
-    made = synthetic_profile(shapes, seed, left_alone=left_alone)
+    made = synthetic_profile(shapes, seed, **options)
     rng = np.random.default_rng(seed)
-    energies = {
+    losses = {
         name: {
-            layer: np.sort(rng.gamma(2.0, 1.0, spectrum.size))[::-1]
-            / np.arange(1, 1 + spectrum.size)
-            for layer, spectrum in spectra.items()
+            layer: tails(
+                np.sort(rng.gamma(2.0, 1.0, curve.size - 1))[::-1] / np.arange(1, curve.size)
+            )
+            for layer, curve in curves.items()
         }
-        for name, spectra in made.energies.items()
+        for name, curves in made.losses.items()
     }
-    return dataclasses.replace(made, energies=energies)
+    return dataclasses.replace(made, losses=losses)
 
 
 SMOOTH = smooth_profile()
@@ -54,18 +58,20 @@ def with_fisher(profile: Profile, factors: dict[str, float]) -> Profile:
 
 def check(plan: Plan, profile: Profile) -> None:
     """Everything that a plan claims, recounted from the profile."""
-    spectra = profile.energies[plan.backend]
+    curves, grids = profile.losses[plan.backend], profile.ranks.get(plan.backend, {})
     assert [entry.layer for entry in plan.layers] == list(profile.info.layers)
     spent, kept_bytes, losses, retained, full, kept = 0, 0, [], [], [], []
     for entry in plan.layers:
         out, into = entry.layer.out_features, entry.layer.in_features
-        cost = out * into if entry.rank is None else entry.rank * (out + into)
+        members = 1 + len(entry.layer.partners)
+        cost = out * into if entry.rank is None else members * entry.rank * (out + into)
         assert entry.parameters == cost
         if entry.rank is not None:
             assert entry.rank >= 1 and cost < out * into and entry.rank % plan.rank_multiple == 0
-        energies = spectra[entry.layer.name]
-        tail = 0.0 if entry.rank is None else math.fsum(energies[entry.rank :])
-        whole = math.fsum(energies)
+        curve = curves[entry.layer.name]
+        grid = grids.get(entry.layer.name, np.arange(curve.size)).tolist()
+        tail = 0.0 if entry.rank is None else curve[grid.index(entry.rank)]
+        whole = curve[0]
         share = 1 - tail / whole if whole > 0 else 1.0
         assert entry.retained == pytest.approx(share, abs=1e-12)
         factor = 0.5 / out if plan.scale == "nats" else 1.0
@@ -178,11 +184,11 @@ def test_threshold_takes_the_smallest_rank_that_keeps_the_share(
     assert plan.budget.parameters == plan.size.planned
     for entry in plan.layers:
         assert entry.retained >= share - 1e-15
-        energies = PROFILE.energies["fwsvd"][entry.layer.name]
+        curve = PROFILE.losses["fwsvd"][entry.layer.name]
         offered = entry.layer.ranks(multiple).tolist()
         less = offered[: offered.index(DENSE if entry.rank is None else entry.rank)]
         if less:
-            assert math.fsum(energies[: less[-1]]) / math.fsum(energies) < share + 1e-15
+            assert 1 - curve[less[-1]] / curve[0] < share + 1e-15
 
 
 def test_threshold_with_share_and_budget_stays_within_it_or_says_what_it_takes() -> None:
@@ -285,11 +291,137 @@ def test_rank_multiples_are_kept_and_never_over_budget(solver: str) -> None:
         assert all(rank is None or rank % multiple == 0 for rank in plan.ranks.values())
 
 
-def test_rank_multiple_that_no_rank_reaches_offers_only_dense() -> None:
-    plan = make_plan(PROFILE, keep=1.0, rank_multiple=500)
-    assert set(plan.ranks.values()) == {None}
-    with pytest.raises(InfeasibleBudgetError, match=f"{DENSE_COST:,}"):
-        make_plan(PROFILE, keep=0.99, rank_multiple=500)
+def test_rank_multiple_that_no_rank_of_a_layer_reaches_leaves_it_dense() -> None:
+    largest = [layer.largest_rank for layer in PROFILE.info.layers]
+    multiple = sorted(largest)[-2] + 1
+    plan = make_plan(PROFILE, keep=0.93, rank_multiple=multiple)
+    check(plan, PROFILE)
+    assert [rank is None for rank in plan.ranks.values()] == [x < multiple for x in largest]
+
+
+@pytest.mark.parametrize("profile", [PROFILE, synthetic_profile(grids={"fwsvd": (0, 1, 2, 3)})])
+def test_rank_multiple_that_leaves_no_layer_a_rank_is_an_error(profile: Profile) -> None:
+    multiple = 4 if profile.ranks else 500
+    with pytest.raises(BudgetError, match=f"no layer can .*rank_multiple={multiple}"):
+        make_plan(profile, keep=1.0, rank_multiple=multiple)
+
+
+GRID = (0, 1, 3, 4, 8, 12)
+
+
+@pytest.mark.parametrize("solver", known_solvers())
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_ranks_that_were_not_measured_are_not_on_offer(solver: str, multiple: int) -> None:
+    profile = synthetic_profile(grids={"fwsvd": GRID}, tied=(2,))
+    offered = set(GRID[1:] if multiple == 1 else (4, 8, 12))
+    allocated = allocation(profile, "fwsvd", "nats", "total", multiple)
+    for layer, ranks in zip(allocated.layers, allocated.ranks, strict=True):
+        assert set(ranks.tolist()) == {r for r in offered if r <= layer.largest_rank} | {DENSE}
+    for keep in (0.5, 0.7, 0.9):
+        plan = make_plan(profile, keep=keep, solver=solver, rank_multiple=multiple)
+        check(plan, profile)
+        assert {rank for rank in plan.ranks.values() if rank is not None} <= offered
+    share = make_plan(profile, share=0.9, solver="threshold", rank_multiple=multiple)
+    check(share, profile)
+    assert share.retained_worst >= 0.9
+    # The other backend of the same profile was measured at every rank.
+    assert allocation(profile, "svd", "frobenius", "total", 1).ranks[0].size == 10
+
+
+@pytest.mark.parametrize(("solver", "objective"), EVERY)
+def test_tied_layers_pay_for_every_member_and_are_dense_once(solver: str, objective: Any) -> None:
+    alone, tied = smooth_profile(), smooth_profile(tied=(2,))
+    layer = tied.info.layers[2]
+    assert (layer.rank_cost, layer.dense_cost) == (2 * (30 + 30), 900)
+    # Both members' factors must be smaller than one matrix.
+    assert layer.largest_rank == 7
+    for keep in (0.5, 0.8):
+        plan = make_plan(tied, keep=keep, solver=solver, objective=objective)
+        check(plan, tied)
+        assert Plan.from_json(plan.to_json()) == plan
+        assert plan.size.planned_dense == DENSE_COST
+    assert make_plan(tied, keep=1.0).size == make_plan(alone, keep=1.0).size
+    low = make_plan(tied, max_params=sum(x.rank_cost for x in tied.info.layers), solver=solver)
+    assert set(low.ranks.values()) == {1}
+    assert low.size.planned == 40 + 56 + 120 + 59
+    other = make_plan(alone, max_params=low.size.planned - 60, solver=solver)
+    assert set(other.ranks.values()) == {1}
+    # A parameter of this layer has two bytes.
+    assert low.size.model_bytes - other.size.model_bytes == 2 * 60
+
+
+def test_proportional_counts_the_fisher_information_of_partners() -> None:
+    made = smooth_profile(((96, 64), (80, 96), (64, 96), (120, 90)), tied=(1,))
+    quiet = with_fisher(made, {"partner.1": 0.0})
+    loud = with_fisher(made, {"partner.1": 1000.0})
+    ranks = [
+        make_plan(p, keep=0.3, solver="proportional").ranks["block.1.proj"] for p in (quiet, loud)
+    ]
+    assert (ranks[0] or 99) < (ranks[1] or 99)
+
+
+def test_unit_and_factors_are_those_that_the_profile_says() -> None:
+    """Of a backend that nobody here has heard of."""
+    made = synthetic_profile(backends=["theirs"])
+    info = made.info
+    scale = ScaleInfo(name="joules", unit="joules per token", factors=(3.0, 0.0, 0.5, 2.0))
+    theirs = BackendInfo(name="theirs", source="a paper of theirs", scales=(scale,))
+    profile = dataclasses.replace(made, info=info.model_copy(update={"backends": (theirs,)}))
+    plan = make_plan(profile, keep=0.5)
+    assert (plan.backend, plan.scale) == ("theirs", "joules")
+    assert plan.certificate.unit == "joules per token"
+    lost = [
+        factor * profile.losses["theirs"][entry.layer.name][entry.rank]
+        for factor, entry in zip(scale.factors, plan.layers, strict=True)
+        if entry.rank is not None
+    ]
+    assert plan.certificate.loss == pytest.approx(math.fsum(lost), rel=1e-12)
+    # A layer that counts for nothing gets nothing.
+    assert plan.ranks["block.1.proj"] == 1
+    shares = make_plan(profile, keep=0.5, objective="layerwise")
+    assert shares.certificate.unit == "lost share of a layer's Fisher"
+    with pytest.raises(BudgetError, match="no scale 'nats'; known: joules"):
+        make_plan(profile, keep=0.5, scale="nats")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("exact", Strategy("exact")),
+        ("exact/maxmin", Strategy("exact", "maxmin")),
+        ("uniform@svd", Strategy("uniform", "total", "svd")),
+        ("exact/layerwise@svd", Strategy("exact", "layerwise", "svd")),
+        (
+            "rankopt_solvers.greedy:solve_density/maxmin@svd",
+            Strategy("rankopt_solvers.greedy:solve_density", "maxmin", "svd"),
+        ),
+    ],
+)
+def test_strategies_are_read_as_they_are_written(text: str, wanted: Strategy) -> None:
+    assert Strategy.parse(text) == wanted
+    assert str(wanted) == text
+
+
+@pytest.mark.parametrize("text", ["exact@", "@svd", "exact@svd/maxmin@", "exact/@"])
+def test_strategies_that_say_less_than_they_should_are_refused(text: str) -> None:
+    with pytest.raises(BudgetError):
+        Strategy.parse(text)
+
+
+def test_backends_are_compared_side_by_side() -> None:
+    wanted = [Strategy.parse(x) for x in ("exact", "exact@svd", "uniform@fwsvd")]
+    rows = list(compare(PROFILE, [0.5, 0.7], wanted))
+    assert [row.plan.backend for row in rows] == ["fwsvd", "svd", "fwsvd"] * 2
+    for row in rows:
+        made = make_plan(
+            PROFILE, keep=row.keep, solver=row.strategy.solver, backend=row.plan.backend
+        )
+        assert row.plan == made
+        assert row.to_dict()["backend"] == row.plan.backend
+    other = list(compare(PROFILE, [0.5], wanted, backend="svd"))
+    assert [row.plan.backend for row in other] == ["svd", "svd", "fwsvd"]
+    with pytest.raises(ProfileError, match="'pca', only for fwsvd, svd"):
+        list(compare(PROFILE, [0.5], [Strategy.parse("exact@pca")]))
 
 
 @pytest.mark.parametrize(("solver", "objective"), list(itertools.product(FAST, OBJECTIVES)))
@@ -416,6 +548,8 @@ def test_infeasible_budget_names_the_smallest_that_works(
     objective=st.sampled_from(OBJECTIVES),
     multiple=st.sampled_from([1, 1, 2, 3]),
     silent=st.sets(st.integers(0, 4), max_size=2),
+    grid=st.sets(st.integers(1, 12)),
+    tied=st.sets(st.integers(0, 4), max_size=2),
 )
 def test_any_strategy_makes_a_valid_plan_of_any_profile(
     shapes: list[tuple[int, int]],
@@ -425,16 +559,28 @@ def test_any_strategy_makes_a_valid_plan_of_any_profile(
     objective: Any,
     multiple: int,
     silent: set[int],
+    grid: set[int],
+    tied: set[int],
 ) -> None:
-    profile = synthetic_profile(shapes, seed, silent=tuple(silent))
-    smallest = sum(int(layer.cost(multiple)) if layer.largest_rank >= multiple else layer.dense_cost
-                   for layer in profile.info.layers)  # fmt: skip
+    # An empty grid stands for all ranks.
+    grids = {"fwsvd": (0, *sorted(grid))} if grid else None
+    profile = synthetic_profile(shapes, seed, silent=tuple(silent), grids=grids, tied=tuple(tied))
+    smallest, ranks = 0, 0
+    for layer in profile.info.layers:
+        measured = grid or range(1, 25)
+        costs = [layer.cost(r) for r in measured if r <= layer.largest_rank and r % multiple == 0]
+        smallest += min(costs, default=layer.dense_cost)
+        ranks += len(costs)
     arguments: dict[str, Any] = {"keep": keep, "solver": solver, "objective": objective}
     try:
         plan = make_plan(profile, rank_multiple=multiple, **arguments)
     except InfeasibleBudgetError:
         assert smallest > keep * profile.info.planned_parameters - 1
         return
+    except BudgetError:
+        assert not ranks
+        return
+    assert ranks
     check(plan, profile)
     assert Plan.from_json(plan.to_json()) == plan
 

@@ -37,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
     def build(kind: str) -> tuple[Any, Plan, Path]:
         if kind not in made:
-            model = tiny.MODELS[kind]()
+            model = tiny.ARCHITECTURES[kind]()
             profile = profile_model(model, tiny.batches(model))
             plan = make_plan(profile, keep=0.5)
             folder = tmp_path_factory.mktemp("models") / kind
@@ -77,7 +77,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("kind", tiny.MODELS)
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
 def test_a_reloaded_model_is_the_same_to_the_bit(kind: str, saved: Saved) -> None:
     model, plan, folder = saved(kind)
     found, report = load(model, folder, output_loading_info=True)
@@ -126,7 +126,7 @@ def test_loading_in_bfloat16_rounds_the_saved_weights(saved: Saved) -> None:
     require_same_weights(found, copy.deepcopy(model).to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("kind", tiny.MODELS)
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
 def test_dequantize_gives_a_dense_model_that_saves_itself(
     kind: str, saved: Saved, tmp_path: Path
 ) -> None:
@@ -199,7 +199,7 @@ def attempt_all():
 
 def test_without_rankopt_every_model_is_refused_and_a_late_import_helps(saved: Saved) -> None:
     arguments = []
-    for kind in tiny.MODELS:
+    for kind in tiny.ARCHITECTURES:
         model, _, folder = saved(kind)
         arguments.append(f"{kind}|{folder}|{type(model).__name__}")
     code = f"""{_TRY}
@@ -209,8 +209,10 @@ import rankopt
 attempt_all()
 """
     lines = run(code, *arguments)
-    assert lines[: len(arguments)] == [f"{kind} refused RuntimeError" for kind in tiny.MODELS]
-    assert lines[len(arguments) :] == [f"{kind} loaded" for kind in tiny.MODELS]
+    assert lines[: len(arguments)] == [
+        f"{kind} refused RuntimeError" for kind in tiny.ARCHITECTURES
+    ]
+    assert lines[len(arguments) :] == [f"{kind} loaded" for kind in tiny.ARCHITECTURES]
 
 
 def test_rankopt_may_be_imported_before_transformers(saved: Saved) -> None:

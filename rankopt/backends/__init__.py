@@ -1,43 +1,45 @@
-"""Backends: which matrix is truncated, and so which loss a rank has.
+"""Backends: which error of a layer counts, and so which loss a rank has and which factors are best.
 
-Every backend here weights the input side of W (out, in) with a diagonal D and truncates the
-SVD of W sqrt(D); `projection` does that without ever dividing by D.
+Built in are svd, fwsvd, fwsvd_two_sided, tfwsvd, whitened and kronecker, each a module whose text
+is its mathematics. Backends of others come through the entry point group ``rankopt.backends``, and
+are loaded only when they are named.
 """
 
-import dataclasses
-from collections.abc import Callable
+import importlib
+from importlib.metadata import entry_points
 
-from torch import Tensor
-
-from rankopt.backends import fwsvd, svd
+from rankopt.backends.base import Backend
 from rankopt.errors import BudgetError
 
-
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """A way to factorise.
-
-    Attributes:
-        name: in profiles, plans and on the command line.
-        input_weights: mean row Fisher, shape ``(in,)`` -> diagonal of D, shape ``(in,)``.
-    """
-
-    name: str
-    input_weights: Callable[[Tensor], Tensor]
+GROUP = "rankopt.backends"
+BUILT_IN = ("fwsvd", "fwsvd_two_sided", "kronecker", "svd", "tfwsvd", "whitened")
 
 
-BACKENDS: dict[str, Backend] = {
-    "fwsvd": Backend("fwsvd", fwsvd.input_weights),
-    "svd": Backend("svd", svd.input_weights),
-}
+def known_backends() -> tuple[str, ...]:
+    """Names of all backends, those of other distributions included."""
+    others = {point.name for point in entry_points(group=GROUP)}
+    return (*BUILT_IN, *sorted(others - set(BUILT_IN)))
 
 
 def find_backend(name: str) -> Backend:
     """A backend by name.
 
     Raises:
-        BudgetError: no such backend; lists those that exist.
+        BudgetError: no such backend (lists those that exist), or it cannot be loaded.
     """
-    if name not in BACKENDS:
-        raise BudgetError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+    if name in BUILT_IN:
+        found: Backend = importlib.import_module(f"rankopt.backends.{name}").BACKEND
+        return found
+    point = next(iter(entry_points(group=GROUP, name=name)), None)
+    if point is None:
+        raise BudgetError(f"unknown backend {name!r}; known: {', '.join(known_backends())}")
+    try:
+        loaded = point.load()
+    except Exception as error:
+        raise BudgetError(f"the backend {name!r} ({point.value}) does not load: {error}") from error
+    if not isinstance(loaded, Backend):
+        raise BudgetError(
+            f"the backend {name!r} ({point.value}) is a {type(loaded).__name__} without the "
+            "attributes of rankopt.backends.base.Backend"
+        )
+    return loaded

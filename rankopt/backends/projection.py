@@ -1,72 +1,164 @@
-"""The one-sided weighted optimum as a projection of W.
+"""Every closed form, without an inverse: one symmetric eigenproblem on the smaller side.
 
-Minimise ||(W - W_r) sqrt(D)||_F over matrices of rank r, D diagonal and >= 0. With U the left
-singular vectors of X = W sqrt(D), the optimum is
+Minimise ||L^T (W - W_r) R||_F over matrices of rank r, for weights C_out = L L^T on the outputs and
+C_in = R R^T on the inputs. With X = L^T W R = U S V^T the optimum is L^-T U_r S_r V_r^T R^-1, which
+textbooks compute and which breaks where a weight is zero. Let K be the smaller side of W and take
 
-    W_r = U_r (U_r^T W),    loss(r) = sum_{k>r} sigma_k(X)^2,
+    out <= in:  T = L, N = W C_in W^T        in < out:  T = R, N = W^T C_out W.
 
-which is the textbook U_r S_r V_r^T D^(-1/2) wherever D has an inverse, and its limit elsewhere: an
-input feature without Fisher information needs no epsilon. One symmetric eigenproblem on the smaller
-side gives the spectrum and the vectors, in float64: in float32 the vectors of the deeper half are
-noise. On the taller side U is recovered as the QR of X V.
+The eigenvectors U of T^T N T (float64; energies S^2) give two K x r matrices
+
+    Z = T U_r,    Q = N Z S_r^-2,            so that Z^T Q = 1, and
+
+    out <= in:  W_r = Q (Z^T W)              in < out:  W_r = (W Z) Q^T,
+    loss(r) = sum_{k > r} S_k^2.
+
+Only kept energies are divided by: a zero weight is the limit of small ones, no epsilon. Where
+T = 1, Q = Z. In float32 the vectors of the deeper half would be noise, hence float64; *stored* in
+float32 they cost nothing. Directions without energy are left out, and full rank is completed with what is
+best for the plain error, so that it gives W back.
 """
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
-#: Columns of X V shorter than this part of the longest are rounding noise: their energy is below
-#: what a float64 eigenproblem resolves.
-_DEAD = 1e-7
+#: Energies below this part of the largest are rounding noise of a float64 eigenproblem.
+_DEAD = 1e-14
 
 
-def decompose(weight: Tensor, input_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Energies and singular vectors of the smaller side.
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """Weights of a layer, seen from the smaller side.
+
+    Attributes:
+        inner: C_out if out <= in, else C_in; shape ``(K, K)``, or its diagonal ``(K,)``, or None
+            for the identity.
+        outer: N = W C_in W^T if out <= in, else W^T C_out W; shape ``(K, K)``, float64.
+    """
+
+    inner: Tensor | None
+    outer: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """What a decomposition found.
+
+    Attributes:
+        energies: S^2, shape ``(K,)``, largest first, float64.
+        basis: Z, shape ``(K, K)``; columns without energy are zero.
+        dual: Q, shape ``(K, K)``, or None where it equals Z.
+    """
+
+    energies: Tensor
+    basis: Tensor
+    dual: Tensor | None
+
+
+def one_sided(weight: Tensor, inputs: Tensor | None) -> Metric:
+    """The metric of C_out = 1 and C_in diagonal.
 
     Args:
         weight: W, shape ``(out, in)``.
-        input_weights: diagonal of D, shape ``(in,)``.
-
-    Returns:
-        Energies sigma^2, shape ``(K,)`` with K = min(out, in), largest first, and the vectors in
-        columns, shape ``(K, K)``: left singular ones if out <= in, else right singular ones. Both
-        float64.
+        inputs: diagonal of C_in, shape ``(in,)``; None for the identity.
     """
-    weighted = weight.double() * input_weights.double().sqrt()
-    tall = weight.shape[0] > weight.shape[1]
-    gram = weighted.T @ weighted if tall else weighted @ weighted.T
-    energies, vectors = torch.linalg.eigh(gram)
-    return energies.flip(0).clamp_min_(0.0), vectors.flip(1)
+    return two_sided(weight, None, inputs)
 
 
-def left_vectors(weight: Tensor, input_weights: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal U, so that U[:, :r] U[:, :r]^T W is optimal for every r up to its width.
-
-    Args:
-        weight: W, shape ``(out, in)``.
-        input_weights: diagonal of D, shape ``(in,)``.
-        basis: vectors of the smaller side from decompose, shape ``(K, R)``, any precision.
-
-    Returns:
-        Shape ``(out, R)``, float64. Directions without any weighted energy are continued with the
-        best ones for the plain error, so that full rank gives W back.
-    """
-    weight, basis = weight.double(), basis.double()
-    width = basis.shape[1]
+def two_sided(weight: Tensor, outputs: Tensor | None, inputs: Tensor | None) -> Metric:
+    """The metric of two diagonals, shapes ``(out,)`` and ``(in,)``; None for the identity."""
+    wide = weight.double()
     if weight.shape[0] <= weight.shape[1]:
-        orthonormal: Tensor = torch.linalg.qr(basis).Q
-        return orthonormal
-    images = (weight * input_weights.double().sqrt()) @ basis
-    lengths = images.norm(dim=0)
-    live = int((lengths > _DEAD * lengths.max()).sum())
-    vectors: Tensor = torch.linalg.qr(images[:, :live]).Q
-    if live < width:
-        rest = weight - vectors @ (vectors.T @ weight)
-        more = torch.linalg.svd(rest, full_matrices=False).U[:, : width - live]
-        vectors = torch.linalg.qr(torch.cat([vectors, more], dim=1)).Q
-    return vectors
+        weighted = wide if inputs is None else wide * inputs.double().sqrt()
+        return Metric(None if outputs is None else outputs.double(), weighted @ weighted.T)
+    weighted = wide if outputs is None else wide * outputs.double().sqrt()[:, None]
+    return Metric(None if inputs is None else inputs.double(), weighted.T @ weighted)
 
 
-def weighted_error(weight: Tensor, approximation: Tensor, input_weights: Tensor) -> float:
-    """||(W - W_r) sqrt(D)||_F^2 in float64; shapes ``(out, in)``, ``(out, in)``, ``(in,)``."""
-    difference = weight.double() - approximation.double()
-    return float((difference.square() * input_weights.double()).sum())
+def _root(inner: Tensor) -> Tensor:
+    """T with T T^T = inner; a vector stands for a diagonal."""
+    if inner.dim() == 1:
+        return inner.clamp_min(0.0).sqrt()
+    values, vectors = torch.linalg.eigh(inner)
+    root: Tensor = vectors * values.clamp_min_(0.0).sqrt()
+    return root
+
+
+def decompose(metric: Metric) -> Spectrum:
+    """Energies and vectors of every rank; see the module's text."""
+    outer = metric.outer
+    if metric.inner is None:
+        values, vectors = torch.linalg.eigh(outer)
+        return Spectrum(values.flip(0).clamp_min_(0.0), vectors.flip(1), None)
+    root = _root(metric.inner)
+    if root.dim() == 1:
+        values, vectors = torch.linalg.eigh(root[:, None] * outer * root)
+    else:
+        values, vectors = torch.linalg.eigh(root.T @ outer @ root)
+    energies, vectors = values.flip(0).clamp_min_(0.0), vectors.flip(1)
+    live = energies > _DEAD * energies[0]
+    basis = (root[:, None] * vectors if root.dim() == 1 else root @ vectors) * live
+    lengths = torch.where(live, basis.norm(dim=0), 1.0)
+    dual = (outer @ basis) * (lengths / torch.where(live, energies, 1.0))
+    # Unit columns, whatever the weights' unit: they are to be stored in float32.
+    return Spectrum(energies, basis / lengths, dual)
+
+
+def factors(
+    weight: Tensor, basis: Tensor, dual: Tensor | None, rank: int, identity: bool
+) -> tuple[Tensor, Tensor]:
+    """``up`` (out, rank), orthonormal, and ``down`` (rank, in).
+
+    In the weight's precision, or float32 if that is less: what float64 would gain is lost again
+    when the factors are stored beside weights of that precision.
+
+    Args:
+        weight: W, shape ``(out, in)``.
+        basis: Z, shape ``(K, R)`` with R >= rank, any precision.
+        dual: Q, or None: T = 1, or C_out = 1 so that W_r is the projection on the columns of W Z.
+        rank: r.
+        identity: T = 1, so that the basis is orthonormal.
+    """
+    own = torch.promote_types(weight.dtype, torch.float32)
+    wide, z = weight.to(own), basis[:, :rank].to(own)
+    short = weight.shape[0] <= weight.shape[1]
+    if short and identity:
+        return z, z.T @ wide
+    live = int((z != 0.0).any(0).sum())
+    z, q = z[:, :live], None if dual is None else dual[:, :live].to(own)
+    if q is None:
+        up = torch.linalg.qr(wide @ z).Q
+        down = up.T @ wide
+    else:
+        # Rounding of deep columns spoils Z^T Q = 1; with it the columns of Q are best for this Z.
+        q = torch.linalg.solve(z.T @ q, q, left=False)
+        up, mix = torch.linalg.qr(q if short else wide @ z)
+        down = mix @ (z.T @ wide if short else q.T)
+    if live < rank:
+        u, s, v = torch.linalg.svd(wide - up @ down, full_matrices=False)
+        more = slice(0, rank - live)
+        up, mix = torch.linalg.qr(torch.cat([up, u[:, more] * s[more]], 1))
+        down = mix @ torch.cat([down, v[more]])
+    return up, down
+
+
+def error(weight: Tensor, approximation: Tensor, metric: Metric) -> float:
+    """||L^T (W - W_r) R||_F^2 in float64.
+
+    The approximation's rows (out <= in), or columns, lie in the span of W's, as those of every
+    closed form do: only then does the smaller side know enough.
+    """
+    difference, wide = (weight.double() - approximation.double()), weight.double()
+    if weight.shape[0] > weight.shape[1]:
+        difference, wide = difference.T, wide.T
+    # difference = M W, with M on the smaller side.
+    mixing = difference @ torch.linalg.pinv(wide)
+    inner = metric.inner
+    lost = mixing @ metric.outer @ mixing.T
+    if inner is None:
+        return float(lost.trace())
+    if inner.dim() == 1:
+        return float(inner @ lost.diagonal())
+    return float((inner * lost).sum())

@@ -1,9 +1,14 @@
 """Plain SVD: min ||W - AB||_F, all weights alike (Eckart & Young 1936)."""
 
-import torch
-from torch import Tensor
+from rankopt.backends.base import ClosedForm, Scale
+from rankopt.backends.projection import one_sided
 
-
-def input_weights(row_fisher: Tensor) -> Tensor:
-    """Ones; the Fisher information is not looked at. Shapes ``(in,)`` -> ``(in,)``."""
-    return torch.ones_like(row_fisher)
+BACKEND = ClosedForm(
+    name="svd",
+    source="Eckart & Young 1936",
+    needs=frozenset(),
+    scales={"frobenius": Scale("squared weights", lambda shape, seen: 1.0)},
+    metric=lambda weight, seen: one_sided(weight, None),
+    weighted=lambda shape: False,
+    dual=False,
+)

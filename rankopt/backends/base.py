@@ -1,0 +1,128 @@
+"""What a backend is: a weighting of a layer's error, and the factors that minimise it.
+
+A backend of your own is an object with the attributes and methods of ``Backend``, installed under
+the entry point group ``rankopt.backends``; ``rankopt.testing.check_backend`` says whether it keeps
+its promises. The chief one: the loss it reports for a rank is the error of the factors that it
+gives for that rank.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from rankopt.backends import projection
+from rankopt.statistics import VECTORS, Statistics
+
+Shape = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A way to compare layers.
+
+    Attributes:
+        unit: of losses multiplied with the factor; ``{unit}`` stands for example or token.
+        factor: (out, in) and statistics -> what a layer's losses are multiplied with.
+    """
+
+    unit: str
+    factor: Callable[[Shape, Statistics], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decomposition:
+    """What a backend found for one layer, K = min(out, in).
+
+    Attributes:
+        losses: error of the factors, float64 and not increasing: at every rank 0..K, shape
+            ``(K+1,)``, or at ``ranks``.
+        kept: arrays that ``factors`` needs again, by kind; at most ``largest`` columns are used.
+        ranks: for a backend that knows its loss at some ranks only: these, the first one 0.
+    """
+
+    losses: Tensor
+    kept: Mapping[str, Tensor]
+    ranks: tuple[int, ...] | None = None
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The protocol.
+
+    Attributes:
+        name: in profiles, plans and on the command line.
+        source: paper and equation.
+        needs: statistics that it reads (see rankopt.statistics).
+        scales: by name; the first is the default.
+    """
+
+    name: str
+    source: str
+    needs: frozenset[str]
+    scales: Mapping[str, Scale]
+
+    def decompose(self, weight: Tensor, statistics: Statistics, largest: int) -> Decomposition:
+        """Losses of all ranks of W ``(out, in)``, and what factors up to ``largest`` need."""
+        ...
+
+    def factors(
+        self, weight: Tensor, kept: Mapping[str, Tensor], rank: int
+    ) -> tuple[Tensor, Tensor]:
+        """``up`` (out, rank) and ``down`` (rank, in) from what decompose kept."""
+        ...
+
+    def error(self, weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
+        """Weighted error of an approximation of W, in the unit of the losses."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedForm:
+    """A backend whose optimum is a truncated SVD of L^T W R (see projection).
+
+    Attributes:
+        name: see Backend.
+        source: see Backend.
+        needs: see Backend.
+        scales: see Backend.
+        metric: W and statistics -> the metric.
+        weighted: whether inner weights are other than the identity, for (out, in).
+        dual: whether C_out is other than the identity.
+    """
+
+    name: str
+    source: str
+    needs: frozenset[str]
+    scales: Mapping[str, Scale]
+    metric: Callable[[Tensor, Statistics], projection.Metric]
+    weighted: Callable[[Shape], bool]
+    dual: bool
+
+    @property
+    def recomputable(self) -> bool:
+        """Whether vectors of the profile are enough to decompose again, without the data."""
+        return self.needs <= VECTORS
+
+    def decompose(self, weight: Tensor, statistics: Statistics, largest: int) -> Decomposition:
+        """See Backend."""
+        found = projection.decompose(self.metric(weight, statistics))
+        kept = {"basis": found.basis[:, :largest]}
+        if self.dual:
+            assert found.dual is not None
+            kept["dual"] = found.dual[:, :largest]
+        tails = found.energies.flip(0).cumsum(0).flip(0)
+        return Decomposition(torch.cat([tails, tails.new_zeros(1)]), kept)
+
+    def factors(
+        self, weight: Tensor, kept: Mapping[str, Tensor], rank: int
+    ) -> tuple[Tensor, Tensor]:
+        """See Backend."""
+        identity = not self.weighted((weight.shape[0], weight.shape[1]))
+        return projection.factors(weight, kept["basis"], kept.get("dual"), rank, identity)
+
+    def error(self, weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
+        """See Backend."""
+        return projection.error(weight, approximation, self.metric(weight, statistics))

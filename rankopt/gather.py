@@ -1,0 +1,437 @@
+"""One pass over the data: raw sums of statistics, shared among processes, resumable.
+
+Batches are hashed in order, each onto the one before, by every process; each process measures those
+that are its own. At the end the sums are added up over processes, so that all hold the whole.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from rankopt import resume
+from rankopt.collector import Collector
+from rankopt.errors import DataError, ModelError
+from rankopt.estimators import Estimator, losses_of
+from rankopt.modules import device_of
+from rankopt.progress import bar
+from rankopt.resume import Seen
+from rankopt.sharing import Processes
+from rankopt.statistics import Statistics
+from rankopt.tasks import (
+    IGNORED,
+    Batch,
+    LossFunction,
+    check_loss,
+    check_terms,
+    loss_terms,
+    mean_loss,
+    prepare,
+    rows_of,
+    task_of,
+    to_device,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is back-propagated.
+
+    Attributes:
+        task: see tasks, or ``custom``.
+        estimator: whose labels, and what is squared as one.
+        loss_fn: for ``custom``.
+    """
+
+    task: str
+    estimator: Estimator
+    loss_fn: LossFunction | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often to save what has been measured.
+
+    Attributes:
+        path: of the file; with several processes, each adds its number.
+        every: batches of this process.
+        settings: that must be the same to go on.
+    """
+
+    path: Path
+    every: int
+    settings: Mapping[str, Any]
+
+    def of(self, processes: Processes) -> "Checkpoint":
+        """The file of this process."""
+        if processes.count == 1:
+            return self
+        path = self.path.with_name(f"{self.path.name}.{processes.rank}")
+        settings = {**self.settings, "processes": processes.count, "process": processes.rank}
+        return dataclasses.replace(self, path=path, settings=settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """What one pass over the data gave, of all processes together.
+
+    Attributes:
+        sums: layer name -> its raw sums.
+        owners: layer name -> the layer that holds its second moment.
+        seen: how much; batches, totals and units in the order of the data.
+        units: what the sums are divided by to be means.
+        names: of the layers, in the order of the totals.
+    """
+
+    sums: Mapping[str, Any]
+    owners: Mapping[str, str]
+    seen: Seen
+    units: float
+    names: tuple[str, ...]
+
+    def statistics(self, name: str) -> Statistics:
+        """Of one layer; moments are assembled anew at each call."""
+        sums, owner = self.sums[name], self.sums[self.owners[name]]
+        positions, inputs, gradients = sums.traces.tolist()
+        return Statistics(
+            self.units,
+            sums.rows,
+            sums.columns,
+            sums.elements,
+            None if owner.second is None else owner.second.full(),
+            None if sums.gradient is None else sums.gradient.full(),
+            positions,
+            inputs,
+            gradients,
+        )
+
+
+#: Called after a batch with what has been gathered so far, and with what it found when it was
+#: called before: what it finds now, and why to stop, or None. The same for all processes.
+Stop = Callable[[Gathered, list[float]], tuple[list[float], str | None]]
+
+
+def gather(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    objective: Objective,
+    needs: Collection[str],
+    *,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    checkpoint: Checkpoint | None = None,
+    stop: Stop | None = None,
+    first_check: int = 4,
+    progress: bool | None = None,
+) -> Gathered:
+    """Run the model over the data and add up.
+
+    Args:
+        model: unwrapped; left as it was.
+        modules: layer name -> module.
+        batches: the same for all processes.
+        objective: what is back-propagated.
+        needs: statistics beyond the rows.
+        processes: that share the data.
+        checkpoint: go on from it if it is there, and write it.
+        stop: asked after ``first_check`` batches, and each time their number has doubled.
+        first_check: see stop.
+        progress: a bar on stderr; by default if it is a terminal.
+
+    Raises:
+        DataError: no batches, fewer than processes, or not those of the checkpoint.
+        ModelError: a loss that is not what its task says, NaN, or a layer without a gradient.
+    """
+    seen, check = Seen(), first_check
+    checkpoint = None if checkpoint is None else checkpoint.of(processes)
+    with _eager(model), Collector(model, modules, needs) as collector:
+        if checkpoint is not None:
+            seen = _resumed(checkpoint, collector)
+        resumed, started, chain, number = seen.batches, False, "", -1
+        # Where some have passed a check, the others need not wait for them there.
+        passed, seen.looked = processes.furthest(resumed, seen.looked)
+        for number, batch in enumerate(bar(batches, "Fisher", "batch", progress)):
+            ready, digest = _ready(model, objective, batch)
+            chain = hashlib.sha256(f"{chain} {digest}".encode()).hexdigest()
+            while number + 1 > check:
+                check *= 2
+            if number + 1 < resumed:
+                continue
+            if number + 1 == resumed and chain != seen.chain:
+                raise _other_data(checkpoint)
+            if number + 1 > resumed:
+                if processes.takes(number):
+                    if not started:
+                        _check(model, modules, objective, ready)
+                        started = True
+                    _measure(collector, model, objective, ready, number, seen)
+                seen.batches, seen.chain = number + 1, chain
+                due = checkpoint is not None and len(seen.units) % checkpoint.every == 0
+                if checkpoint is not None and due and processes.takes(number):
+                    _save(checkpoint, collector, seen)
+            if stop is not None and number + 1 == check >= max(passed, processes.count):
+                whole = _added_up(collector, objective, seen, processes)
+                seen.looked, seen.stopped = stop(whole, seen.looked)
+                if seen.stopped is not None:
+                    break
+    if number + 1 < resumed:
+        raise _other_data(checkpoint)
+    if seen.batches < processes.count or not seen.batches:
+        given = f"{seen.batches} batches for {processes.count} processes"
+        raise DataError("no batches were given" if not seen.batches else given)
+    found = _added_up(collector, objective, seen, processes)
+    silent = [name for name in modules if name not in found.sums or not found.sums[name].seen]
+    if silent:
+        raise ModelError(
+            f"{len(silent)} planned layers never took part in the loss ({', '.join(silent[:3])}): "
+            "their Fisher information is unknown; leave them out with exclude"
+        )
+    return found
+
+
+def _eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Compiled parts run as they were written: hooks come after their compilation."""
+    compiled = any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
+def _other_data(checkpoint: Checkpoint | None) -> DataError:
+    path = checkpoint.path if checkpoint is not None else ""
+    return DataError(
+        f"the checkpoint {path} was measured with other data: give the same to go on, or delete it "
+        "to start again"
+    )
+
+
+def _resumed(checkpoint: Checkpoint, collector: Collector) -> Seen:
+    found = resume.load(checkpoint.path, checkpoint.settings)
+    if found is None:
+        return Seen()
+    seen, tensors, layers = found
+    collector.restore(tensors, layers["owners"], layers["seen"])
+    tqdm.write(f"going on after {seen.batches} batches ({checkpoint.path})", file=sys.stderr)
+    return seen
+
+
+def _save(checkpoint: Checkpoint, collector: Collector, seen: Seen) -> None:
+    tensors = {
+        f"{name}/{kind}": tensor
+        for name, sums in collector.sums.items()
+        for kind, tensor in sums.tensors().items()
+    }
+    layers = {
+        "owners": collector.owners,
+        "seen": {name: sums.seen for name, sums in collector.sums.items()},
+    }
+    resume.save(checkpoint.path, seen, tensors, layers, checkpoint.settings)
+
+
+def _ready(model: nn.Module, objective: Objective, batch: Any) -> tuple[Any, str]:
+    """The batch on the device, and its digest."""
+    device = device_of(model)
+    if objective.loss_fn is not None:
+        ready = to_device(batch, device)
+    else:
+        ready = prepare(objective.task, batch, device)
+    digest = hashlib.sha256()
+    _update(digest, ready)
+    return ready, digest.hexdigest()
+
+
+def data_digest(model: nn.Module, batches: Iterable[Batch]) -> str:
+    """The digest that a profile of these batches has, without measuring."""
+    chain = ""
+    objective = Objective(task_of(model), Estimator())
+    for batch in batches:
+        chain = hashlib.sha256(f"{chain} {_ready(model, objective, batch)[1]}".encode()).hexdigest()
+    return chain
+
+
+def _update(digest: "hashlib._Hash", value: Any) -> None:
+    if isinstance(value, Tensor):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{array.dtype} {tuple(array.shape)}".encode())
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for name in sorted(value, key=str):
+            digest.update(f"{name} ".encode())
+            _update(digest, value[name])
+    elif isinstance(value, list | tuple):
+        digest.update(f"{len(value)} ".encode())
+        for item in value:
+            _update(digest, item)
+    elif isinstance(value, np.ndarray):
+        _update(digest, torch.from_numpy(np.ascontiguousarray(value)))
+    elif isinstance(value, str | bytes | int | float | None):
+        # Texts that a loss_fn tokenises are data too; what else there may be has no stable form.
+        digest.update(f"{value!r} ".encode())
+
+
+def _check(
+    model: nn.Module, modules: Mapping[str, nn.Module], objective: Objective, ready: Any
+) -> None:
+    if objective.loss_fn is not None:
+        return
+    _warn_of_padding(model, ready)
+    check_loss(model, objective.task, ready)
+    _check_examples(model, modules, objective.task, ready)
+    if objective.estimator.random:
+        check_terms(model, objective.task, ready)
+
+
+def _check_examples(
+    model: nn.Module, modules: Mapping[str, nn.Module], task: str, batch: Batch
+) -> None:
+    """Verify on two examples that each is seen as one: some layouts mix them unnoticed.
+
+    Raises:
+        ModelError: the Fisher information of both together is not that of each.
+    """
+    if len(batch["labels"]) < 2:
+        return
+    with Collector(model, modules) as probe:
+
+        def total(rows: slice) -> Tensor:
+            part = rows_of(batch, rows)
+            terms = loss_terms(task, part["labels"])
+            probe.begin(len(terms), _tokens(part))
+            probe.backward(mean_loss(model, part)[0] * terms.sum())
+            return probe.totals
+
+        together = total(slice(0, 2))
+        apart = total(slice(0, 1)) + total(slice(1, 2))
+    precision = torch.finfo(next(model.parameters()).dtype).eps
+    other = (together - apart).abs() > max(0.01, 32 * precision) * apart
+    if bool(other.any()):
+        name = list(modules)[int(other.nonzero()[0])]
+        raise ModelError(
+            f"layer {name}: the Fisher information of two examples together is not that of each by "
+            "itself: which example an input belongs to is lost (batches not in the first "
+            "dimension?); profile with batch size 1, or leave it out with exclude"
+        )
+
+
+def _measure(
+    collector: Collector,
+    model: nn.Module,
+    objective: Objective,
+    ready: Any,
+    number: int,
+    seen: Seen,
+) -> None:
+    if objective.loss_fn is not None:
+        # How many examples there are is known only afterwards; taps need it in backward.
+        collector.begin(0, 1, _masks(objective.task, ready) if isinstance(ready, Mapping) else ())
+        losses = losses_of(objective.loss_fn, model, ready)
+        examples = targets = len(losses)
+        collector.expect(examples, 1)
+        collector.backward(losses.sum())
+    else:
+        if "second_moment" in collector.needs:
+            ready = _told_apart(model, objective.task, ready)
+        terms = loss_terms(objective.task, ready["labels"])
+        examples, targets = len(terms), int(terms.sum())
+        collector.begin(examples, _tokens(ready), _masks(objective.task, ready))
+        for loss, again in objective.estimator.losses(model, objective.task, ready, number):
+            collector.backward(loss, again=again)
+    seen.examples += examples
+    seen.targets += targets
+    seen.totals.append(collector.totals)
+    seen.units.append(float(objective.estimator.units(examples, targets)))
+    seen.numbers.append(number)
+
+
+def _added_up(
+    collector: Collector, objective: Objective, seen: Seen, processes: Processes
+) -> Gathered:
+    """The sums of all processes; the collector's own stay what they were.
+
+    Raises:
+        DataError: the processes were given different batches.
+    """
+    names = tuple(collector.modules)
+    if processes.count == 1:
+        return Gathered(collector.sums, collector.owners, seen, sum(seen.units), names)
+    chains = processes.together({str(processes.rank): f"{seen.batches} {seen.chain}"})
+    if len(set(chains.values())) > 1:
+        raise DataError(
+            "the processes were given different batches: give all of them the same, each takes "
+            "its share itself"
+        )
+    sums = collector.copies()
+    counts = torch.zeros(len(sums) + 2, dtype=torch.float64)
+    for k, held in enumerate(sums.values()):
+        processes.add_up(held.tensors().values())
+        counts[k] = held.seen
+    counts[-2], counts[-1] = seen.examples, seen.targets
+    totals = torch.zeros(seen.batches, len(collector.modules) + 1, dtype=torch.float64)
+    for number, total, units in zip(seen.numbers, seen.totals, seen.units, strict=True):
+        totals[number, :-1], totals[number, -1] = total, units
+    processes.add_up([counts, totals])
+    for k, held in enumerate(sums.values()):
+        held.seen = int(counts[k])
+    whole = dataclasses.replace(
+        seen,
+        examples=int(counts[-2]),
+        targets=int(counts[-1]),
+        totals=list(totals[:, :-1]),
+        units=totals[:, -1].tolist(),
+        numbers=list(range(seen.batches)),
+    )
+    return Gathered(sums, collector.owners, whole, sum(whole.units), names)
+
+
+def _tokens(batch: Batch) -> int:
+    ids = batch.get("input_ids")
+    return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() > 1 else 1
+
+
+def _masks(task: str, batch: Batch) -> list[Tensor]:
+    found = [batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch]
+    masks = [mask != 0 for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
+    if task == "seq2seq-lm" and "decoder_attention_mask" not in batch:
+        masks.append(batch["labels"] != IGNORED)
+    return masks
+
+
+def _told_apart(model: nn.Module, task: str, batch: Batch) -> Batch:
+    """Encoder and decoder positions of different number: masks are recognised by their shape.
+
+    The decoder gets one more position, ignored, that none before it can look at.
+    """
+    if task != "seq2seq-lm":
+        return batch
+    given = [batch[name] for name in ("input_ids", "attention_mask") if name in batch]
+    lengths = {tensor.shape[1] for tensor in given if isinstance(tensor, Tensor)}
+    if batch["labels"].shape[1] not in lengths | {getattr(model.config, "max_source_positions", 0)}:
+        return batch
+    ends = {"labels": IGNORED, "decoder_input_ids": 0, "decoder_attention_mask": 0}
+    longer = {
+        name: torch.cat([batch[name], torch.full_like(batch[name][:, :1], end)], 1)
+        for name, end in ends.items()
+        if name in batch
+    }
+    return {**batch, **longer}
+
+
+def _warn_of_padding(model: nn.Module, batch: Batch) -> None:
+    pad, ids = getattr(model.config, "pad_token_id", None), batch.get("input_ids")
+    eos = getattr(model.config, "eos_token_id", None)
+    if pad is None or pad == eos or ids is None or "attention_mask" in batch:
+        return
+    if bool((ids == pad).any()):
+        tqdm.write(
+            "warning: the batches hold padding but no attention_mask: it is learnt from",
+            file=sys.stderr,
+        )

@@ -1,0 +1,115 @@
+"""Modules as they are met: their weight in normal form, wherever it is kept, and who shares it.
+
+accelerate's offloading puts weights on the meta device and keeps the true ones in a hook of the
+module; torch.compile and data parallelism wrap the model in one of their own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.errors import ModelError
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """W in normal form, shape ``(out, in)``, detached; a view of the module's own.
+
+    Of offloaded modules it is a copy on the device that the module computes on.
+    """
+    weight = tensor_of(module, "weight")
+    assert weight is not None
+    return weight.T if _transposed(module) else weight
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A module's own parameter, detached, wherever accelerate keeps it; None if it has none."""
+    parameter: Tensor | None = getattr(module, name, None)
+    if parameter is None or not parameter.is_meta:
+        return None if parameter is None else parameter.detach()
+    hook = _offload_hook(module)
+    if hook is None:
+        return parameter.detach()
+    stored: Tensor = hook.weights_map[name]
+    return stored.detach().to(hook.execution_device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's inputs belong; of offloaded models where they compute."""
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            return parameter.device
+    hooks = (_offload_hook(module) for module in model.modules())
+    return next((torch.device(x.execution_device) for x in hooks if x), torch.device("cpu"))
+
+
+def _offload_hook(module: nn.Module) -> Any:
+    """The hook of accelerate's that keeps a module's weights while they are on the meta device."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if getattr(each, "weights_map", None) is not None:
+            return each
+    return None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of ``torch.compile`` and DistributedDataParallel, however nested.
+
+    DDP only averages gradients of weights, and those are never computed here.
+
+    Raises:
+        ModelError: DataParallel and FSDP, whose modules are not the model's own.
+    """
+    inner = model
+    while True:
+        if isinstance(inner, nn.DataParallel):
+            raise ModelError("DataParallel replicas race in hooks: profile model.module")
+        if any(_is_sharded(module) for module in inner.modules()):
+            raise ModelError(
+                "FSDP keeps only a part of each weight here: profile the model before it is "
+                "sharded (one that is too large for a device: with accelerate's cpu_offload or "
+                "device_map)"
+            )
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner.get_submodule("_orig_mod")
+        else:
+            return inner
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP, the first or the second, has it in parts; told by name: it may be missing."""
+    return any(
+        x.__name__ in ("FullyShardedDataParallel", "FSDPModule") for x in type(module).__mro__
+    )
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of W in normal form, without reading it."""
+    rows, columns = module.get_parameter("weight").shape
+    return (columns, rows) if _transposed(module) else (rows, columns)
+
+
+def _transposed(module: nn.Module) -> bool:
+    return is_conv1d(module) or type(module) is nn.Embedding
+
+
+def identities(model: nn.Module) -> dict[tuple[str, str], object]:
+    """(module, parameter) -> what is equal for tied ones.
+
+    accelerate unties the meta tensors that it puts in the place of what it offloads; transformers
+    remembers.
+    """
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    found: dict[tuple[str, str], object] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{own}" if name else own
+            found[name, own] = ties.get(full, full) if parameter.is_meta else id(parameter)
+    return found

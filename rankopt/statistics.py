@@ -1,0 +1,51 @@
+"""What a backend may know about one layer."""
+
+import dataclasses
+
+from torch import Tensor
+
+from rankopt.errors import ProfileError
+
+#: Everything that can be collected; see collector.
+STATISTICS = ("rows", "columns", "elements", "second_moment", "gradient_moment")
+#: Those that fit in any profile; what a backend derives from them alone can be derived again.
+VECTORS = frozenset({"rows", "columns"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Raw sums of one layer with weight W (out, in); K = min(out, in). Float64.
+
+    Attributes:
+        units: how many units (examples, or tokens) were seen; sums divided by it are means.
+        rows: Fisher information summed over outputs, shape ``(in,)``.
+        columns: Fisher information summed over inputs, shape ``(out,)``.
+        elements: Fisher information of each weight, shape ``(out, in)``.
+        second_moment: sum of x x^T if in <= out, else of y y^T with y = W x; shape ``(K, K)``.
+        gradient_moment: sum of g g^T if out <= in, else of gx gx^T with gx = W^T g; ``(K, K)``.
+        positions: how many x were summed.
+        input_energy: sum of x^2 over positions and features.
+        gradient_energy: sum of g^2 over positions and features.
+    """
+
+    units: float
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    elements: Tensor | None = None
+    second_moment: Tensor | None = None
+    gradient_moment: Tensor | None = None
+    positions: float = 0.0
+    input_energy: float = 0.0
+    gradient_energy: float = 0.0
+
+    def need(self, name: str) -> Tensor:
+        """A statistic by name.
+
+        Raises:
+            ProfileError: it was not collected.
+        """
+        found = getattr(self, name)
+        if found is None:
+            raise ProfileError(f"the statistic {name!r} was not collected: profile again")
+        assert isinstance(found, Tensor)
+        return found

@@ -1,0 +1,276 @@
+"""The conformance kit of backends: the promises of ``rankopt.backends.base``, checked on any.
+
+    from rankopt.testing import check_backend
+
+    check_backend(my_backend)          # runs every check; raises with all that failed
+
+The docstring of a check is the promise. Layers are made up: W, inputs x and output gradients g, one
+position a unit, wide, tall and square, seeded, so that a failure repeats.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankopt.backends import find_backend
+from rankopt.backends.base import Backend, Decomposition, Scale
+from rankopt.statistics import STATISTICS, Statistics
+
+SHAPES = {"wide": (6, 11), "tall": (11, 6), "square": (8, 8)}
+_UNITS = 48.0
+
+
+class ConformanceError(AssertionError):
+    """A promise is not kept; the message has the promise, what happened and with which layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A made-up layer: its kind, W (out, in), what was collected, and K = min(out, in)."""
+
+    kind: str
+    weight: Tensor
+    seen: Statistics
+    full: int
+
+
+def made_up(kind: str, inputs: float = 1.0, gradients: float = 1.0) -> Made:
+    """A layer of a kind of SHAPES, its inputs and gradients multiplied by numbers."""
+    n_out, n_in = SHAPES[kind]
+    made = torch.Generator().manual_seed(n_out)
+    sizes = ((n_out, n_in), (int(_UNITS), n_in), (int(_UNITS), n_out))
+    w, x, g = (torch.randn(size, generator=made, dtype=torch.float64) for size in sizes)
+    x, g = inputs * x, gradients * g
+    x[:, 0] *= 3.0
+    g[:, 0] *= 3.0
+    elements = g.square().T @ x.square()
+    a, b = x if n_in <= n_out else x @ w.T, g if n_out <= n_in else g @ w
+    sums = (elements.sum(0), elements.sum(1), elements, a.T @ a, b.T @ b)
+    energies = (float(x.square().sum()), float(g.square().sum()))
+    return Made(kind, w, Statistics(_UNITS, *sums, _UNITS, *energies), min(n_out, n_in))
+
+
+def _require(holds: object, happened: str) -> None:
+    if not holds:
+        raise AssertionError(happened)
+
+
+def _ranks(found: Decomposition) -> list[int]:
+    return list(range(len(found.losses)) if found.ranks is None else found.ranks)
+
+
+def _products(
+    backend: Backend, weight: Tensor, kept: Mapping[str, Tensor], ranks: list[int]
+) -> Iterator[tuple[int, Tensor]]:
+    for rank in ranks[1:]:
+        up, down = backend.factors(weight, kept, rank)
+        yield rank, up.double() @ down.double()
+
+
+def _require_errors(
+    backend: Backend, layer: Made, largest: int, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    """The curve against the factors."""
+    weight = layer.weight.to(dtype)
+    found = backend.decompose(weight, layer.seen, largest)
+    losses, ranks = found.losses.tolist(), _ranks(found)
+    kept = {kind: array.to(stored) for kind, array in found.kept.items()}
+    few = [rank for rank in ranks if rank <= largest]
+    for rank, product in _products(backend, weight, kept, few):
+        error, loss = backend.error(weight, product, layer.seen), losses[ranks.index(rank)]
+        close = math.isclose(error, loss, rel_tol=1e-5, abs_tol=1e-7 * losses[0])
+        _require(close, f"rank {rank} of {dtype}: loss {loss:.9g}, its factors lose {error:.9g}")
+
+
+def check_protocol(backend: Backend, layer: Made) -> None:
+    """A name, a source, known statistics that it needs, and at least one scale."""
+    _require(isinstance(backend, Backend), "attributes or methods of Backend are missing")
+    for text in (backend.name, backend.source):
+        _require(isinstance(text, str) and text.strip(), f"{text!r} says nothing")
+    _require(not set(backend.name) & set("/. "), f"{backend.name!r} is not one plain word")
+    _require(isinstance(backend.needs, frozenset), f"needs is a {type(backend.needs).__name__}")
+    unknown = ", ".join(sorted(set(backend.needs) - set(STATISTICS)))
+    _require(not unknown, f"needs {unknown}; there are {', '.join(STATISTICS)}")
+    _require(len(backend.scales) > 0, "there is no scale")
+    for name, scale in backend.scales.items():
+        _require(isinstance(scale, Scale) and scale.unit, f"scale {name!r} is {scale!r}")
+
+
+def check_needs(backend: Backend, layer: Made) -> None:
+    """Only what is in ``needs`` is read."""
+    hidden: dict[str, Any] = {name: None for name in STATISTICS if name not in backend.needs}
+    found = backend.decompose(layer.weight, dataclasses.replace(layer.seen, **hidden), 2)
+    wanted = backend.decompose(layer.weight, layer.seen, 2)
+    _require(torch.equal(found.losses, wanted.losses), "other losses without the other statistics")
+
+
+def check_losses(backend: Backend, layer: Made) -> None:
+    """Float64, finite, not negative, not increasing; at ranks 0..K, or at those that it names."""
+    for largest in (2, layer.full):
+        found = backend.decompose(layer.weight, layer.seen, largest)
+        losses, ranks = found.losses, _ranks(found)
+        _require(losses.dtype == torch.float64, f"losses are {losses.dtype}")
+        shape = (layer.full + 1 if found.ranks is None else len(ranks),)
+        _require(losses.shape == shape, f"losses have shape {tuple(losses.shape)}, not {shape}")
+        rising = all(a < b for a, b in itertools.pairwise(ranks))
+        _require(rising and ranks[0] == 0 and ranks[-1] <= layer.full, f"ranks are {ranks}")
+        _require(losses.isfinite().all() and losses.min() >= 0.0, f"losses {losses.tolist()}")
+        _require((losses.diff() <= 0.0).all(), f"losses rise: {losses.tolist()}")
+
+
+def check_factors(backend: Backend, layer: Made) -> None:
+    """Rank r is up (out, r) and down (r, in), finite, in float32 or wider."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        weight = layer.weight.to(dtype)
+        found = backend.decompose(weight, layer.seen, layer.full)
+        for rank in _ranks(found)[1:]:
+            up, down = backend.factors(weight, found.kept, rank)
+            shapes = ((len(weight), rank), (rank, weight.shape[1]))
+            _require((up.shape, down.shape) == shapes, f"{up.shape} and {down.shape}, not {shapes}")
+            _require(up.isfinite().all() and down.isfinite().all(), f"rank {rank} is not finite")
+            narrow = {up.dtype, down.dtype} - {torch.float32, torch.float64}
+            _require(not narrow, f"factors are {narrow} for weights of {dtype}")
+
+
+def check_curve(backend: Backend, layer: Made) -> None:
+    """The loss at each rank is the error of the factors of that rank; at rank 0 that of nothing."""
+    _require_errors(backend, layer, layer.full, torch.float64, torch.float64)
+    w, found = layer.weight, backend.decompose(layer.weight, layer.seen, layer.full)
+    none, all_ = (backend.error(w, x, layer.seen) for x in (torch.zeros_like(w), w))
+    first = float(found.losses[0])
+    _require(none > 0.0 and 0.0 <= all_ <= 1e-12 * none, f"W itself loses {all_:.3g} of {none:.3g}")
+    _require(math.isclose(first, none, rel_tol=1e-6), f"rank 0 loses {none:.9g}, not {first:.9g}")
+
+
+def check_full_rank(backend: Backend, layer: Made) -> None:
+    """A rank of min(out, in), if there is one, loses nothing and gives W back."""
+    found = backend.decompose(layer.weight, layer.seen, layer.full)
+    if layer.full in _ranks(found):
+        ((_, product),) = _products(backend, layer.weight, found.kept, [0, layer.full])
+        away = float((product - layer.weight).abs().max())
+        _require(away < 1e-6, f"full rank is {away:.3g} from W")
+        _require(found.losses[-1] <= 1e-9 * found.losses[0], f"it loses {found.losses[-1]:.3g}")
+
+
+def check_stored_arrays(backend: Backend, layer: Made) -> None:
+    """Kept arrays in float32, as a profile file has them, do as well."""
+    _require_errors(backend, layer, layer.full, torch.float64, torch.float32)
+
+
+def check_low_precision(backend: Backend, layer: Made) -> None:
+    """Weights in bfloat16, float16 or float32 are taken for what they are, but not computed in."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        _require_errors(backend, layer, layer.full, dtype, torch.float32)
+
+
+def check_largest(backend: Backend, layer: Made) -> None:
+    """What is kept for ranks up to ``largest`` is enough for them, and no more than W."""
+    _require_errors(backend, layer, 3, torch.float64, torch.float32)
+    for kind, array in backend.decompose(layer.weight, layer.seen, 3).kept.items():
+        size = layer.weight.numel()
+        _require(array.numel() <= size, f"{kind} has {array.numel()} numbers, W has {size}")
+
+
+def check_repeatable(backend: Backend, layer: Made) -> None:
+    """The same again gives the same bits, and no argument is changed."""
+    fresh = made_up(layer.kind)
+    one, two = (backend.decompose(x.weight, x.seen, 4) for x in (layer, fresh))
+    _require(torch.equal(one.losses, two.losses), "other losses")
+    rank = max(rank for rank in _ranks(one) if rank <= 4)
+    kept = {kind: array.clone() for kind, array in one.kept.items()}
+    first, second = (backend.factors(layer.weight, x.kept, rank) for x in (one, two))
+    _require(all(map(torch.equal, first, second)), "other factors")
+    fresh = made_up(layer.kind)
+    pairs = [(layer.weight, fresh.weight), *((kept[kind], one.kept[kind]) for kind in kept)]
+    pairs += [(layer.seen.need(name), fresh.seen.need(name)) for name in STATISTICS]
+    _require(all(torch.equal(a, b) for a, b in pairs), "an argument was changed")
+
+
+def check_zero(backend: Backend, layer: Made) -> None:
+    """A layer that never mattered has finite losses and factors."""
+    none = made_up(layer.kind, inputs=0.0, gradients=0.0)
+    found = backend.decompose(none.weight, none.seen, none.full)
+    _require(found.losses.isfinite().all(), f"losses {found.losses.tolist()}")
+    for rank, product in _products(backend, none.weight, found.kept, _ranks(found)):
+        _require(product.isfinite().all(), f"the factors of rank {rank} are not finite")
+
+
+def check_units(backend: Backend, layer: Made) -> None:
+    """In other units of inputs and gradients the curve is the same: nothing is added to them."""
+    wanted = backend.decompose(layer.weight, layer.seen, layer.full).losses
+    for inputs, gradients in ((1e-8, 1.0), (1.0, 1e-8), (1e8, 1.0)):
+        other = made_up(layer.kind, inputs, gradients)
+        losses = backend.decompose(other.weight, other.seen, other.full).losses
+        same = torch.allclose(losses / losses[0], wanted / wanted[0], rtol=1e-4, atol=1e-6)
+        _require(same, f"inputs x {inputs:g}, gradients x {gradients:g}: another curve")
+
+
+def check_scales(backend: Backend, layer: Made) -> None:
+    """Positive and finite; the same data twice lose the same; nats grow with squared gradients."""
+    shape, steeper = SHAPES[layer.kind], made_up(layer.kind, gradients=2.0).seen
+    names = [field.name for field in dataclasses.fields(Statistics)]
+    twice = Statistics(**{name: 2 * getattr(layer.seen, name) for name in names})
+    for name, scale in backend.scales.items():
+        values = []
+        for seen in (layer.seen, twice, steeper):
+            factor = scale.factor(shape, seen)
+            _require(math.isfinite(factor) and factor > 0.0, f"{name}: the factor is {factor!r}")
+            losses = backend.decompose(layer.weight, seen, layer.full).losses
+            values.append(factor * float(losses[0]))
+        once, again, more = values
+        _require(math.isclose(once, again, rel_tol=1e-6), f"{name}: {once:.9g}, then {again:.9g}")
+        linear = name != "nats" or math.isclose(more, 4.0 * once, rel_tol=1e-6)
+        _require(linear, f"{name}: {once:.9g}, with gradients x 2 {more:.9g}")
+
+
+#: Every promise by its name.
+CHECKS: dict[str, Callable[[Backend, Made], None]] = {
+    name: check for name, check in list(globals().items()) if name.startswith("check_")
+}
+
+
+def check_backend(
+    backend: str | Backend, *, expected_failed_checks: Mapping[str, str] | None = None
+) -> None:
+    """Run all checks on a backend.
+
+    Args:
+        backend: the object, or the name of an installed one.
+        expected_failed_checks: check name -> reason; these may not pass.
+
+    Raises:
+        ConformanceError: a check failed, or one that was expected to fail passed; names all.
+        ValueError: an expected failure that is not the name of a check.
+    """
+    expected = expected_failed_checks or {}
+    unknown = sorted(set(expected) - set(CHECKS))
+    if unknown:
+        raise ValueError(f"no such checks: {', '.join(unknown)}; there are: {', '.join(CHECKS)}")
+    chosen = find_backend(backend) if isinstance(backend, str) else backend
+    bad = []
+    for name, check in CHECKS.items():
+        failure = _failure(check, chosen)
+        if failure and name not in expected:
+            bad.append(f"{name}\n  promise: {check.__doc__}\n  {failure}")
+        elif not failure and name in expected:
+            bad.append(f"{name} was expected to fail ({expected[name]}) but passes")
+    if bad:
+        who = getattr(chosen, "name", type(chosen).__name__)
+        raise ConformanceError(
+            f"{who}: {len(bad)} of {len(CHECKS)} checks failed\n" + "\n".join(bad)
+        )
+
+
+def _failure(check: Callable[[Backend, Made], None], backend: Backend) -> str | None:
+    for kind in SHAPES:
+        try:
+            check(backend, made_up(kind))
+        except Exception as error:
+            what = "" if type(error) is AssertionError else f"{type(error).__name__}: "
+            return f"{kind} {SHAPES[kind]}: {what}{error}"
+    return None
