@@ -325,7 +325,7 @@ class Collector:
             if mask is not None:
                 flat = flat[mask.reshape(-1)]
             sums.traces[0] += len(flat)
-            sums.traces[1] += flat.reshape(-1).dot(flat.reshape(-1)).double()
+            sums.traces[1] += _energy(flat)
         if sums.second is None:
             return
         if of_inputs:
@@ -362,7 +362,7 @@ class Collector:
     def _add_gradient_moment(self, name: str, g: Tensor, embedding: bool) -> None:
         sums = self._of(name, g.device)
         flat = g.reshape(-1, g.shape[-1])
-        sums.traces[2] += flat.reshape(-1).dot(flat.reshape(-1)).double()
+        sums.traces[2] += _energy(flat)
         if sums.gradient is None:
             return
         n_out, n_in = self._shapes[name]
@@ -430,6 +430,12 @@ def _is_embedding(module: nn.Module) -> bool:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _energy(tensor: Tensor) -> Tensor:
+    """Sum of squares, float64: a float32 sum over millions is off by 1e-4."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    return norm.square()
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -218,7 +218,9 @@ def _keeper(
         4 * min(x.out_features, x.in_features) * x.largest_rank * len(x.members)
         for x in found.layers
     )
-    fits = keep_bases and size * len(spare) <= BASES_LIMIT
+    # fwsvd_two_sided keeps two arrays where the others keep one.
+    arrays = sum(1 + ("columns" in backend.needs) for backend in spare)
+    fits = keep_bases and size * arrays <= BASES_LIMIT
     return functools.partial(_kept, fits=fits)
 
 

@@ -20,8 +20,8 @@ from rankopt.budget import find_budget
 from rankopt.compare import Strategy
 from rankopt.errors import BudgetError, MissingExtraError, RankoptError
 from rankopt.evaluation import Evaluation, evaluate
-from rankopt.layers import DENSE
 from rankopt.gather import data_digest
+from rankopt.layers import DENSE
 from rankopt.plan import Plan
 from rankopt.planning import asked_budget, make_plan, plan_of
 from rankopt.profile import Profile

@@ -296,6 +296,17 @@ def test_bfloat16_moments_are_summed_wider() -> None:
     )
 
 
+def test_sums_over_millions_of_numbers_are_exact_to_float32() -> None:
+    layer = nn.Linear(64, 4, bias=False)
+    x = torch.rand(1, 100_000, 64, generator=torch.Generator().manual_seed(0)) + 0.5
+    with Collector(layer, {"it": layer}, MOMENTS) as collector:
+        collector.begin(1, 100_000)
+        collector.backward(layer(x).mul(1e-3).sum())
+    wanted = float(x.double().square().sum())
+    assert float(collector.sums["it"].traces[1]) == pytest.approx(wanted, rel=1e-6)
+    assert abs(float(x.flatten().dot(x.flatten())) / wanted - 1.0) > 1e-6, "no trap here"
+
+
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_and_draws_change_no_statistic(reentrant: bool) -> None:

@@ -196,6 +196,16 @@ def test_the_seed_and_the_place_in_the_data_decide_and_nothing_else(
     assert digest(7, batches[::-1]) != first
 
 
+@pytest.mark.parametrize("options", [{"estimator": "sampled"}, {"unit": "token"}])
+def test_the_same_batch_again_is_drawn_anew(options: dict[str, Any]) -> None:
+    model = tiny.llama()
+    batches = tiny.batches(model, count=1)
+    once = profile_model(model, batches, keep_bases=False, **options).batch_fisher
+    twice = profile_model(model, batches * 2, keep_bases=False, **options).batch_fisher
+    assert (twice[0] == once[0]).all()
+    assert (abs(twice[1] - twice[0]) > 1e-3 * twice[0]).all()
+
+
 @pytest.mark.parametrize("options", [{"kind": "sampled"}, {"unit": "token", "draws": 2}])
 def test_what_is_drawn_does_not_depend_on_who_draws(options: dict[str, Any]) -> None:
     model = in_double(tiny.llama())
@@ -261,6 +271,8 @@ def test_the_terms_are_those_of_the_models_own_loss(kind: str) -> None:
     )
     for batch in batches:
         ready = prepare(task, batch, torch.device("cpu"))
+        # Labels of padding are left out already, and labels of examples are none of positions.
+        assert torch.equal(ready["labels"], batch["labels"])
         with torch.no_grad():
             loss, output = mean_loss(model, ready)
         terms = term_losses(task, output.logits, ready["labels"])

@@ -49,20 +49,21 @@ def test_measuring_stops_when_twice_the_data_would_hardly_move_the_ranks() -> No
     assert np.array_equal(ranks_of(whole), ranks_of(profile))
 
 
-@pytest.mark.parametrize("tolerance", [0.02, 0.1])
+@pytest.mark.parametrize("tolerance", [0.08, 0.015, 0.001])
 def test_it_stops_at_the_first_power_of_two_whose_ranks_have_moved_less(tolerance: float) -> None:
-    model, batches = tiny.llama(), different(64)
-    found = profile_model(model, batches, until_stable=Stability(0.6, tolerance))
-    looks = {n: profile_model(model, batches[:n], keep_bases=False) for n in (4, 8, 16, 32, 64)}
-    for half, count in ((4, 8), (8, 16), (16, 32), (32, 64)):
-        plans = [make_plan(looks[n], keep=0.6) for n in (half, count)]
+    model, batches = tiny.llama(), different(32, seed=5)
+    found = profile_model(model, batches, until_stable=Stability(0.7, tolerance))
+    looks = {n: profile_model(model, batches[:n], keep_bases=False) for n in (4, 8, 16, 32)}
+    for half, count in ((4, 8), (8, 16), (16, 32)):
+        plans = [make_plan(looks[n], keep=0.7) for n in (half, count)]
         spent = [np.array([entry.parameters for entry in plan.layers]) for plan in plans]
+        # What one layer gives another takes: it has moved once.
         moved = abs(spent[1] - spent[0]).sum() / 2 / plans[1].budget.parameters
         if moved <= tolerance:
             assert len(found.batch_units) == count
-            assert found.info.stopped and f"{moved:.2%}" in found.info.stopped
+            assert found.info.stopped and f" {moved:.2%} " in found.info.stopped
             return
-    assert found.info.stopped is None and len(found.batch_units) == 64
+    assert found.info.stopped is None and len(found.batch_units) == 32
 
 
 def test_it_goes_on_while_ranks_move() -> None:

@@ -111,7 +111,6 @@ def full() -> list[Case]:
     # TinyLlama's width: 22 layers and 32000 words.
     llama = _llama(1, 32000 // 22, 2048, 5632, 32, 4)
     return [
-        Case("BERT-base, 12 layers, B=8 T=128", _bert(12), 8, 128),
         Case("BERT width, 3 layers, B=8 T=128", _bert(3), 8, 128),
         Case("BERT width, 2 layers, B=32 T=64", _bert(2), 32, 64),
         Case("BERT width, 3 layers, B=16 T=32", _bert(3), 16, 32),

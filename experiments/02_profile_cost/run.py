@@ -38,7 +38,7 @@ from rankopt.collector import Collector
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("cost", "memory", "spectra", "iterations")
-ROUNDS, QUICK_ROUNDS = 5, 2
+ROUNDS, QUICK_ROUNDS = 3, 2
 #: Relative to the largest row of a layer.
 AGREEMENT = 1e-5
 

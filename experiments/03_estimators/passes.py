@@ -14,10 +14,7 @@ from shortcuts import Measured, Rows
 VARIANTS = {
     "exact": "exact, per example",
     "other": "the same, other windows",
-    "half": "the same, half of the windows",
-    "quarter": "the same, a quarter of the windows",
     "sampled": "labels sampled from the model",
-    "sampled-1": "the same, another seed",
     "token": "per token (random signs)",
     "batch-4": "squared gradient of batches of 4",
     "batch-16": "squared gradient of batches of 16",
@@ -25,11 +22,10 @@ VARIANTS = {
     "float16": "mean loss, squared in float16",
     "maximum": "exact, each layer over its maximum",
     "epsilon": "batches of 4, mean loss, + 1e-5",
-    "maximum-epsilon": "batches of 4, over its maximum, + 1e-5",
     "activations": "activations only",
 }
 #: Those whose unit is nats per example, so that their scale means something.
-IN_NATS = set(VARIANTS) - {"maximum", "epsilon", "maximum-epsilon", "activations"}
+IN_NATS = set(VARIANTS) - {"maximum", "epsilon", "activations"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +91,6 @@ def measured(work: Work, name: str) -> Measured:
         return Measured(rows, profile.batch_fisher, profile.batch_units)
     how = {
         "sampled": Estimator("sampled"),
-        "sampled-1": Estimator("sampled", seed=1),
         "token": Estimator(unit="token"),
     }
     batches = work.other if name == "other" else work.calibration
@@ -147,21 +142,17 @@ def rows_of(work: Work, variant: str) -> Rows:
     """Row importances of a variant."""
     if variant == "activations":
         return activations(work)
-    if variant in ("exact", "other", "sampled", "sampled-1", "token", "shifted"):
+    if variant in ("exact", "other", "sampled", "token", "shifted"):
         return measured(work, variant).rows
     if variant == "maximum":
         return shortcuts.over_maximum(measured(work, "exact").rows)
     found, epsilon = one_by_one(work), work.size.epsilon
-    if variant in ("half", "quarter"):
-        return shortcuts.mean_of(found.windows[:: 2 if variant == "half" else 4])
     if variant == "float16":
         return found.half
-    if variant in ("epsilon", "maximum-epsilon"):
+    if variant == "epsilon":
         # As in the script: of the mean loss, and summed over batches.
         to_sums = work.size.windows / work.size.sizes[0] / found.terms**2
         summed = {n: values * to_sums for n, values in found.batches[work.size.sizes[0]].items()}
-        if variant == "maximum-epsilon":
-            summed = shortcuts.over_maximum(summed)
         return shortcuts.plus(summed, epsilon)
     return found.batches[int(variant.removeprefix("batch-"))]
 

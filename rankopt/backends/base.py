@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rankopt.backends import projection
-from rankopt.statistics import VECTORS, Statistics
+from rankopt.statistics import Statistics
 
 Shape = tuple[int, int]
 
@@ -100,11 +100,6 @@ class ClosedForm:
     metric: Callable[[Tensor, Statistics], projection.Metric]
     weighted: Callable[[Shape], bool]
     dual: bool
-
-    @property
-    def recomputable(self) -> bool:
-        """Whether vectors of the profile are enough to decompose again, without the data."""
-        return self.needs <= VECTORS
 
     def decompose(self, weight: Tensor, statistics: Statistics, largest: int) -> Decomposition:
         """See Backend."""

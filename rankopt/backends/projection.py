@@ -15,8 +15,8 @@ The eigenvectors U of T^T N T (float64; energies S^2) give two K x r matrices
 
 Only kept energies are divided by: a zero weight is the limit of small ones, no epsilon. Where
 T = 1, Q = Z. In float32 the vectors of the deeper half would be noise, hence float64; *stored* in
-float32 they cost nothing. Directions without energy are left out, and full rank is completed with what is
-best for the plain error, so that it gives W back.
+float32 they cost nothing. Directions without energy are left out, and full rank is completed with
+what is best for the plain error, so that it gives W back.
 """
 
 import dataclasses
