@@ -87,7 +87,7 @@ def decompose_layers(
         }
 
     ordered = sorted(layers, key=lambda layer: -_work(layer))
-    with one_thread(workers > 1), ThreadPoolExecutor(workers) as pool:
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, layer) for layer in ordered]
         try:
             shown = bar(as_completed(futures), "Spectra", "layer", progress, total=len(futures))
@@ -107,10 +107,10 @@ def _work(layer: Layer) -> float:
 
 
 @contextmanager
-def one_thread(wanted: bool = True) -> Iterator[None]:
-    """Torch on one thread inside, as it was after."""
+def one_thread() -> Iterator[None]:
+    """Torch on one thread inside, as it was after: the same bits however many layers at a time."""
     before = torch.get_num_threads()
-    if not wanted or before == 1:
+    if before == 1:
         yield
         return
     torch.set_num_threads(1)
