@@ -126,7 +126,7 @@ def test_loading_in_bfloat16_rounds_the_saved_weights(saved: Saved) -> None:
     require_same_weights(found, copy.deepcopy(model).to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("kind", tiny.MODELS)
 def test_dequantize_gives_a_dense_model_that_saves_itself(
     kind: str, saved: Saved, tmp_path: Path
 ) -> None:
