@@ -433,9 +433,9 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _energy(tensor: Tensor) -> Tensor:
-    """Sum of squares, float64: a float32 sum over millions is off by 1e-4."""
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    return norm.square()
+    """Sum of squares, shape ``(positions, features)``; float32 over millions is off by 1e-4."""
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=1)
+    return norms.square_().sum(dtype=torch.float64)
 
 
 def _flat(tensor: Tensor) -> Tensor:

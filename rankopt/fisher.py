@@ -23,9 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-#: Bytes of weight gradients that may be alive at once.
-_SCRATCH = 64 * 2**20
-
 
 @dataclasses.dataclass(frozen=True)
 class SquaredGradients:
@@ -58,41 +55,44 @@ def squared_gradients(
     tokens, n_in, n_out = x.shape[1], x.shape[2], g.shape[2]
     gram_work = 2 * tokens**2 * (n_in + n_out) * (2 if columns else 1)
     direct_work = 2 * tokens * n_in * n_out + 24 * n_in * n_out
-    if 1.25 * gram_work < direct_work:
+    if 1.1 * gram_work < direct_work:
         return SquaredGradients(_gram_form(x, g), _gram_form(g, x) if columns else None)
     return _direct_form(x, g, columns)
+
+
+# Within a unit sums stay in the precision of the inputs, which torch adds up in cascades; a float64
+# sum would first copy all it adds.
 
 
 def _gram_form(a: Tensor, b: Tensor) -> Tensor:
     """sum_n sum_t a[t, i] (b b^T a)[t, i], shape ``(features of a,)``, float64."""
     products = torch.bmm(torch.bmm(b, b.mT), a).mul_(a)
-    return products.sum((0, 1), dtype=torch.float64).clamp_min_(0.0)
+    return products.sum(1).sum(0, dtype=torch.float64).clamp_min_(0.0)
 
 
 def _direct_form(x: Tensor, g: Tensor, columns: bool) -> SquaredGradients:
-    examples, _, n_in = x.shape
-    n_out = g.shape[2]
+    n_in, n_out = x.shape[2], g.shape[2]
     rows = torch.zeros(n_in, dtype=torch.float64, device=x.device)
     summed = torch.zeros(n_out, dtype=torch.float64, device=x.device) if columns else None
-    chunk = max(1, _SCRATCH // (n_in * n_out * x.element_size()))
-    for start in range(0, examples, chunk):
-        part = slice(start, start + chunk)
-        squares = torch.bmm(x[part].mT, g[part]).square_()
-        rows += squares.sum((0, 2), dtype=torch.float64)
-        if summed is not None:
-            summed += squares.sum((0, 1), dtype=torch.float64)
+    gradient = x.new_empty(n_in, n_out)
+    for inputs, outputs in zip(x, g, strict=True):
+        torch.mm(inputs.T, outputs, out=gradient)
+        if summed is None:
+            rows += torch.linalg.vector_norm(gradient, dim=1).square_()
+        else:
+            gradient.square_()
+            rows += gradient.sum(1)
+            summed += gradient.sum(0)
     return SquaredGradients(rows, summed)
 
 
 def _elementwise(x: Tensor, g: Tensor) -> SquaredGradients:
-    gradient = torch.empty(g.shape[2], x.shape[2], dtype=x.dtype, device=x.device)
+    gradient = x.new_empty(g.shape[2], x.shape[2])
     squares = torch.zeros_like(gradient)
     for inputs, outputs in zip(x, g, strict=True):
         torch.mm(outputs.T, inputs, out=gradient)
         squares.addcmul_(gradient, gradient)
-    return SquaredGradients(
-        squares.sum(0, dtype=torch.float64), squares.sum(1, dtype=torch.float64), squares
-    )
+    return SquaredGradients(squares.sum(0).double(), squares.sum(1).double(), squares)
 
 
 def squared_gradients_of_embedding(

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 #: Columns of a block of a symmetric sum: a matrix product over fewer runs slower per element.
-_BLOCK = 192
-_BLOCKS = 4
+_BLOCK = 96
+_BLOCKS = 8
 
 
 class SymmetricSum:
     """A sum of a^T a, of which only the blocks on and above the diagonal are computed and kept.
 
-    With four blocks that is 5/8 of the work, and in float64 5/4 of the memory of a full float32
+    With eight blocks that is 9/16 of the work, and in float64 9/8 of the memory of a full float32
     matrix.
 
     Args:
@@ -47,3 +47,10 @@ class SymmetricSum:
         for span, strip in zip(self.spans, self.strips, strict=True):
             whole[span, span.start :] = strip
         return torch.triu(whole) + torch.triu(whole, 1).T
+
+
+def gram(a: Tensor) -> Tensor:
+    """a^T a, shape ``(n, n)``, float64; a has shape ``(m, n)``, float64."""
+    summed = SymmetricSum(a.shape[1], a.device)
+    summed.add(a)
+    return summed.full()

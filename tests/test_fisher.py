@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertForSequenceClassification
 
 from rankopt import DataError, ModelError, Profile, make_plan, profile_model
-from rankopt import fisher as fisher_module
 from rankopt.collector import Collector
 from rankopt.discover import find_layers, is_conv1d
 from rankopt.estimators import Estimator
@@ -240,13 +239,9 @@ def test_squaring_each_use_of_a_shared_block_is_another_number() -> None:
     assert difference(each_use, measured(model, batches)) > 0.1
 
 
-@pytest.mark.parametrize(
-    ("tokens", "scratch", "products"),
-    [(2, None, 2), (64, None, 1), (64, 2 * 5 * 7 * 8, 2), (64, 1, 3)],
-    ids=["gram", "direct", "direct in two chunks", "direct one by one"],
-)
+@pytest.mark.parametrize(("tokens", "products"), [(2, 2), (64, 0)], ids=["gram", "direct"])
 def test_both_branches_equal_the_dense_formula(
-    tokens: int, scratch: int | None, products: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, products: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, tokens, 5, generator=generator, dtype=torch.float64)
@@ -254,8 +249,6 @@ def test_both_branches_equal_the_dense_formula(
     wanted = torch.einsum("bti,bto->bio", x, g).square().sum((0, 2))
     before, calls, multiply = (x.clone(), g.clone()), [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: (calls.append(a.shape), multiply(a, b))[1])
-    if scratch is not None:
-        monkeypatch.setattr(fisher_module, "_SCRATCH", scratch)
     found = squared_gradients(x, g).rows
     assert len(calls) == products, "another branch was taken"
     assert torch.allclose(found, wanted, rtol=1e-12, atol=0.0)

@@ -103,7 +103,7 @@ class ClosedForm:
 
     def decompose(self, weight: Tensor, statistics: Statistics, largest: int) -> Decomposition:
         """See Backend."""
-        found = projection.decompose(self.metric(weight, statistics))
+        found = projection.decompose(self.metric(weight, statistics), self.dual)
         kept = {"basis": found.basis[:, :largest]}
         if self.dual:
             assert found.dual is not None

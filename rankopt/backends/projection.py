@@ -24,6 +24,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from rankopt.moments import gram
+
 #: Energies below this part of the largest are rounding noise of a float64 eigenproblem.
 _DEAD = 1e-14
 
@@ -49,7 +51,7 @@ class Spectrum:
     Attributes:
         energies: S^2, shape ``(K,)``, largest first, float64.
         basis: Z, shape ``(K, K)``; columns without energy are zero.
-        dual: Q, shape ``(K, K)``, or None where it equals Z.
+        dual: Q, shape ``(K, K)``, or None where it equals Z or was not asked for.
     """
 
     energies: Tensor
@@ -72,9 +74,9 @@ def two_sided(weight: Tensor, outputs: Tensor | None, inputs: Tensor | None) -> 
     wide = weight.double()
     if weight.shape[0] <= weight.shape[1]:
         weighted = wide if inputs is None else wide * inputs.double().sqrt()
-        return Metric(None if outputs is None else outputs.double(), weighted @ weighted.T)
+        return Metric(None if outputs is None else outputs.double(), gram(weighted.T))
     weighted = wide if outputs is None else wide * outputs.double().sqrt()[:, None]
-    return Metric(None if inputs is None else inputs.double(), weighted.T @ weighted)
+    return Metric(None if inputs is None else inputs.double(), gram(weighted))
 
 
 def _root(inner: Tensor) -> Tensor:
@@ -86,8 +88,13 @@ def _root(inner: Tensor) -> Tensor:
     return root
 
 
-def decompose(metric: Metric) -> Spectrum:
-    """Energies and vectors of every rank; see the module's text."""
+def decompose(metric: Metric, dual: bool = True) -> Spectrum:
+    """Energies and vectors of every rank; see the module's text.
+
+    Args:
+        metric: the weights.
+        dual: whether Q is wanted where it is not Z.
+    """
     outer = metric.outer
     if metric.inner is None:
         values, vectors = torch.linalg.eigh(outer)
@@ -101,9 +108,13 @@ def decompose(metric: Metric) -> Spectrum:
     live = energies > _DEAD * energies[0]
     basis = (root[:, None] * vectors if root.dim() == 1 else root @ vectors) * live
     lengths = torch.where(live, basis.norm(dim=0), 1.0)
-    dual = (outer @ basis) * (lengths / torch.where(live, energies, 1.0))
     # Unit columns, whatever the weights' unit: they are to be stored in float32.
-    return Spectrum(energies, basis / lengths, dual)
+    basis /= lengths
+    if not dual:
+        return Spectrum(energies, basis, None)
+    return Spectrum(
+        energies, basis, (outer @ basis) * (lengths.square() / torch.where(live, energies, 1.0))
+    )
 
 
 def factors(

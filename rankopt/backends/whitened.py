@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rankopt.backends.base import ClosedForm, Scale, Shape
 from rankopt.backends.projection import Metric
+from rankopt.moments import gram
 from rankopt.statistics import Statistics
 
 
@@ -25,7 +26,7 @@ def _metric(weight: Tensor, seen: Statistics) -> Metric:
         return Metric(None, moment)
     if weight.shape[0] == weight.shape[1]:
         return Metric(None, wide @ moment @ wide.T)
-    return Metric(moment, wide.T @ wide)
+    return Metric(moment, gram(wide))
 
 
 def _nats(shape: Shape, seen: Statistics) -> float:
