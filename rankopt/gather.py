@@ -409,13 +409,22 @@ def _told_apart(model: nn.Module, task: str, batch: Batch) -> Batch:
     """Encoder and decoder positions of different number: masks are recognised by their shape.
 
     The decoder gets one more position, ignored, that none before it can look at.
+
+    Raises:
+        DataError: it has as many as it can have.
     """
-    if task != "seq2seq-lm":
+    if task != "seq2seq-lm" or all(bool(mask.all()) for mask in _masks(task, batch)):
         return batch
     given = [batch[name] for name in ("input_ids", "attention_mask") if name in batch]
     lengths = {tensor.shape[1] for tensor in given if isinstance(tensor, Tensor)}
     if batch["labels"].shape[1] not in lengths | {getattr(model.config, "max_source_positions", 0)}:
         return batch
+    positions, most = batch["labels"].shape[1], getattr(model.config, "max_position_embeddings", 0)
+    if positions == most:
+        raise DataError(
+            f"input and labels are padded to {positions} positions, the most that the model takes: "
+            "whose padding is whose cannot be told apart; make the labels one position shorter"
+        )
     ends = {"labels": IGNORED, "decoder_input_ids": 0, "decoder_attention_mask": 0}
     longer = {
         name: torch.cat([batch[name], torch.full_like(batch[name][:, :1], end)], 1)

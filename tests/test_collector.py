@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration
 
-from rankopt import ModelError, profile_model
+from rankopt import DataError, ModelError, profile_model
 from rankopt.collector import Collector
 from rankopt.discover import find_layers
 from rankopt.estimators import Estimator
@@ -72,7 +73,7 @@ def seen_positions(model: Any, name: str, batch: Batch) -> Tensor | None:
     """Which positions of a layer are no padding, by what the architectures are known to do."""
     labels, mask = batch["labels"] != -100, batch.get("attention_mask")
     kind = type(model).__name__
-    if kind.startswith(("T5", "Whisper")):
+    if kind.startswith(("T5", "Whisper", "Bart")):
         of_encoder = name.startswith(("encoder.", "model.encoder.")) or any(
             part in name for part in ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k")
         )
@@ -146,6 +147,33 @@ def test_encoder_and_decoder_of_equal_length_keep_their_own_masks(given: str) ->
             batch["decoder_input_ids"] = model._shift_right(batch["labels"])
             batch["decoder_attention_mask"] = (batch["labels"] != -100).long()
     assert difference(moments(collected(model, batches)), brute_force(model, batches)) < 1e-10
+
+
+def test_a_decoder_of_the_models_largest_length() -> None:
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24}
+    model = in_double(
+        BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=tiny.VOCABULARY,
+                max_position_embeddings=8,
+                decoder_ffn_dim=24,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                **shape,
+            )
+        )
+    )
+    ids = torch.randint(3, tiny.VOCABULARY, (3, 8), generator=torch.Generator().manual_seed(0))
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.flip(1)}
+    found = moments(collected(model, [whole]))
+    assert difference(found, brute_force(model, [whole])) < 1e-10
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    with pytest.raises(DataError, match=r"8 positions, the most .* one position shorter"):
+        collected(model, [{**whole, "attention_mask": mask}])
+    shorter = {**whole, "attention_mask": mask, "labels": ids.flip(1)[:, :7].contiguous()}
+    found = moments(collected(model, [shorter]))
+    assert difference(found, brute_force(model, [shorter])) < 1e-10
 
 
 def test_a_decoder_as_long_as_whispers_encoder_keeps_its_own_mask() -> None:
