@@ -67,7 +67,7 @@ def find_layers(
         ModelError: weights not loaded or not finite, a plan already applied, a pattern without
             anything to plan, or nothing to plan at all.
     """
-    _require_dense(model)
+    _require_plain(model)
     matrices = matrices_of(model)
     chosen = [name for name, matrix in matrices.items() if matrix.default]
     patterns = _patterns(include)
@@ -94,7 +94,7 @@ def find_planned(model: nn.Module, layers: Sequence[Layer]) -> Found:
     Raises:
         ModelError: weights not loaded or not finite, or a plan already applied.
     """
-    _require_dense(model)
+    _require_plain(model)
     matrices = matrices_of(model)
     wanted = {layer.name: layer.partners for layer in layers if layer.name in matrices}
     # A tied weight is no layer of its own, and an untied one no group: neither is what was planned.
@@ -106,8 +106,14 @@ def find_planned(model: nn.Module, layers: Sequence[Layer]) -> Found:
     return _found(matrices, chosen, ())
 
 
-def _require_dense(model: nn.Module) -> None:
+def _require_plain(model: nn.Module) -> None:
     for name, module in model.named_modules():
+        if name.endswith("._orig_mod"):
+            own = name.removesuffix("._orig_mod")
+            raise ModelError(
+                f"module {own} is wrapped by torch.compile, which renames its layers: compile it "
+                "in place, module.compile(), or the whole model"
+            )
         if isinstance(module, LowRank):
             raise ModelError(f"layer {name} is low rank already: use the dense model")
         if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):

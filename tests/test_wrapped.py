@@ -189,6 +189,17 @@ def test_a_sharded_model_is_refused(whole: bool) -> None:
         profile_model(model, tiny.batches(tiny.llama()))
 
 
+def test_a_block_is_compiled_in_place_or_not_at_all() -> None:
+    model, plain = tiny.llama(), tiny.llama()
+    batches = tiny.batches(model)
+    torch.compiler.reset()
+    model.model.layers[0].compile(backend="eager")
+    require_same_profile(profile_model(model, batches), profile_model(plain, batches))
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    with pytest.raises(ModelError, match=r"model\.layers\.1 is wrapped .* compile it in place"):
+        profile_model(model, batches)
+
+
 def test_data_parallel_is_refused_also_inside_a_compiled_model() -> None:
     with pytest.raises(ModelError, match=r"profile model\.module"):
         unwrapped(compiled(nn.DataParallel(tiny.llama())))
