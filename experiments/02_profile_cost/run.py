@@ -144,23 +144,34 @@ def _status(key: str) -> int:
 
 
 def full(folder: Path, parts: Sequence[str]) -> None:
-    """Run parts, keep the others, write both files."""
+    """Run parts and keep the others; both files are written after each."""
     results = folder / "results.json"
     found: Row = json.loads(results.read_text("utf-8")) if results.is_file() else {}
     for part in parts:
         print(part, flush=True)
-        if part == "cost":
-            found[part] = []
-            for case in models.full():
-                print(f"  {case.name}", flush=True)
-                found[part].append(cost(case, ROUNDS))
-                gc.collect()
-        elif part == "memory":
-            found[part] = [memory(k, list(all_ways())) for k in range(len(models.memory()))]
-        elif part == "spectra":
-            found[part] = spectra.study(spectra.FULL)
-        else:
-            found[part] = iterations.study()
+        found[part] = measured(part)
+        write(folder, found)
+    print(goals.goals_table(found["goals"]))
+
+
+def measured(part: str) -> list[Row] | Row:
+    """One part of the results."""
+    if part == "memory":
+        return [memory(k, list(all_ways())) for k in range(len(models.memory()))]
+    if part == "spectra":
+        return spectra.study(spectra.FULL)
+    if part == "iterations":
+        return iterations.study()
+    rows = []
+    for case in models.full():
+        print(f"  {case.name}", flush=True)
+        rows.append(cost(case, ROUNDS))
+        gc.collect()
+    return rows
+
+
+def write(folder: Path, found: Row) -> None:
+    """Both files, of the parts that there are."""
     names = ("torch", "transformers", "opacus", "backpack-for-pytorch")
     found["versions"] = {name: _version(name) for name in names}
     found["rounds"] = ROUNDS
@@ -181,12 +192,11 @@ def full(folder: Path, parts: Sequence[str]) -> None:
         # As they are after a round trip through JSON, whichever part was run now.
         tables += [goals.iterations_table(json.loads(json.dumps(found["iterations"])))]
     found["goals"] = [goal.row() for goal in promised]
-    results.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if promised:
         tables.insert(0, goals.goals_table(found["goals"]))
     text = "\n".join(tables)
     (folder / "table.md").write_text(text, encoding="utf-8")
-    print(goals.goals_table(found["goals"]))
 
 
 def _version(name: str) -> str:
