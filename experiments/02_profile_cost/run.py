@@ -1,6 +1,6 @@
 """What a profile costs: the pass over the data, its memory, the spectra.
 
-    python experiments/02_profile_cost/run.py          everything: about an hour of one idle core
+    python experiments/02_profile_cost/run.py          everything: 40 minutes of one idle core
     python experiments/02_profile_cost/run.py --quick  tiny models: do all ways still agree?
 
 Peers that are not installed are left out; the README has the command that installs them. Parts can
