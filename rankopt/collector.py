@@ -22,7 +22,7 @@ along T before squaring.
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -37,7 +37,7 @@ from rankopt.fisher import (
     squared_gradients_of_embedding,
 )
 from rankopt.modules import device_of, tensor_of, weight_of, weight_shape
-from rankopt.moments import SymmetricSum
+from rankopt.moments import SymmetricSum, symmetric_numel
 from rankopt.statistics import STATISTICS
 
 Sink = Callable[[Tensor, Tensor], None]
@@ -96,6 +96,18 @@ class Sums:
             if moment is not None:
                 found |= {f"{name}.{k}": strip for k, strip in enumerate(moment.strips)}
         return found
+
+
+def bytes_of_sums(shapes: Iterable[tuple[int, int]], needs: Collection[str]) -> int:
+    """Memory that the sums of layers ``(out, in)`` take at most: shared moments count each time."""
+    moments = len({"second_moment", "gradient_moment"} & set(needs))
+    return 8 * sum(
+        n_in
+        + ("columns" in needs) * n_out
+        + ("elements" in needs) * n_out * n_in
+        + moments * symmetric_numel(min(n_out, n_in))
+        for n_out, n_in in shapes
+    )
 
 
 class Collector:

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from rankopt._version import __version__
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend
+from rankopt.collector import bytes_of_sums
 from rankopt.discover import Found, find_layers, fingerprint, model_size
 from rankopt.errors import DataError, InfeasibleBudgetError
 from rankopt.estimators import Estimator, Kind, Unit
 from rankopt.gather import Checkpoint, Gathered, Objective, Stop, gather
 from rankopt.info import BackendInfo, ProfileInfo, ScaleInfo
 from rankopt.layers import Layer
-from rankopt.modules import device_of, unwrapped, weight_of
+from rankopt.modules import device_of, memory_for, unwrapped, weight_of, weight_shape
 from rankopt.planning import make_plan
 from rankopt.profile import Profile
 from rankopt.sharing import Processes
@@ -127,12 +130,14 @@ def profile_model(
     _require_together(len(parts), part, until_stable, checkpoint)
     if checkpoint_every < 1:
         raise DataError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    _warn_of_memory(model, found, needs, part)
     if len(parts) > 1:
         batches = list(batches)
     architecture = type(model).__name__
     settings = {
         "model": fingerprint(architecture, found.layers),
         "task": objective.task,
+        "loss_fn": loss_fn and f"{loss_fn.__module__}.{getattr(loss_fn, '__qualname__', '')}",
         "needs": sorted(needs),
         "dtype": str(next(model.parameters()).dtype),
         "until_stable": until_stable and [*dataclasses.astuple(until_stable), backends[0]],
@@ -198,6 +203,20 @@ def _require_together(
         raise DataError("until_stable looks at all layers: it does not go with layers_at_a_time")
     if parts > 1 and checkpoint is not None:
         raise DataError("a checkpoint holds one pass: it does not go with layers_at_a_time")
+
+
+def _warn_of_memory(model: nn.Module, found: Found, needs: Collection[str], part: int) -> None:
+    memory = memory_for(model)
+    members = [weight_shape(module) for module in found.modules.values()]
+    sums = bytes_of_sums(members, needs) * min(part / len(found.layers), 1.0)
+    if memory is None or model_size(model).model_bytes + sums <= memory:
+        return
+    tqdm.write(
+        f"warning: the statistics of {min(part, len(found.layers))} layers take up to "
+        f"{sums / 1e9:.3g} GB beside the model, and there are {memory / 1e9:.3g} GB in all: "
+        "layers_at_a_time (--layers-at-a-time) takes several passes over the data instead",
+        file=sys.stderr,
+    )
 
 
 def _workers(model: nn.Module, workers: int | None) -> int:

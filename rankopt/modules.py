@@ -4,6 +4,7 @@ accelerate's offloading puts weights on the meta device and keeps the true ones 
 module; torch.compile and data parallelism wrap the model in one of their own.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -81,6 +82,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = inner.get_submodule("_orig_mod")
         else:
             return inner
+
+
+def memory_for(model: nn.Module) -> int | None:
+    """Bytes on the model's device; None for several devices, or where it cannot be told."""
+    devices = {parameter.device for parameter in model.parameters()}
+    device = devices.pop()
+    if devices:
+        return None
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def _is_sharded(module: nn.Module) -> bool:

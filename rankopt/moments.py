@@ -14,6 +14,17 @@ _BLOCK = 96
 _BLOCKS = 8
 
 
+def _spans(size: int) -> list[slice]:
+    count = max(1, min(_BLOCKS, size // _BLOCK))
+    edges = [size * k // count for k in range(count + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def symmetric_numel(size: int) -> int:
+    """How many numbers a SymmetricSum keeps."""
+    return sum((span.stop - span.start) * (size - span.start) for span in _spans(size))
+
+
 class SymmetricSum:
     """A sum of a^T a, of which only the blocks on and above the diagonal are computed and kept.
 
@@ -26,10 +37,7 @@ class SymmetricSum:
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        count = max(1, min(_BLOCKS, size // _BLOCK))
-        edges = [size * k // count for k in range(count + 1)]
-        self.spans = [slice(a, b) for a, b in itertools.pairwise(edges)]
-        self.size = size
+        self.spans, self.size = _spans(size), size
         #: One strip for each block of rows, from the diagonal to the right end.
         self.strips = [
             torch.zeros(s.stop - s.start, size - s.start, dtype=torch.float64, device=device)

@@ -11,12 +11,13 @@ import torch
 from rankopt import BudgetError, DataError, ModelError, Profile, make_plan, measure, profile_model
 from rankopt.backends import BUILT_IN, find_backend
 from rankopt.backends.base import ClosedForm, Decomposition
-from rankopt.discover import find_layers
+from rankopt.collector import bytes_of_sums
+from rankopt.discover import find_layers, model_size
 from rankopt.estimators import Estimator
 from rankopt.files import SpilledArrays
 from rankopt.gather import Objective, gather
 from rankopt.measure import Stability
-from rankopt.modules import weight_of
+from rankopt.modules import weight_of, weight_shape
 from rankopt.spectra import one_thread
 from rankopt.tasks import task_of
 from tests import tiny
@@ -97,6 +98,36 @@ def test_layers_in_parts_give_the_same_profile(part: int) -> None:
     assert parts.kept_arrays.keys() == whole.kept_arrays.keys()
     for name in whole.kept_arrays:
         assert np.array_equal(parts.kept_arrays[name], whole.kept_arrays[name])
+
+
+def test_sums_that_do_not_fit_are_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.llama()
+    batches, needs = tiny.batches(model), ("columns", "elements", "second_moment")
+    modules = find_layers(model).modules
+    sums = gather(model, modules, batches, Objective(task_of(model), Estimator()), needs).sums
+    kept = [
+        tensor.numel() * tensor.element_size()
+        for name in modules
+        for kind, tensor in sums[name].tensors().items()
+        if kind != "traces"
+    ]
+    bound = bytes_of_sums([weight_shape(module) for module in modules.values()], needs)
+    shared = [name for name in modules if sums[name].second is None]
+    lost = bytes_of_sums([weight_shape(modules[name]) for name in shared], ["second_moment"])
+    lost -= bytes_of_sums([weight_shape(modules[name]) for name in shared], [])
+    assert shared and sum(kept) == bound - lost
+    weights = model_size(model).model_bytes
+    moments = bytes_of_sums([weight_shape(m) for m in modules.values()], ["second_moment"])
+    for missing, part, warned in [(0, None, False), (1, None, True), (1, 2, False)]:
+        monkeypatch.setattr(
+            measure, "memory_for", lambda _, missing=missing: weights + moments - missing
+        )
+        profile_model(model, batches, backends=["whitened"], layers_at_a_time=part)
+        text = capsys.readouterr().err
+        assert (f"statistics of {len(modules)} layers" in text) == warned
+        assert ("layers_at_a_time" in text) == warned
 
 
 def test_groups_stay_whole_in_parts() -> None:

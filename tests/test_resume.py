@@ -185,6 +185,22 @@ def test_another_seed_is_refused(tmp_path: Path) -> None:
         measured(checkpoint=path, estimator="sampled", seed=2)
 
 
+def summed(model: Any, batch: Any) -> torch.Tensor:
+    return model(**batch).logits.square().sum((1, 2))
+
+
+def half(model: Any, batch: Any) -> torch.Tensor:
+    return summed(model, batch) / 2
+
+
+def test_another_loss_is_refused(tmp_path: Path) -> None:
+    options = {"checkpoint": tmp_path / "partial", "checkpoint_every": 2}
+    first = measured(loss_fn=summed, **options)
+    with pytest.raises(DataError, match="another loss_fn"):
+        measured(loss_fn=half, **options)
+    assert measured(loss_fn=summed, **options).digest() == first.digest()
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     path, model = tmp_path / "partial", tiny.llama()
     batches = tiny.batches(model)
