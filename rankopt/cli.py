@@ -1,11 +1,13 @@
 """The command line: data on stdout, progress on stderr, one line and an exit code for mistakes.
 
-Exit codes: 0 done, 2 a mistake in what was given, 3 a budget that no ranks fit.
+Exit codes: 0 done, 2 a mistake in what was given, 3 a budget that no ranks fit, 130 and 143 stopped
+by Ctrl-C and by SIGTERM.
 """
 
 import dataclasses
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -391,11 +393,18 @@ def _options(
     pass
 
 
+def _terminated(number: int, _: object) -> None:
+    _note("stopped")
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command line; mistakes end in one line on stderr and an exit code."""
     if not sys.stderr.isatty():
         # Ours hide themselves; those of transformers and datasets want to be told.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Schedulers send it: what is temporary is removed on the way out, as it is after Ctrl-C.
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except RankoptError as error:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,24 @@ def test_until_stable_says_why_it_stopped(run: Run, files: Path, tmp_path: Path)
     info = Profile.load(path).info
     assert info.stopped is not None and info.stopped in printed
     assert info.examples == 8 < 300 // 16
+
+
+def test_sigterm_leaves_the_checkpoint_and_nothing_else(files: Path, tmp_path: Path) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text((files / "train.txt").read_text(encoding="utf-8") * 100, encoding="utf-8")
+    given = arguments(files, tmp_path / "p.safetensors", "--data", text)
+    often = ("--batch-size", 1, "--checkpoint-every", 1)
+    started: Any = [sys.executable, "-m", "rankopt", *map(str, (*given, *often))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(started, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        partial, end = tmp_path / "p.safetensors.partial", time.monotonic() + 60
+        while not partial.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert err.endswith("stopped\n") and "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["long.txt", "p.safetensors.partial"]
 
 
 def test_two_processes_write_the_profile_of_one(run: Run, files: Path, tmp_path: Path) -> None:
