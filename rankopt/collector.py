@@ -20,9 +20,7 @@ along T before squaring.
 """
 
 import copy
-import dataclasses
-import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -37,8 +35,8 @@ from rankopt.fisher import (
     squared_gradients_of_embedding,
 )
 from rankopt.modules import device_of, tensor_of, weight_of, weight_shape
-from rankopt.moments import SymmetricSum, symmetric_numel
 from rankopt.statistics import STATISTICS
+from rankopt.sums import Sums
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -61,53 +59,6 @@ class _Tap(torch.autograd.Function):
         (saved,) = ctx.saved_tensors
         ctx.sink(saved, gradients[0])
         return gradients[0], None, None, None
-
-
-@dataclasses.dataclass
-class Sums:
-    """What has been added up for one layer; raw, float64.
-
-    Attributes:
-        rows: shape ``(in,)``.
-        columns: shape ``(out,)``, if they are collected.
-        elements: shape ``(out, in)``, if they are collected.
-        second: the second moment, if it is collected and not another layer's.
-        gradient: the gradient moment, if it is collected.
-        traces: positions, sum of x^2, sum of g^2, shape ``(3,)``; zeros without moments.
-        seen: batches in which the layer took part in the loss.
-    """
-
-    rows: Tensor
-    columns: Tensor | None
-    elements: Tensor | None
-    second: SymmetricSum | None
-    gradient: SymmetricSum | None
-    traces: Tensor
-    seen: int = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All sums by name; views, so that they can be reduced and restored in place."""
-        found = {"rows": self.rows, "traces": self.traces}
-        if self.columns is not None:
-            found["columns"] = self.columns
-        if self.elements is not None:
-            found["elements"] = self.elements
-        for name, moment in (("second", self.second), ("gradient", self.gradient)):
-            if moment is not None:
-                found |= {f"{name}.{k}": strip for k, strip in enumerate(moment.strips)}
-        return found
-
-
-def bytes_of_sums(shapes: Iterable[tuple[int, int]], needs: Collection[str]) -> int:
-    """Memory that the sums of layers ``(out, in)`` take at most: shared moments count each time."""
-    moments = len({"second_moment", "gradient_moment"} & set(needs))
-    return 8 * sum(
-        n_in
-        + ("columns" in needs) * n_out
-        + ("elements" in needs) * n_out * n_in
-        + moments * symmetric_numel(min(n_out, n_in))
-        for n_out, n_in in shapes
-    )
 
 
 class Collector:
@@ -290,19 +241,8 @@ class Collector:
 
     def _of(self, name: str, device: torch.device) -> Sums:
         if name not in self.sums:
-            n_out, n_in = self._shapes[name]
-            zeros = functools.partial(torch.zeros, dtype=torch.float64, device=device)
-            small = min(n_out, n_in)
-            owner = self.owners.setdefault(name, name)
-            has = self.needs.__contains__
-            self.sums[name] = Sums(
-                zeros(n_in),
-                zeros(n_out) if has("columns") else None,
-                zeros(n_out, n_in) if has("elements") else None,
-                SymmetricSum(small, device) if has("second_moment") and owner == name else None,
-                SymmetricSum(small, device) if has("gradient_moment") else None,
-                zeros(3),
-            )
+            own = self.owners.setdefault(name, name) == name
+            self.sums[name] = Sums.zeros(self._shapes[name], self.needs, device, own=own)
         return self.sums[name]
 
     def _add_second_moment(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:

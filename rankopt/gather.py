@@ -22,12 +22,13 @@ from rankopt.collector import Collector
 from rankopt.errors import DataError, ModelError
 from rankopt.estimators import Estimator, losses_of
 from rankopt.modules import device_of
+from rankopt.padding import masks_of, told_apart, warn_of_padding
 from rankopt.progress import bar
 from rankopt.resume import Seen
 from rankopt.sharing import Processes
 from rankopt.statistics import Statistics
+from rankopt.sums import Sums
 from rankopt.tasks import (
-    IGNORED,
     Batch,
     LossFunction,
     check_loss,
@@ -91,7 +92,7 @@ class Gathered:
         names: of the layers, in the order of the totals.
     """
 
-    sums: Mapping[str, Any]
+    sums: Mapping[str, Sums]
     owners: Mapping[str, str]
     seen: Seen
     units: float
@@ -283,7 +284,7 @@ def _check(
 ) -> None:
     if objective.loss_fn is not None:
         return
-    _warn_of_padding(model, ready)
+    warn_of_padding(model, ready)
     check_loss(model, objective.task, ready)
     _check_examples(model, modules, objective.task, ready)
     if objective.estimator.random:
@@ -332,17 +333,17 @@ def _measure(
 ) -> None:
     if objective.loss_fn is not None:
         # How many examples there are is known only afterwards; taps need it in backward.
-        collector.begin(0, 1, _masks(objective.task, ready) if isinstance(ready, Mapping) else ())
+        collector.begin(0, 1, masks_of(objective.task, ready) if isinstance(ready, Mapping) else ())
         losses = losses_of(objective.loss_fn, model, ready)
         examples = targets = len(losses)
         collector.expect(examples, 1)
         collector.backward(losses.sum())
     else:
         if "second_moment" in collector.needs:
-            ready = _told_apart(model, objective.task, ready)
+            ready = told_apart(model, objective.task, ready)
         terms = loss_terms(objective.task, ready["labels"])
         examples, targets = len(terms), int(terms.sum())
-        collector.begin(examples, _tokens(ready), _masks(objective.task, ready))
+        collector.begin(examples, _tokens(ready), masks_of(objective.task, ready))
         for loss, again in objective.estimator.losses(model, objective.task, ready, number):
             collector.backward(loss, again=again)
     seen.examples += examples
@@ -395,52 +396,3 @@ def _added_up(
 def _tokens(batch: Batch) -> int:
     ids = batch.get("input_ids")
     return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() > 1 else 1
-
-
-def _masks(task: str, batch: Batch) -> list[Tensor]:
-    found = [batch[name] for name in ("attention_mask", "decoder_attention_mask") if name in batch]
-    masks = [mask != 0 for mask in found if isinstance(mask, Tensor) and mask.dim() == 2]
-    if task == "seq2seq-lm" and "decoder_attention_mask" not in batch:
-        masks.append(batch["labels"] != IGNORED)
-    return masks
-
-
-def _told_apart(model: nn.Module, task: str, batch: Batch) -> Batch:
-    """Encoder and decoder positions of different number: masks are recognised by their shape.
-
-    The decoder gets one more position, ignored, that none before it can look at.
-
-    Raises:
-        DataError: it has as many as it can have.
-    """
-    if task != "seq2seq-lm" or all(bool(mask.all()) for mask in _masks(task, batch)):
-        return batch
-    given = [batch[name] for name in ("input_ids", "attention_mask") if name in batch]
-    lengths = {tensor.shape[1] for tensor in given if isinstance(tensor, Tensor)}
-    if batch["labels"].shape[1] not in lengths | {getattr(model.config, "max_source_positions", 0)}:
-        return batch
-    positions, most = batch["labels"].shape[1], getattr(model.config, "max_position_embeddings", 0)
-    if positions == most:
-        raise DataError(
-            f"input and labels are padded to {positions} positions, the most that the model takes: "
-            "whose padding is whose cannot be told apart; make the labels one position shorter"
-        )
-    ends = {"labels": IGNORED, "decoder_input_ids": 0, "decoder_attention_mask": 0}
-    longer = {
-        name: torch.cat([batch[name], torch.full_like(batch[name][:, :1], end)], 1)
-        for name, end in ends.items()
-        if name in batch
-    }
-    return {**batch, **longer}
-
-
-def _warn_of_padding(model: nn.Module, batch: Batch) -> None:
-    pad, ids = getattr(model.config, "pad_token_id", None), batch.get("input_ids")
-    eos = getattr(model.config, "eos_token_id", None)
-    if pad is None or pad == eos or ids is None or "attention_mask" in batch:
-        return
-    if bool((ids == pad).any()):
-        tqdm.write(
-            "warning: the batches hold padding but no attention_mask: it is learnt from",
-            file=sys.stderr,
-        )

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from rankopt._version import __version__
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend
-from rankopt.collector import bytes_of_sums
 from rankopt.discover import Found, find_layers, fingerprint, model_size
 from rankopt.errors import DataError, InfeasibleBudgetError
 from rankopt.estimators import Estimator, Kind, Unit
@@ -29,6 +28,7 @@ from rankopt.planning import make_plan
 from rankopt.profile import Profile
 from rankopt.sharing import Processes
 from rankopt.spectra import Curve, Kept, decompose_layers, recomputable
+from rankopt.sums import bytes_of_sums
 from rankopt.tasks import LossFunction, task_of
 
 #: Bases are kept while they fit in this many bytes; beyond, ``apply_plan`` decomposes again.

@@ -16,11 +16,10 @@ from rankopt.discover import find_layers
 from rankopt.estimators import Estimator
 from rankopt.gather import Gathered, Objective, gather
 from rankopt.modules import weight_of
-from rankopt.moments import SymmetricSum
 from rankopt.statistics import STATISTICS
 from rankopt.tasks import task_of
 from tests import tiny
-from tests.test_fisher import in_double, one_by_one, summed_loss, wide
+from tests.exact import in_double, one_by_one, summed_loss, wide
 
 Batch = dict[str, Any]
 MOMENTS = frozenset({"second_moment", "gradient_moment"})
@@ -391,19 +390,6 @@ def test_positions_that_all_examples_share_are_refused() -> None:
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     with pytest.raises(ModelError, match="batch size 1"):
         profile_model(model, tiny.batches(model, size=4), include=[bias])
-
-
-@pytest.mark.parametrize("size", [3, 191, 192, 1000])
-def test_a_symmetric_sum_is_the_plain_sum_whatever_its_blocks(size: int) -> None:
-    generator = torch.Generator().manual_seed(size)
-    parts = [torch.randn(5, size, generator=generator, dtype=torch.float64) for _ in range(2)]
-    total = SymmetricSum(size, torch.device("cpu"))
-    for part in parts:
-        total.add(part)
-    whole = torch.cat(parts)
-    assert torch.allclose(total.full(), whole.T @ whole, rtol=0, atol=1e-12)
-    assert torch.equal(total.full(), total.full().T)
-    assert sum(strip.numel() for strip in total.strips) <= size**2
 
 
 def test_what_a_layer_does_outside_the_loss_is_an_error_or_nothing() -> None:

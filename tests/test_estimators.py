@@ -27,7 +27,7 @@ from rankopt.tasks import (
     term_losses,
 )
 from tests import tiny
-from tests.test_fisher import columns_of, difference, in_double, one_by_one, rows_of
+from tests.exact import columns_of, difference, in_double, one_by_one, rows_of
 
 Batch = dict[str, Any]
 Rows = dict[str, Tensor]

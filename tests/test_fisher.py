@@ -6,109 +6,31 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import BertForSequenceClassification
 
-from rankopt import DataError, ModelError, Profile, make_plan, profile_model
+from rankopt import DataError, ModelError, make_plan, profile_model
 from rankopt.collector import Collector
-from rankopt.discover import find_layers, is_conv1d
-from rankopt.estimators import Estimator
+from rankopt.discover import find_layers
 from rankopt.fisher import squared_gradients, squared_gradients_of_embedding
-from rankopt.gather import Objective, gather
 from rankopt.surgery import applied
-from rankopt.tasks import task_of
 from tests import tiny
-
-Batch = dict[str, Any]
-Rows = dict[str, Tensor]
-
-
-def summed_loss(task: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss as textbooks have it, summed over its terms; nothing of rankopt or transformers."""
-    if task == "regression":
-        return mse_loss(logits.flatten(), labels.to(logits.dtype), reduction="sum")
-    if task == "causal-lm":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    return cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
-
-
-def one_by_one(batches: list[Batch]) -> list[Batch]:
-    return [
-        {name: value[n : n + 1] for name, value in batch.items()}
-        for batch in batches
-        for n in range(len(batch["labels"]))
-    ]
-
-
-def weight_gradients(model: Any, batch: Batch, **options: Any) -> Rows:
-    """Gradients of the batch's summed loss with respect to the planned weights, (out, in).
-
-    Modules that share a weight have each the gradient of its own uses.
-    """
-    task, modules = task_of(model), find_layers(model, **options).modules
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    extra = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-
-    def loss(weights: Rows) -> Tensor:
-        values = {**parameters, **weights}
-        output = torch.func.functional_call(
-            model, values, kwargs={**batch, **extra}, tie_weights=False
-        )
-        return summed_loss(task, output.logits, batch["labels"])
-
-    weights = {f"{name}.weight": module.weight.detach() for name, module in modules.items()}
-    found = torch.func.grad(loss)(weights)
-    turned = {n for n, module in modules.items() if is_conv1d(module) or is_embedding(module)}
-    return {n: found[f"{n}.weight"].T if n in turned else found[f"{n}.weight"] for n in modules}
-
-
-def is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding)
-
-
-def squares(model: Any, batches: list[Batch], **options: Any) -> Rows:
-    """The Fisher information of each weight, (out, in)."""
-    total: Rows = {}
-    for example in one_by_one(batches):
-        for name, gradient in weight_gradients(model, example, **options).items():
-            total[name] = total.get(name, torch.zeros(())) + gradient.double().square()
-    return total
-
-
-def brute_force(model: Any, batches: list[Batch]) -> Rows:
-    return {name: elements.sum(0) for name, elements in squares(model, batches).items()}
-
-
-def rows_of(profile: Profile) -> Rows:
-    return {name: torch.from_numpy(rows) for name, rows in profile.fisher_rows.items()}
-
-
-def columns_of(profile: Profile) -> Rows:
-    return {name: torch.from_numpy(found) for name, found in profile.fisher_columns.items()}
-
-
-def elements_of(model: Any, batches: list[Batch]) -> Rows:
-    modules = find_layers(model).modules
-    found = gather(model, modules, batches, Objective(task_of(model), Estimator()), {"elements"})
-    return {name: found.sums[name].elements for name in modules}
-
-
-def measured(model: Any, batches: list[Batch]) -> Rows:
-    return rows_of(profile_model(model, batches, keep_bases=False))
-
-
-def difference(found: Rows, wanted: Rows) -> float:
-    """The largest relative error of a layer."""
-    assert found.keys() == wanted.keys()
-    with torch.no_grad():
-        return max(float((found[n] - wanted[n]).norm() / wanted[n].norm()) for n in wanted)
-
-
-def three_sums(model: Any, batches: list[Batch]) -> tuple[Profile, dict[str, Rows]]:
-    profile = profile_model(model, batches, backends=["fwsvd_two_sided"], keep_bases=False)
-    found = {"rows": rows_of(profile), "columns": columns_of(profile)}
-    return profile, {**found, "elements": elements_of(model, batches)}
+from tests.exact import (
+    Rows,
+    brute_force,
+    columns_of,
+    difference,
+    in_double,
+    measured,
+    one_by_one,
+    rows_of,
+    squares,
+    targets_by_hand,
+    three_sums,
+    weight_gradients,
+    wide,
+)
 
 
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
@@ -173,32 +95,6 @@ def test_an_embedding_is_a_linear_layer_of_one_hot_inputs() -> None:
     assert torch.allclose(found.columns, wanted.sum(1), rtol=1e-12)
     each_place = g.square().sum((0, 1))
     assert not torch.allclose(found.columns, each_place, rtol=0.1), "no word is there twice"
-
-
-def in_double(model: Any) -> Any:
-    """In float64 throughout: transformers' own causal loss goes through float32."""
-    if task_of(model) == "causal-lm":
-        model.loss_function = lambda logits, labels, *_, **__: (
-            summed_loss("causal-lm", logits, labels) / (labels[:, 1:] != -100).sum()
-        )
-    if hasattr(model, "set_experts_implementation"):
-        # Grouped products know no float64.
-        model.set_experts_implementation("eager")
-    return model.double()
-
-
-def wide(batch: Batch) -> Batch:
-    """Pictures and sound in float64."""
-    given = ("pixel_values", "input_features")
-    return {name: x.double() if name in given else x for name, x in batch.items()}
-
-
-def targets_by_hand(model: Any, batches: list[Batch]) -> int:
-    skipped = 1 if task_of(model) == "causal-lm" else 0
-    labels = [batch["labels"] for batch in batches]
-    if labels[0].dim() == 2:
-        labels = [each[:, skipped:] for each in labels]
-    return sum(int((each != -100).sum()) for each in labels)
 
 
 @pytest.mark.parametrize("kind", ["llama", "albert", "t5"])

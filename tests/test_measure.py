@@ -11,7 +11,6 @@ import torch
 from rankopt import BudgetError, DataError, ModelError, Profile, make_plan, measure, profile_model
 from rankopt.backends import BUILT_IN, find_backend
 from rankopt.backends.base import ClosedForm, Decomposition
-from rankopt.collector import bytes_of_sums
 from rankopt.discover import find_layers, model_size
 from rankopt.estimators import Estimator
 from rankopt.files import SpilledArrays
@@ -19,6 +18,7 @@ from rankopt.gather import Objective, gather
 from rankopt.measure import Stability
 from rankopt.modules import weight_of, weight_shape
 from rankopt.spectra import one_thread
+from rankopt.sums import bytes_of_sums
 from rankopt.tasks import task_of
 from tests import tiny
 

@@ -20,7 +20,7 @@ from rankopt.gather import Objective, gather
 from rankopt.sharing import Processes
 from rankopt.statistics import STATISTICS
 from tests import tiny
-from tests.test_fisher import in_double
+from tests.exact import in_double
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ WORK = """
     from rankopt.sharing import Processes
     from rankopt.statistics import STATISTICS
     from tests import tiny
-    from tests.test_fisher import in_double
+    from tests.exact import in_double
     from tests.test_sharing import BACKENDS, OPTIONS, data, refusal, summed
 
     out, processes = Path(sys.argv[1]), Processes.join()
