@@ -104,8 +104,8 @@ def test_until_stable_says_why_it_stopped(run: Run, files: Path, tmp_path: Path)
 def test_sigterm_leaves_the_checkpoint_and_nothing_else(files: Path, tmp_path: Path) -> None:
     text = tmp_path / "long.txt"
     text.write_text((files / "train.txt").read_text(encoding="utf-8") * 100, encoding="utf-8")
-    given = arguments(files, tmp_path / "p.safetensors", "--data", text)
-    often = ("--batch-size", 1, "--checkpoint-every", 1)
+    given = ("profile", files / "model", "--data", text, "-o", tmp_path / "p.safetensors")
+    often = ("--max-length", 16, "--batch-size", 1, "--checkpoint-every", 1)
     started: Any = [sys.executable, "-m", "rankopt", *map(str, (*given, *often))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(started, stderr=subprocess.PIPE, text=True, env=environment) as process:

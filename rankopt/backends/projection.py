@@ -83,10 +83,10 @@ def _root(inner: Tensor) -> Tensor:
     """T with T T^T = inner; a vector stands for a diagonal."""
     if inner.dim() == 1:
         return inner.clamp_min(0.0).sqrt()
+    # Any root will do: Cholesky's costs a fraction of the other, but a singular matrix has none.
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(inner)
     if failed:
-        # Any root will do; that one costs a fraction, but there is none of a singular matrix.
         values, vectors = torch.linalg.eigh(inner)
         root = vectors * values.clamp_min_(0.0).sqrt()
     return root
