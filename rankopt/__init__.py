@@ -18,34 +18,34 @@ from rankopt.errors import PlanError as PlanError
 from rankopt.errors import ProfileError as ProfileError
 from rankopt.errors import RankoptError as RankoptError
 from rankopt.layers import Layer as Layer
-from rankopt.plan import Plan as Plan
-from rankopt.planning import make_plan as make_plan
-from rankopt.profile import Profile as Profile
+from rankopt.plan.plan import Plan as Plan
+from rankopt.plan.planner import make_plan as make_plan
+from rankopt.profile.profile import Profile as Profile
 
 if TYPE_CHECKING:
-    from rankopt.checkpoint import save_model as save_model
-    from rankopt.data import load_batches as load_batches
-    from rankopt.data import text_batches as text_batches
-    from rankopt.evaluation import Evaluation as Evaluation
-    from rankopt.evaluation import evaluate as evaluate
-    from rankopt.lowrank import LowRankLinear as LowRankLinear
-    from rankopt.measure import profile_model as profile_model
-    from rankopt.searching import search_plan as search_plan
-    from rankopt.surgery import applied as applied
-    from rankopt.surgery import apply_plan as apply_plan
+    from rankopt.apply.apply import applied as applied
+    from rankopt.apply.apply import apply_plan as apply_plan
+    from rankopt.apply.saving import save_model as save_model
+    from rankopt.data.batches import load_batches as load_batches
+    from rankopt.data.batches import text_batches as text_batches
+    from rankopt.evaluation.evaluation import Evaluation as Evaluation
+    from rankopt.evaluation.evaluation import evaluate as evaluate
+    from rankopt.evaluation.search import search_plan as search_plan
+    from rankopt.measure.measure import profile_model as profile_model
+    from rankopt.model.lowrank import LowRankLinear as LowRankLinear
 
 #: Public names that need torch, and the module each lives in.
 _TORCH = {
-    "Evaluation": "rankopt.evaluation",
-    "LowRankLinear": "rankopt.lowrank",
-    "applied": "rankopt.surgery",
-    "apply_plan": "rankopt.surgery",
-    "evaluate": "rankopt.evaluation",
-    "load_batches": "rankopt.data",
-    "profile_model": "rankopt.measure",
-    "save_model": "rankopt.checkpoint",
-    "search_plan": "rankopt.searching",
-    "text_batches": "rankopt.data",
+    "Evaluation": "rankopt.evaluation.evaluation",
+    "LowRankLinear": "rankopt.model.lowrank",
+    "applied": "rankopt.apply.apply",
+    "apply_plan": "rankopt.apply.apply",
+    "evaluate": "rankopt.evaluation.evaluation",
+    "load_batches": "rankopt.data.batches",
+    "profile_model": "rankopt.measure.measure",
+    "save_model": "rankopt.apply.saving",
+    "search_plan": "rankopt.evaluation.search",
+    "text_batches": "rankopt.data.batches",
 }
 
 

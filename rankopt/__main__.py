@@ -1,5 +1,5 @@
 """``python -m rankopt``."""
 
-from rankopt.cli import main
+from rankopt.cli.app import main
 
 main()

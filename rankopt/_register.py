@@ -16,7 +16,7 @@ _TABLE = "transformers.quantizers.auto"
 
 
 def _add(table: ModuleType) -> None:
-    ours = importlib.import_module("rankopt.quantizer")
+    ours = importlib.import_module("rankopt.apply.quantizer")
     # Half imported, when its own import of transformers has led here: it registers at its end.
     complete = hasattr(ours, "RankoptQuantizer")
     if complete and ours.METHOD not in table.AUTO_QUANTIZER_MAPPING:

@@ -18,21 +18,22 @@ import torch
 from tqdm import tqdm
 
 from rankopt._version import __version__
-from rankopt.checkpoint import save_model
-from rankopt.compare import Row, Strategy, compare
-from rankopt.data import text_batches
-from rankopt.discover import find_layers, fingerprint
+from rankopt.apply.apply import apply_plan
+from rankopt.apply.saving import save_model
+from rankopt.data.batches import text_batches
 from rankopt.errors import MissingExtraError, ProfileError
-from rankopt.evaluation import Evaluation, evaluate
+from rankopt.evaluation.evaluation import Evaluation, evaluate
+from rankopt.evaluation.plans import measure_rows
 from rankopt.files import whole_file
-from rankopt.gather import data_digest
-from rankopt.measure import profile_model
-from rankopt.measured import measure_rows
-from rankopt.models import load_model, load_tokenizer
-from rankopt.plan import Plan
-from rankopt.profile import Profile
-from rankopt.surgery import apply_plan
-from rankopt.tasks import Batch
+from rankopt.layers import fingerprint
+from rankopt.measure.accumulate import data_digest
+from rankopt.measure.measure import profile_model
+from rankopt.model.loading import load_model, load_tokenizer
+from rankopt.model.selection import find_layers
+from rankopt.model.tasks import Batch
+from rankopt.plan.compare import Row, Strategy, compare
+from rankopt.plan.plan import Plan
+from rankopt.profile.profile import Profile
 
 PROMPT = "The for statement in Python is used to"
 STRATEGIES = (

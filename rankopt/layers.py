@@ -10,9 +10,13 @@ group with one rank. Each module gets factors of its own, weighted by its own st
 have n*r(out + in) parameters, against out*in for the one matrix that they share while dense.
 """
 
+import hashlib
+
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, PositiveInt
+
+from rankopt.schema import STRICT
 
 IntArray = npt.NDArray[np.int64]
 
@@ -38,7 +42,7 @@ class Layer(BaseModel):
         partners: other modules with the same matrix, or its transpose, as their weight.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = STRICT
 
     name: str
     out_features: PositiveInt
@@ -88,9 +92,18 @@ class LeftAlone(BaseModel):
         reason: why it is left alone.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = STRICT
 
     name: str
     module: str
     parameters: int
     reason: str
+
+
+def fingerprint(architecture: str, layers: tuple[Layer, ...]) -> str:
+    """sha256 over the architecture and the layers' names, shapes and weight samples."""
+    digest = hashlib.sha256(architecture.encode())
+    for x in layers:
+        names = " ".join(x.members)
+        digest.update(f"\n{names} {x.out_features} {x.in_features} {x.digest}".encode())
+    return digest.hexdigest()

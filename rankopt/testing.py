@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, Decomposition, Scale
-from rankopt.statistics import STATISTICS, Statistics
+from rankopt.backends.statistics import STATISTICS, Statistics
 
 SHAPES = {"wide": (6, 11), "tall": (11, 6), "square": (8, 8)}
 _UNITS = 48.0

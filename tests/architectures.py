@@ -25,7 +25,7 @@ from rankopt import (
     profile_model,
     save_model,
 )
-from rankopt.discover import model_size
+from rankopt.model.size import model_size
 from tests import tiny
 
 DOCUMENT = Path(__file__).parent.parent / "rankopt" / "README.md"

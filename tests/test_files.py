@@ -16,15 +16,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rankopt.errors import RankoptError
-from rankopt.files import (
-    DTYPES,
-    LazyArray,
-    SpilledArrays,
-    require_free,
-    whole_file,
-    whole_folder,
-    write_safetensors,
-)
+from rankopt.files import require_free, whole_file, whole_folder
+from rankopt.profile.spilled import SpilledArrays
+from rankopt.profile.tensors import DTYPES, LazyArray, write_safetensors
 
 
 def names(folder: Path) -> list[str]:

@@ -232,7 +232,7 @@ def _scaled(model: Any) -> Any:
 
 def batches(model: Any, count: int = 2, size: int = 3, tokens: int = 8) -> list[dict[str, Any]]:
     """Random batches with labels for the model's task; texts have padding at the right."""
-    from rankopt.tasks import task_of
+    from rankopt.model.tasks import task_of
 
     task, kind = task_of(model), model.main_input_name
     generator = torch.Generator().manual_seed(7)

@@ -21,8 +21,8 @@ def full(folder: Path) -> None:
     """Run the demo and keep its figures."""
     from rich.console import Console
 
+    from rankopt.cli.report import comparison
     from rankopt.demo import run_demo
-    from rankopt.report import comparison
 
     result = run_demo(folder)
     check(result.to_dict(), dense_loss=result.dense.loss)

@@ -13,8 +13,8 @@ from models import summed_loss
 from torch import Tensor
 
 from rankopt.backends import tfwsvd
-from rankopt.collector import Collector
 from rankopt.layers import largest_rank
+from rankopt.measure.collector import Collector
 
 Row = dict[str, Any]
 
@@ -31,9 +31,9 @@ def study() -> list[Row]:
     Raises:
         MissingExtraError: SmolLM2 is not installed.
     """
-    from rankopt.data import text_batches
+    from rankopt.data.batches import text_batches
     from rankopt.demo import help_texts, smollm2
-    from rankopt.models import load_model, load_tokenizer
+    from rankopt.model.loading import load_model, load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         source = str(smollm2(Path(folder) / "model"))

@@ -34,7 +34,7 @@ from models import Case
 from peers import MissingError, Way
 from timing import interleaved, ratio
 
-from rankopt.collector import Collector
+from rankopt.measure.collector import Collector
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("cost", "memory", "spectra", "iterations")

@@ -15,10 +15,10 @@ from timing import interleaved, ratio
 from torch import Tensor, nn
 
 from rankopt.backends import find_backend
+from rankopt.backends.statistics import Statistics
 from rankopt.layers import Layer, largest_rank
-from rankopt.lowrank import LowRankLinear
-from rankopt.spectra import decompose_layers
-from rankopt.statistics import Statistics
+from rankopt.measure.decompose import decompose_layers
+from rankopt.model.lowrank import LowRankLinear
 
 Row = dict[str, Any]
 
@@ -148,11 +148,11 @@ def real() -> dict[str, tuple[Tensor, Tensor]]:
     """Twelve matrices of SmolLM2-135M and their row Fisher on eight windows; none without it."""
     from models import summed_loss
 
-    from rankopt.collector import Collector
-    from rankopt.data import text_batches
+    from rankopt.data.batches import text_batches
     from rankopt.demo import help_texts, smollm2
     from rankopt.errors import MissingExtraError
-    from rankopt.models import load_model, load_tokenizer
+    from rankopt.measure.collector import Collector
+    from rankopt.model.loading import load_model, load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         try:

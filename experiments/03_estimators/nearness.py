@@ -41,7 +41,7 @@ def _spearman(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> f
 
 def honesty(work: Work) -> list[dict[str, Any]]:
     """Standard errors that the data themselves suggest, against what other data really gave."""
-    from rankopt.jackknife import relative_standard_errors
+    from rankopt.profile.jackknife import relative_standard_errors
 
     exact, other = measured(work, "exact"), measured(work, "other")
     names = list(work.found.modules)

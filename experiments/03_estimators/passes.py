@@ -70,7 +70,7 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Arrays from the file, or made and written to it."""
     from safetensors.numpy import load_file
 
-    from rankopt.files import write_safetensors
+    from rankopt.profile.tensors import write_safetensors
 
     if not path.is_file():
         started = time.perf_counter()
@@ -83,7 +83,7 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def measured(work: Work, name: str) -> Measured:
     """What rankopt measures, as the variant asks for it."""
-    from rankopt.estimators import Estimator
+    from rankopt.measure.estimators import Estimator
 
     if name == "exact":
         profile = work.profile

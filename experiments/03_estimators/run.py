@@ -41,9 +41,9 @@ def profile_of(work: Work, rows: Rows) -> Any:
     """The profile that rankopt would have made, had it measured these rows."""
     import torch
 
-    from rankopt.modules import weight_of
-    from rankopt.spectra import decompose_layers
-    from rankopt.statistics import Statistics
+    from rankopt.backends.statistics import Statistics
+    from rankopt.measure.decompose import decompose_layers
+    from rankopt.model.weights import weight_of
 
     units, device = work.profile.units, next(work.model.parameters()).device
     raw = {name: values * units for name, values in rows.items()}
@@ -68,8 +68,8 @@ def profile_of(work: Work, rows: Rows) -> Any:
 
 def compressed(work: Work, rows: Rows) -> dict[str, Any]:
     """Uniform and exact ranks, and the held-out loss of both."""
-    from rankopt.compare import Strategy, compare
-    from rankopt.measured import measure_rows
+    from rankopt.evaluation.plans import measure_rows
+    from rankopt.plan.compare import Strategy, compare
 
     profile = profile_of(work, rows)
     strategies = [Strategy(solver) for solver in ("uniform", "exact")]
@@ -96,7 +96,7 @@ def moved(one: Mapping[str, Any], reference: Mapping[str, Any]) -> float:
 
 def experiment(work: Work) -> dict[str, Any]:
     """Every variant, one after the other; what is in the folder is not measured again."""
-    from rankopt.evaluation import evaluate
+    from rankopt.evaluation.evaluation import evaluate
 
     reference = rows_of(work, "exact")
     again = shortcuts.mean_of(one_by_one(work).windows)
@@ -204,7 +204,7 @@ def texts(file: Path | None, split: str) -> list[str]:
     """A text file, or a split of WikiText-2."""
     if file is not None:
         return [file.read_text(encoding="utf-8")]
-    from rankopt.data import read_rows
+    from rankopt.data.rows import read_rows
 
     rows = read_rows("Salesforce/wikitext:wikitext-2-raw-v1", split)
     return [str(row["text"]) for row in rows if str(row["text"]).strip()]
@@ -224,11 +224,12 @@ def prepared(
     """Model, text and the folder of these very settings."""
     import torch
 
-    from rankopt.data import text_batches
-    from rankopt.discover import find_layers, fingerprint
-    from rankopt.gather import data_digest
-    from rankopt.measure import profile_model
-    from rankopt.profile import Profile
+    from rankopt.data.batches import text_batches
+    from rankopt.layers import fingerprint
+    from rankopt.measure.accumulate import data_digest
+    from rankopt.measure.measure import profile_model
+    from rankopt.model.selection import find_layers
+    from rankopt.profile.profile import Profile
 
     if quick:
         sys.path.insert(0, str(HERE.parents[1]))
@@ -240,7 +241,7 @@ def prepared(
         windows, held_out = ids[: 2 * size.windows], batches(ids[2 * size.windows :], size.batch)
     else:
         from rankopt.demo import smollm2
-        from rankopt.models import load_model, load_tokenizer
+        from rankopt.model.loading import load_model, load_tokenizer
 
         source = str(smollm2(folder / "model"))
         model, tokenizer = load_model(source, "float32"), load_tokenizer(source)

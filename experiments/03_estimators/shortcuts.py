@@ -18,9 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from rankopt.estimators import Estimator
-from rankopt.gather import Objective, gather
-from rankopt.tasks import loss_terms, mean_loss, prepare, task_of
+from rankopt.measure.accumulate import gather
+from rankopt.measure.estimators import Estimator
+from rankopt.measure.loss import Objective
+from rankopt.model.tasks import loss_terms, mean_loss, prepare, task_of
 
 #: Layer -> shape (in,), float64.
 Rows = dict[str, npt.NDArray[np.float64]]

@@ -46,9 +46,9 @@ QUICK = Settings(0.7, 10, (0,), 8, 16, 16, 40, 7)
 
 def prepared(folder: Path, quick: bool, device: str) -> tuple[Any, Any, list[Any], list[Any]]:
     """Model, profile, the data to search on, and the data to test on."""
-    from rankopt.data import text_batches
+    from rankopt.data.batches import text_batches
     from rankopt.demo import cached_profile, help_texts, smollm2
-    from rankopt.models import load_model, load_tokenizer
+    from rankopt.model.loading import load_model, load_tokenizer
 
     size = QUICK if quick else Settings()
     if quick:
@@ -71,7 +71,7 @@ def prepared(folder: Path, quick: bool, device: str) -> tuple[Any, Any, list[Any
 
 def one_search(folder: Path, made: Any, sampler: str, seed: int, size: Settings) -> Any:
     """A search that goes on where its journal ends."""
-    from rankopt.searching import search_plan
+    from rankopt.evaluation.search import search_plan
 
     model, profile, batches, _ = made
     return search_plan(
@@ -106,11 +106,11 @@ def killed(folder: Path, size: Settings, options: list[str]) -> int:
 
 def held_out(made: Any, results: dict[tuple[str, int], Any], size: Settings) -> Any:
     """Loss on the test data of the dense model, the analytic plans, and every winner."""
-    from rankopt.compare import Strategy
-    from rankopt.evaluation import evaluate
-    from rankopt.planning import make_plan
-    from rankopt.searching import PLANS
-    from rankopt.surgery import applied
+    from rankopt.apply.apply import applied
+    from rankopt.evaluation.evaluation import evaluate
+    from rankopt.evaluation.search import PLANS
+    from rankopt.plan.compare import Strategy
+    from rankopt.plan.planner import make_plan
 
     model, profile, _, test = made
     cache: Any = {}

@@ -36,10 +36,10 @@ def measured(
     model: Any, calibration: list[Any], held_out: list[Any], keeps: tuple[float, ...]
 ) -> dict[str, Any]:
     """Profile once, plan, apply, evaluate."""
-    from rankopt.compare import Strategy, compare
-    from rankopt.evaluation import evaluate
-    from rankopt.measure import profile_model
-    from rankopt.measured import measure_rows
+    from rankopt.evaluation.evaluation import evaluate
+    from rankopt.evaluation.plans import measure_rows
+    from rankopt.measure.measure import profile_model
+    from rankopt.plan.compare import Strategy, compare
 
     started = time.perf_counter()
     profile = profile_model(model, calibration, backends=BACKENDS)
@@ -140,7 +140,7 @@ def texts(file: Path | None, split: str) -> list[str]:
     """Lines of a text file, or a split of WikiText-2."""
     if file is not None:
         return [file.read_text(encoding="utf-8")]
-    from rankopt.data import read_rows
+    from rankopt.data.rows import read_rows
 
     rows = read_rows("Salesforce/wikitext:wikitext-2-raw-v1", split)
     return [str(row["text"]) for row in rows if str(row["text"]).strip()]
@@ -148,9 +148,9 @@ def texts(file: Path | None, split: str) -> list[str]:
 
 def full(folder: Path, calibration: Path | None, held_out: Path | None) -> None:
     """SmolLM2 on WikiText-2: 32 windows of 256 tokens to calibrate, 16 to measure."""
-    from rankopt.data import text_batches
+    from rankopt.data.batches import text_batches
     from rankopt.demo import smollm2
-    from rankopt.models import load_model, load_tokenizer
+    from rankopt.model.loading import load_model, load_tokenizer
 
     source = str(smollm2(folder / "model"))
     model, tokenizer = load_model(source, "float32"), load_tokenizer(source)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from rankopt.backends import find_backend
+from rankopt.backends.statistics import Statistics
 from rankopt.layers import Layer
-from rankopt.statistics import Statistics
 
 T = TypeVar("T")
 #: Examples that the statistics stand for.
@@ -186,9 +186,10 @@ def collected(
 
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from rankopt.discover import find_layers
-    from rankopt.estimators import Estimator
-    from rankopt.gather import Objective, gather
+    from rankopt.measure.accumulate import gather
+    from rankopt.measure.estimators import Estimator
+    from rankopt.measure.loss import Objective
+    from rankopt.model.selection import find_layers
 
     config = LlamaConfig(
         vocab_size=sizes.vocabulary,

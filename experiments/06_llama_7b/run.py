@@ -30,13 +30,13 @@ from matrices import Sizes, Stopwatch
 from tables import table
 
 from rankopt.backends import find_backend
-from rankopt.discover import fingerprint
-from rankopt.files import SpilledArrays, whole_file
-from rankopt.info import BackendInfo, ProfileInfo, ScaleInfo
-from rankopt.layers import Layer
-from rankopt.planning import make_plan
-from rankopt.profile import Profile
-from rankopt.spectra import Curve, decompose_layers
+from rankopt.files import whole_file
+from rankopt.layers import Layer, fingerprint
+from rankopt.measure.decompose import Curve, decompose_layers
+from rankopt.plan.planner import make_plan
+from rankopt.profile.info import BackendInfo, ProfileInfo, ScaleInfo
+from rankopt.profile.profile import Profile
+from rankopt.profile.spilled import SpilledArrays
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 24 * 2**30

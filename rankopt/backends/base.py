@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rankopt.backends import projection
-from rankopt.statistics import Statistics
+from rankopt.backends.statistics import VECTORS, Statistics
 
 Shape = tuple[int, int]
 
@@ -55,7 +55,7 @@ class Backend(Protocol):
     Attributes:
         name: in profiles, plans and on the command line.
         source: paper and equation.
-        needs: statistics that it reads (see rankopt.statistics).
+        needs: statistics that it reads (see rankopt.backends.statistics).
         scales: by name; the first is the default.
     """
 
@@ -121,3 +121,8 @@ class ClosedForm:
     def error(self, weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
         """See Backend."""
         return projection.error(weight, approximation, self.metric(weight, statistics))
+
+
+def recomputable(backend: Backend) -> bool:
+    """Whether what a profile always holds is enough to decompose again, without the data."""
+    return backend.needs <= VECTORS

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankopt.backends.base import ClosedForm, Scale
 from rankopt.backends.projection import Metric, two_sided
-from rankopt.statistics import Statistics
+from rankopt.backends.statistics import Statistics
 
 
 def _metric(weight: Tensor, seen: Statistics) -> Metric:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankopt.backends.base import ClosedForm, Scale
 from rankopt.backends.projection import Metric
-from rankopt.statistics import Statistics
+from rankopt.backends.statistics import Statistics
 
 
 def _metric(weight: Tensor, seen: Statistics) -> Metric:

@@ -24,7 +24,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from rankopt.moments import gram
+from rankopt.backends.gram import gram
 
 #: Energies below this part of the largest are rounding noise of a float64 eigenproblem.
 _DEAD = 1e-14

@@ -38,8 +38,8 @@ from torch import Tensor
 
 from rankopt.backends import projection
 from rankopt.backends.base import Decomposition, Scale
+from rankopt.backends.statistics import Statistics
 from rankopt.errors import BudgetError
-from rankopt.statistics import Statistics
 
 #: Alternations; see the module's text.
 ITERATIONS = 3

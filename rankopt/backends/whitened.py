@@ -14,9 +14,9 @@ E[gg^T] taken as a multiple of the identity. ``outputs`` is the bare error of th
 from torch import Tensor
 
 from rankopt.backends.base import ClosedForm, Scale, Shape
+from rankopt.backends.gram import gram
 from rankopt.backends.projection import Metric
-from rankopt.moments import gram
-from rankopt.statistics import Statistics
+from rankopt.backends.statistics import Statistics
 
 
 def _metric(weight: Tensor, seen: Statistics) -> Metric:

@@ -7,8 +7,8 @@ budget, and the losses together (their sum, or their maximum) are as small as po
 
 from rankopt_solvers.frontier import Frontier as Frontier
 from rankopt_solvers.frontier import frontier as frontier
-from rankopt_solvers.maxmin import solve_with_level as solve_with_level
-from rankopt_solvers.maxmin import within_level as within_level
+from rankopt_solvers.levels import solve_with_level as solve_with_level
+from rankopt_solvers.levels import within_level as within_level
 from rankopt_solvers.problem import Group as Group
 from rankopt_solvers.problem import InfeasibleError as InfeasibleError
 from rankopt_solvers.problem import Objective as Objective

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-import rankopt_solvers.exact as exact_module
+import rankopt_solvers.exact.branch_and_bound as exact_module
 from rankopt_solvers import Group, Problem
 from rankopt_solvers.problem import Objective
 

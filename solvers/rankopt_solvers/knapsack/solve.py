@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from rankopt_solvers.exact import solve_exact
+from rankopt_solvers.exact.branch_and_bound import solve_exact
 from rankopt_solvers.greedy import solve_greedy
 from rankopt_solvers.knapsack.budgets import (
     Budgets,

@@ -17,7 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rankopt_solvers.problem import Problem
-from rankopt_solvers.search.run import Choice, Measured
+from rankopt_solvers.search.records import Choice, Measured
 from rankopt_solvers.search.studies import heartbeat, open_study, owner, quiet, requeue_dead
 
 FloatArray = npt.NDArray[np.float64]

@@ -20,10 +20,7 @@ The same call in another process, with the same storage, joins in; a call after 
 return when ``trials`` choices have been measured by all together, with the best of them all.
 """
 
-import dataclasses
-import hashlib
 import importlib.util
-import json
 import math
 import os
 import time
@@ -41,7 +38,8 @@ from rankopt_solvers.search.multipliers import (
     multiplier_weights,
     reweighted,
 )
-from rankopt_solvers.solution import Solution, certify
+from rankopt_solvers.search.records import Choice, Measured, SearchError, SearchResult
+from rankopt_solvers.solution import certify
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -50,70 +48,11 @@ if TYPE_CHECKING:
 
     from rankopt_solvers.search.ledger import Ledger
 
-Choice = tuple[int, ...]
 
 SAMPLERS = ("cmaes", "tpe", "thompson", "gp", "random")
 #: So many proposals in a row without a new choice, and there seem to be no new ones.
 MOST_REPEATS = 50
 POLL_SECONDS = 0.1
-
-
-class SearchError(ValueError):
-    """The search cannot be run as asked, or nothing could be measured."""
-
-
-class StudyError(SearchError):
-    """The storage is damaged or cannot be opened, or holds a study of something else."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One choice that was measured.
-
-    Attributes:
-        source: the names of the plans that chose it, joined by " = ", or the sampler's.
-        choice: option index of each group.
-        loss: measured; None if that gave no finite number.
-        seconds: that measuring took.
-    """
-
-    source: str
-    choice: Choice
-    loss: float | None
-    seconds: float
-
-    @property
-    def digest(self) -> str:
-        """The first 12 digits of the sha256 of the choice."""
-        return hashlib.sha256(json.dumps(self.choice).encode()).hexdigest()[:12]
-
-
-@dataclasses.dataclass(frozen=True)
-class SearchResult:
-    """The best measured choice, and all others.
-
-    Attributes:
-        solution: the best choice, certified for the problem as given; the solver is ``search``.
-        loss: its measured loss.
-        best_plan: the best of the plans that were handed in and the unweighted optimum.
-        plan_loss: its measured loss, at least ``loss``; infinite if no plan has a finite one.
-        trials: every measured choice, in the order in which measuring ended.
-        measured_now: how many of them this call measured.
-        exhausted: ended early, since no new choices were proposed.
-    """
-
-    solution: Solution
-    loss: float
-    best_plan: str
-    plan_loss: float
-    trials: tuple[Measured, ...]
-    measured_now: int
-    exhausted: bool
-
-    @property
-    def improvement(self) -> float:
-        """How much less the search loses than the best plan; never negative."""
-        return self.plan_loss - self.loss
 
 
 def search(

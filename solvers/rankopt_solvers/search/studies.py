@@ -26,7 +26,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from rankopt_solvers.search.run import StudyError
+from rankopt_solvers.search.records import StudyError
 
 HEARTBEAT_SECONDS, GRACE_SECONDS, RETRIES = 30, 120, 3
 #: A trial that does not say whose it is, since its process died in the moment of taking it, is

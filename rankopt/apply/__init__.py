@@ -1,0 +1,1 @@
+"""From a plan to a smaller model, saved and loaded again."""

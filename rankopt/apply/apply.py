@@ -1,0 +1,187 @@
+"""Apply a plan: replace layers by low-rank ones, all or nothing."""
+
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.apply.marking import attach, detach, require_unquantised
+from rankopt.backends import find_backend
+from rankopt.backends.base import recomputable
+from rankopt.backends.statistics import Statistics
+from rankopt.errors import ModelError, PlanError
+from rankopt.model.lowrank import low_rank, replace
+from rankopt.model.matrices import NOT_SELECTED
+from rankopt.model.selection import Found, find_planned
+from rankopt.model.weights import tensor_of, unwrapped, weight_of
+from rankopt.plan.plan import Plan
+from rankopt.profile.profile import Profile
+from rankopt.progress import bar
+
+#: (backend, layer or partner) -> arrays from which the backend makes factors of any rank.
+FactorCache = MutableMapping[tuple[str, str], Mapping[str, Tensor]]
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    profile: Profile,
+    *,
+    allow_other_weights: bool = False,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Replace the planned layers by low-rank ones, in place.
+
+    All factors are computed before the first layer is replaced: an error leaves the model whole.
+
+    Args:
+        model: the dense model that was profiled; compiled by torch.compile it may be.
+        plan: made from the profile.
+        profile: for the Fisher information that weights the factorisation.
+        allow_other_weights: accept a model of the same layers whose weights differ (fine-tuned
+            since, say); the profile's Fisher information is then used on the model's own weights.
+        progress: a bar on stderr; by default if it is a terminal.
+
+    Returns:
+        The same model object; ``save_pretrained`` and ``rankopt.save_model`` write it reloadably.
+
+    Raises:
+        PlanError: the plan is of another profile, or of another model; names the first layers that
+            differ.
+        ModelError: the model cannot be factorised (already low rank, quantised, not loaded).
+    """
+    inner = unwrapped(model)
+    if any(isinstance(each, nn.parallel.DistributedDataParallel) for each in model.modules()):
+        raise ModelError(
+            "DDP would go on averaging the dense weights' gradients: apply the plan to "
+            "model.module and wrap that again"
+        )
+    replacements = _replacements(inner, plan, profile, allow_other_weights, None, progress)
+    replace(inner, replacements)
+    attach(inner, plan)
+    return model
+
+
+@contextmanager
+def applied(
+    model: nn.Module, plan: Plan, profile: Profile, cache: FactorCache | None = None
+) -> Iterator[nn.Module]:
+    """The model under a plan inside the ``with``, the dense model again after it.
+
+    Args:
+        model: the dense model that was profiled.
+        plan: made from the profile.
+        profile: see apply_plan.
+        cache: pass one dictionary to several calls to decompose every layer only once.
+    """
+    inner = unwrapped(model)
+    replacements = _replacements(inner, plan, profile, False, cache, None)
+    dense = replace(inner, replacements)
+    ties = attach(inner, plan)
+    try:
+        yield model
+    finally:
+        replace(inner, dense)
+        detach(inner, ties)
+
+
+def _replacements(
+    model: nn.Module,
+    plan: Plan,
+    profile: Profile,
+    allow_other_weights: bool,
+    cache: FactorCache | None,
+    progress: bool | None,
+) -> dict[str, nn.Module]:
+    if plan.profile_digest != profile.digest():
+        raise PlanError(
+            "the plan was made from another profile: give the profile that it was made from, or "
+            "plan again"
+        )
+    found = find_planned(model, [entry.layer for entry in plan.layers])
+    require_unquantised(model)
+    known = {entry.name for entry in profile.info.left_alone}
+    _require_same(found, plan, allow_other_weights, known)
+    layers = {layer.name: layer for layer in found.layers}
+    same = all(e.layer.digest == layers[e.layer.name].digest for e in plan.layers)
+    members = [
+        (member, entry.layer.largest_rank, entry.rank)
+        for entry in plan.layers
+        if entry.rank is not None
+        for member in entry.layer.members
+    ]
+    replacements: dict[str, nn.Module] = {}
+    made: FactorCache = {} if cache is None else cache
+    for name, full, rank in bar(members, "Factors", "layer", progress):
+        module, key = found.modules[name], (plan.backend, name)
+        weight = weight_of(module)
+        kept = made[key] if key in made else _kept(name, weight, plan.backend, profile, full, same)
+        if cache is not None:
+            cache[key] = kept
+        with torch.no_grad():
+            up, down = find_backend(plan.backend).factors(weight, kept, rank)
+        bias = getattr(module, "bias", None)
+        if bias is not None and bias.is_meta:
+            bias = tensor_of(module, "bias")
+        up, down = up.to(weight.dtype), down.to(weight.dtype)
+        replacements[name] = low_rank(module, down.contiguous(), up.contiguous(), bias)
+    return replacements
+
+
+@torch.no_grad()
+def _kept(
+    member: str, weight: Tensor, backend: str, profile: Profile, largest: int, same: bool
+) -> Mapping[str, Tensor]:
+    """What the backend's factors need: from the profile, or decomposed again."""
+    chosen = find_backend(backend)
+    stored = profile.kept(backend, member)
+    if same and len(stored):
+        return {kind: torch.from_numpy(array).to(weight.device) for kind, array in stored.items()}
+    if not recomputable(chosen):
+        why = "the profile was saved without what it needs" if same else "the weights differ"
+        raise PlanError(
+            f"layer {member}: {why}, and {backend} cannot decompose it again without the data: "
+            "profile this model"
+        )
+    columns = profile.fisher_columns.get(member)
+    statistics = Statistics(
+        profile.units,
+        torch.from_numpy(profile.fisher_rows[member]).to(weight.device),
+        None if columns is None else torch.from_numpy(columns).to(weight.device),
+    )
+    return chosen.decompose(weight, statistics, largest).kept
+
+
+def _require_same(
+    found: Found, plan: Plan, allow_other_weights: bool, known: Collection[str]
+) -> None:
+    """Refuse a model whose layers are not the plan's; ``known`` are those that it leaves alone."""
+    have = {layer.name: layer for layer in found.layers}
+    reasons = {entry.name: entry.reason for entry in found.left_alone}
+    differences: list[str] = []
+    other_weights: list[str] = []
+    for entry in plan.layers:
+        want, got = entry.layer, have.get(entry.layer.name)
+        if got is None and want.name not in reasons:
+            differences.append(f"{want.name} is missing")
+        elif got is None and want.partners:
+            differences.append(f"{want.name} is not tied to {', '.join(want.partners)} as planned")
+        elif got is None:
+            differences.append(f"{want.name} cannot be planned ({reasons[want.name]})")
+        elif (got.out_features, got.in_features) != (want.out_features, want.in_features):
+            differences.append(
+                f"{want.name} is {got.out_features} x {got.in_features}, planned "
+                f"{want.out_features} x {want.in_features}"
+            )
+        elif got.digest != want.digest and not allow_other_weights:
+            other_weights.append(f"{want.name} has other weights")
+    # Another structure explains other weights, not the other way round: it is named first.
+    more_layers = [n for n, why in reasons.items() if why == NOT_SELECTED and n not in known]
+    differences += [f"{name} is not in the plan" for name in more_layers] + other_weights
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise PlanError(
+            f"the plan is for another model ({plan.architecture}): "
+            f"{'; '.join(differences[:3])}{more}"
+        )

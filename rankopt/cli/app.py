@@ -1,0 +1,73 @@
+"""The command line: data on stdout, progress on stderr, one line and an exit code for mistakes.
+
+Exit codes: 0 done, 2 a mistake in what was given, 3 a budget that no ranks fit, 130 and 143 stopped
+by Ctrl-C and by SIGTERM.
+"""
+
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from rankopt._version import __version__
+from rankopt.cli import apply, compare, demo, evaluate, plan, profile
+from rankopt.cli.options import SpreadOptions, note
+from rankopt.errors import RankoptError
+
+app = typer.Typer(
+    help="Decide how many ranks each layer of a neural network deserves.\n\n"
+    "profile -> plan -> apply -> evaluate; compare shows strategies side by side.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command(cls=SpreadOptions, epilog=profile.EXAMPLES)(profile.profile)
+app.command(epilog=plan.EXAMPLES)(plan.plan)
+app.command(cls=SpreadOptions, epilog=compare.EXAMPLES)(compare.compare)
+app.command(epilog=apply.EXAMPLES)(apply.apply)
+app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(cls=SpreadOptions, epilog=demo.EXAMPLES)(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def _terminated(number: int, _: object) -> None:
+    note("stopped")
+    sys.exit(128 + number)
+
+
+def main() -> None:
+    """Run the command line; mistakes end in one line on stderr and an exit code."""
+    if not sys.stderr.isatty():
+        # Ours hide themselves; those of transformers and datasets want to be told.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Schedulers send it: what is temporary is removed on the way out, as it is after Ctrl-C.
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app()
+    except RankoptError as error:
+        note(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        note("stopped")
+        sys.exit(130)

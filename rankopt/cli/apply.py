@@ -1,0 +1,53 @@
+"""The command ``rankopt apply``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankopt.cli.options import (
+    DtypeOption,
+    ForceOption,
+    ModelArgument,
+    note,
+)
+from rankopt.errors import RankoptError
+from rankopt.files import require_free
+from rankopt.plan.plan import Plan
+from rankopt.profile.profile import Profile
+
+EXAMPLES = (
+    "Examples:\n\n"
+    "rankopt apply ./model plan.json --profile profile.safetensors -o ./smaller\n\n"
+    "Load the result with transformers, after `import rankopt`."
+)
+
+
+def apply(
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    profile: Annotated[Path, typer.Option(help="The profile that the plan was made from.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Model folder to write.")],
+    dtype: DtypeOption = "auto",
+    allow_other_weights: Annotated[
+        bool, typer.Option(help="Accept the same layers with other weights (fine-tuned since).")
+    ] = False,
+    force: ForceOption = False,
+) -> None:
+    """Factorise the planned layers and save the smaller model."""
+    require_free(output, force)
+    loaded_plan, loaded_profile = Plan.load(plan), Profile.load(profile)
+    from rankopt.apply.apply import apply_plan
+    from rankopt.apply.saving import save_model
+    from rankopt.model.loading import load_model, load_tokenizer
+
+    loaded = load_model(model, dtype)
+    apply_plan(loaded, loaded_plan, loaded_profile, allow_other_weights=allow_other_weights)
+    try:
+        tokenizer = load_tokenizer(model)
+    except RankoptError as error:
+        tokenizer = None
+        note(f"no tokenizer is saved: {error}")
+    save_model(loaded, output, plan=loaded_plan, tokenizer=tokenizer, overwrite=force)
+    typer.echo(str(loaded_plan))
+    note(f"model written to {output}: load it with transformers after `import rankopt`")

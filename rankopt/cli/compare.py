@@ -1,0 +1,103 @@
+"""The command ``rankopt compare``."""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from rankopt.cli.options import (
+    BackendOption,
+    BatchOption,
+    DtypeOption,
+    ExamplesOption,
+    JsonOption,
+    LabelOption,
+    LengthOption,
+    MultipleOption,
+    PairOption,
+    ProfileArgument,
+    ScaleOption,
+    Source,
+    SplitOption,
+    TextOption,
+)
+from rankopt.errors import RankoptError
+from rankopt.plan.compare import DEFAULT_STRATEGIES, Strategy
+from rankopt.plan.compare import compare as compared
+from rankopt.profile.profile import Profile
+
+EXAMPLES = (
+    "Examples:\n\n"
+    "rankopt compare profile.safetensors --keep 0.9 0.8 0.6\n\n"
+    "rankopt compare profile.safetensors --keep 0.8 --strategy uniform greedy/layerwise\n\n"
+    "rankopt compare profile.safetensors --keep 0.9 --model ./model --data heldout.txt"
+)
+
+
+def compare(
+    profile: ProfileArgument,
+    keep: Annotated[
+        list[float], typer.Option(help="Shares of the planned layers' parameters to keep.")
+    ],
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SOLVER[/OBJECTIVE][@BACKEND]; if not given: "
+            + ", ".join(map(str, DEFAULT_STRATEGIES))
+        ),
+    ] = None,
+    rank_multiple: MultipleOption = 1,
+    backend: BackendOption = None,
+    scale: ScaleOption = None,
+    model: Annotated[str | None, typer.Option(help="Also measure the loss of this model.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out data, as for evaluate.")] = None,
+    split: SplitOption = None,
+    text_column: TextOption = "text",
+    pair_column: PairOption = None,
+    label_column: LabelOption = "label",
+    examples: ExamplesOption = None,
+    max_length: LengthOption = None,
+    batch_size: BatchOption = 4,
+    dtype: DtypeOption = "float32",
+    as_json: JsonOption = False,
+) -> None:
+    """Show strategies side by side: retained Fisher information, size, gap, and measured loss."""
+    if (model is None) != (data is None):
+        raise RankoptError("measuring the loss needs both --model and --data")
+    source = (
+        None
+        if data is None
+        else Source.read(
+            data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+        )
+    )
+    strategies = [Strategy.parse(text) for text in strategy] if strategy else DEFAULT_STRATEGIES
+    loaded_profile = Profile.load(profile)
+    rows = list(
+        compared(
+            loaded_profile,
+            keep,
+            strategies,
+            rank_multiple=rank_multiple,
+            backend=backend,
+            scale=scale,
+        )
+    )
+    dense = None
+    if model is not None and source is not None:
+        from rankopt.evaluation.evaluation import evaluate
+        from rankopt.evaluation.plans import measure_rows
+
+        loaded, batches = source.load(model, dtype)
+        dense = evaluate(loaded, batches, layers=loaded_profile.info.layers)
+        rows = list(measure_rows(loaded, loaded_profile, rows, batches))
+    if as_json:
+        found = {"rows": [row.to_dict() for row in rows]}
+        if dense is not None:
+            found["dense"] = dataclasses.asdict(dense)  # type: ignore[assignment]
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        from rankopt.cli.report import comparison, print_table
+
+        print_table(comparison(rows, dense))

@@ -1,0 +1,55 @@
+"""The command ``rankopt demo``."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankopt.cli.options import (
+    JsonOption,
+)
+
+EXAMPLES = (
+    "Examples:\n\nrankopt demo\n\nrankopt demo --output /tmp/demo --model ./another-causal-lm"
+)
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for everything that is written.")
+    ] = Path("demo"),
+    model: Annotated[
+        Path | None, typer.Option(help="Another causal language model's folder.")
+    ] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Budgets; 0.9 and 0.8.")] = None,
+    calibration: Annotated[int, typer.Option(help="Windows for the profile.")] = 32,
+    held_out: Annotated[int, typer.Option(help="Windows for the measured loss.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole job on SmolLM2-135M and Python's own help texts."""
+    from rankopt.cli.report import comparison, print_table
+    from rankopt.demo import run_demo
+
+    result = run_demo(
+        output,
+        model_folder=model,
+        keeps=tuple(keep or (0.9, 0.8)),
+        calibration=calibration,
+        held_out=held_out,
+        max_length=max_length,
+    )
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=1))
+        return
+    print_table(comparison(result.rows, result.dense))
+    typer.echo(f"\n{result.plan}")
+    typer.echo(f"  reloaded        loss {result.reloaded.loss:.4f} (dense {result.dense.loss:.4f})")
+    typer.echo(f"\nbefore: {result.before}\n\nafter:  {result.after}\n")
+    typer.echo(f"written to {result.folder}{os.sep}: {', '.join(_written(result.folder))}")
+
+
+def _written(folder: Path) -> list[str]:
+    return sorted(f"{path.name}{os.sep if path.is_dir() else ''}" for path in folder.iterdir())

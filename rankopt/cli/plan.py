@@ -1,0 +1,154 @@
+"""The command ``rankopt plan``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankopt.cli.options import (
+    BackendOption,
+    BatchOption,
+    DtypeOption,
+    ExamplesOption,
+    ForceOption,
+    JsonOption,
+    LabelOption,
+    LengthOption,
+    MultipleOption,
+    PairOption,
+    ProfileArgument,
+    ScaleOption,
+    Source,
+    SplitOption,
+    TextOption,
+    floor_of,
+    note,
+    require_writable,
+)
+from rankopt.errors import RankoptError
+from rankopt.plan.planner import known_solvers, make_plan
+from rankopt.profile.profile import Profile
+
+SOLVERS = ", ".join([*known_solvers(), "search"])
+EXAMPLES = (
+    "Examples:\n\n"
+    "rankopt plan profile.safetensors --keep 0.8 -o plan.json\n\n"
+    "rankopt plan profile.safetensors --keep-total 0.7 --min-retained 0.5 --rank-multiple 8\n\n"
+    "rankopt plan profile.safetensors --solver threshold --share 0.95\n\n"
+    "rankopt plan profile.safetensors --keep 0.9 -o plan.json --solver search "
+    "--model ./model --data validation.txt --trials 40\n\n"
+    "Without -o the plan is printed. Solvers: " + SOLVERS + ", or "
+    "module:function of your own. A search goes on where it was stopped when it is called again."
+)
+
+
+def plan(
+    profile: ProfileArgument,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the planned layers' parameters to keep.")
+    ] = None,
+    keep_total: Annotated[
+        float | None, typer.Option(help="Share of the whole model's parameters to keep.")
+    ] = None,
+    max_params: Annotated[
+        int | None, typer.Option(help="Parameters for the planned layers.")
+    ] = None,
+    solver: Annotated[str, typer.Option(help=SOLVERS)] = "exact",
+    objective: Annotated[str, typer.Option(help="total, layerwise or maxmin.")] = "total",
+    rank_multiple: MultipleOption = 1,
+    backend: BackendOption = None,
+    scale: ScaleOption = None,
+    share: Annotated[
+        float | None, typer.Option(help="threshold: retained share of every layer.")
+    ] = None,
+    min_retained: Annotated[
+        str | None,
+        typer.Option(
+            help="Share that every layer retains at least, or best: the largest possible."
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="exact (60) or knapsack (30): seconds.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="search: the model to measure.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="search: validation data, as for evaluate.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="search: plans to measure in all.")] = 40,
+    sampler: Annotated[
+        str, typer.Option(help="search: cmaes, tpe, thompson, gp or random.")
+    ] = "cmaes",
+    storage: Annotated[
+        str | None,
+        typer.Option(help="search: journal file or database URL; OUTPUT.journal if not given."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="search: of the sampler.")] = 0,
+    workers: Annotated[int, typer.Option(help="search: processes that share the trials.")] = 1,
+    split: SplitOption = None,
+    text_column: TextOption = "text",
+    pair_column: PairOption = None,
+    label_column: LabelOption = "label",
+    examples: ExamplesOption = None,
+    max_length: LengthOption = None,
+    batch_size: BatchOption = 4,
+    dtype: DtypeOption = "float32",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan to write.")] = None,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Decide the rank of every layer under a budget."""
+    if output is not None:
+        require_writable(output, force)
+    if solver != "search" and (model is not None or data is not None):
+        raise RankoptError("--model and --data are for --solver search")
+    limits: dict[str, Any] = {"keep": keep, "keep_total": keep_total, "max_params": max_params}
+    how: dict[str, Any] = {
+        "objective": objective,
+        "rank_multiple": rank_multiple,
+        "backend": backend,
+        "scale": scale,
+    }
+    timed: dict[str, Any] = {} if time_limit is None else {"time_limit": time_limit}
+    if solver != "search":
+        made = make_plan(
+            Profile.load(profile),
+            **limits,
+            **how,
+            solver=solver,
+            share=share,
+            min_retained=floor_of(min_retained),
+            **timed,
+        )
+    else:
+        if model is None or data is None:
+            raise RankoptError("--solver search measures a model: it needs --model and --data")
+        if share is not None or min_retained is not None:
+            raise RankoptError("--share and --min-retained do not go with --solver search")
+        source = Source.read(
+            data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+        )
+        loaded_profile = Profile.load(profile)
+        from rankopt.cli.workers import with_workers
+        from rankopt.evaluation.search import search_plan
+
+        loaded, batches = source.load(model, dtype)
+        kept = storage or (None if output is None else f"{output}.journal")
+        with with_workers(workers, kept):
+            searched = search_plan(
+                loaded,
+                loaded_profile,
+                batches,
+                **limits,
+                **how,
+                trials=trials,
+                sampler=sampler,
+                storage=kept,
+                seed=seed,
+                solver_options=timed,
+            )
+        made = searched.plan
+        note(str(searched))
+    if output is not None:
+        made.save(output)
+        note(f"plan written to {output}")
+    typer.echo(made.to_json() if as_json else str(made))

@@ -1,0 +1,155 @@
+"""The command ``rankopt profile``."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from rankopt.cli.options import (
+    BatchOption,
+    DataOption,
+    DtypeOption,
+    ExamplesOption,
+    ForceOption,
+    JsonOption,
+    LabelOption,
+    LengthOption,
+    ModelArgument,
+    PairOption,
+    Source,
+    SplitOption,
+    TextOption,
+    require_writable,
+)
+from rankopt.errors import RankoptError
+
+if TYPE_CHECKING:
+    from rankopt.measure.estimators import Kind, Unit
+
+EXAMPLES = (
+    "Examples:\n\n"
+    "rankopt profile ./model --data train.txt -o profile.safetensors\n\n"
+    "rankopt profile ./model --data train.txt --backend kronecker fwsvd --until-stable -o p.st\n\n"
+    "rankopt profile ./bert-sst2 --data train.tsv --text-column sentence --examples 512 -o p.st\n\n"
+    "rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 --examples 64 -o p.st\n\n"
+    "torchrun --nproc-per-node 4 -m rankopt profile ./model --data train.txt -o p.st\n\n"
+    "A profile that was interrupted goes on where it was when the same command is called again."
+)
+
+
+def profile(
+    model: ModelArgument,
+    data: DataOption,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
+    split: SplitOption = None,
+    text_column: TextOption = "text",
+    pair_column: PairOption = None,
+    label_column: LabelOption = "label",
+    examples: ExamplesOption = 256,
+    max_length: LengthOption = None,
+    batch_size: BatchOption = 4,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="fwsvd (default), fwsvd_two_sided, kronecker, svd, tfwsvd, whitened; or several."
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Globs of layers to plan, instead of those inside the blocks."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Globs of layers to leave alone.")
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option(help="Plan a head and an embedding that share their weight.")
+    ] = False,
+    estimator: Annotated[
+        str, typer.Option(help="empirical (given labels) or sampled (labels from the model).")
+    ] = "empirical",
+    unit: Annotated[
+        str, typer.Option(help="What is squared as one: example or token.")
+    ] = "example",
+    draws: Annotated[int, typer.Option(help="Of labels or signs, for each example.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    until_stable: Annotated[
+        bool, typer.Option(help="Stop when twice the data would hardly move the ranks.")
+    ] = False,
+    stable_keep: Annotated[
+        float, typer.Option(help="until-stable: budget whose ranks are watched.")
+    ] = 0.8,
+    stable_tolerance: Annotated[
+        float, typer.Option(help="until-stable: share of the budget that may move.")
+    ] = 0.01,
+    layers_at_a_time: Annotated[
+        int | None,
+        typer.Option(help="Several passes over the data, so many layers each: less memory."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Save OUTPUT.partial every so many batches; 0: never.")
+    ] = 32,
+    workers: Annotated[
+        int | None, typer.Option(help="Layers to decompose at a time; as many as cores.")
+    ] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="For models larger than a GPU: auto (needs accelerate).")
+    ] = None,
+    dtype: DtypeOption = "float32",
+    bases: Annotated[
+        bool, typer.Option(help="Keep singular vectors: a larger file, a faster apply.")
+    ] = True,
+    force: ForceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what every rank of every layer retains."""
+    require_writable(output, force)
+    source = Source.read(
+        data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+    )
+    from rankopt.cli.report import profile_summary
+    from rankopt.measure.measure import profile_model
+    from rankopt.measure.processes import Processes
+    from rankopt.plan.stability import Stability
+    from rankopt.profile.spilled import SpilledArrays
+
+    if not (0.0 < stable_keep <= 1.0 and 0.0 < stable_tolerance < 1.0):
+        raise RankoptError("--stable-keep and --stable-tolerance are shares between 0 and 1")
+    processes = Processes.join()
+    partial = output.with_name(f"{output.name}.partial")
+    resumable = checkpoint_every > 0 and layers_at_a_time is None
+    loaded, batches = source.load(model, dtype, device_map)
+    with SpilledArrays(output.absolute().parent) as kept:
+        found = profile_model(
+            loaded,
+            batches,
+            backends=tuple(backend or ["fwsvd"]),
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            untie=untie,
+            estimator=cast("Kind", estimator),
+            unit=cast("Unit", unit),
+            draws=draws,
+            seed=seed,
+            until_stable=Stability(stable_keep, stable_tolerance) if until_stable else None,
+            keep_bases=bases,
+            kept=kept,
+            layers_at_a_time=layers_at_a_time,
+            checkpoint=partial if resumable else None,
+            checkpoint_every=max(checkpoint_every, 1),
+            workers=workers,
+            progress=None if processes.rank == 0 else False,
+        )
+        if processes.rank == 0:
+            found.save(output)
+    with contextlib.suppress(FileNotFoundError):
+        # Measured and written: nothing to go on with.
+        os.unlink(partial if processes.count == 1 else f"{partial}.{processes.rank}")
+    if processes.rank == 0:
+        typer.echo(found.info.model_dump_json() if as_json else profile_summary(found))
+        print(
+            f"profile written to {output} ({output.stat().st_size / 2**20:.1f} MiB)",
+            file=sys.stderr,
+        )

@@ -1,0 +1,78 @@
+"""More processes that join a search."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+from rankopt.errors import BudgetError, MissingExtraError, RankoptError
+from rankopt_solvers.search import SearchError
+
+
+@contextlib.contextmanager
+def copies(command: Sequence[str], count: int) -> Iterator[None]:
+    """Run a command ``count`` times beside what is inside the ``with``; wait for all of them.
+
+    For workers of one search: each is the same command with the same storage. They share stderr;
+    stdout is this process's alone.
+
+    Raises:
+        RankoptError: one of them failed.
+    """
+    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(count)]
+    try:
+        yield
+        codes = [process.wait() for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if any(codes):
+        failed = sum(code != 0 for code in codes)
+        raise RankoptError(f"{failed} of {count} workers failed; what they measured is kept")
+
+
+@contextlib.contextmanager
+def with_workers(count: int, storage: str | None) -> Iterator[None]:
+    """Run this very command line in ``count - 1`` more processes that join the search.
+
+    Raises:
+        BudgetError: fewer than one worker, or more than one without a storage to share.
+        RankoptError: the storage cannot be opened, or a worker failed.
+    """
+    if count < 1:
+        raise BudgetError(f"workers must be at least 1, got {count}")
+    if count == 1:
+        yield
+        return
+    if storage is None:
+        raise BudgetError("several workers need a storage to share: give --storage or --output")
+    try:
+        from rankopt_solvers.search.studies import open_storage
+
+        # Here, so that the workers find a storage and do not all create it.
+        open_storage(storage)
+    except ImportError as error:
+        raise MissingExtraError("search", "optuna", "search") from error
+    except SearchError as error:
+        raise RankoptError(str(error)) from error
+    with copies(
+        [sys.executable, "-m", "rankopt", *worker_arguments(sys.argv[1:], storage)], count - 1
+    ):
+        yield
+
+
+def worker_arguments(given: Sequence[str], storage: str) -> list[str]:
+    """The launcher's arguments for a worker: no output, no workers of its own, its storage."""
+    kept: list[str] = []
+    skip = False
+    for argument in given:
+        name, equals, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif name in ("--workers", "--output", "-o", "--storage"):
+            skip = not equals
+        else:
+            kept.append(argument)
+    return [*kept, "--storage", storage]

@@ -1,0 +1,164 @@
+"""The measured loss, the task's metric and the size of a model."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.errors import DataError, MissingExtraError
+from rankopt.layers import Layer
+from rankopt.model.size import model_size
+from rankopt.model.tasks import (
+    IGNORED,
+    LossFunction,
+    loss_terms,
+    mean_loss,
+    prepare,
+    task_of,
+    to_device,
+)
+from rankopt.model.weights import device_of, unwrapped
+from rankopt.progress import bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        task: see ProfileInfo.
+        loss: mean of the model's own loss over all targets; nats for likelihoods, squared error
+            for regressions.
+        metrics: ``perplexity`` of language models, ``accuracy`` of classifiers (``f1`` and
+            ``matthews`` too if there are two classes), ``pearson`` and ``spearman`` of regressions;
+            none of ``custom`` losses.
+        examples: seen.
+        targets: predicted tokens, or labels.
+        planned_parameters: weights of the planned layers, as they are now.
+        model_parameters: of the whole model, tied ones once.
+        model_bytes: the same in bytes.
+    """
+
+    task: str
+    loss: float
+    metrics: dict[str, float]
+    examples: int
+    targets: int
+    planned_parameters: int
+    model_parameters: int
+    model_bytes: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss_fn: LossFunction | None = None,
+    layers: Iterable[Layer] | None = None,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Measure a dense or compressed model; in eval mode, the model is left as it was.
+
+    Args:
+        model: a transformers model with a head, or any module with ``loss_fn``.
+        batches: as for profile_model. Perplexity is that of the batches' windows: each starts
+            without context, and its first token is not predicted.
+        loss_fn: (model, batch) -> loss of each example ``(B,)``, as for profile_model.
+        layers: what counts as planned, ``profile.info.layers``; by default what is planned if
+            nothing is included or excluded, and what is low rank.
+        progress: a bar on stderr; by default if it is a terminal.
+
+    Raises:
+        DataError: no batches, or batches without targets.
+    """
+    model = unwrapped(model)
+    task = "custom" if loss_fn is not None else task_of(model)
+    device = device_of(model)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    summed, examples, targets = 0.0, 0, 0
+    truths: list[Tensor] = []
+    guesses: list[Tensor] = []
+    try:
+        for batch in bar(batches, "Evaluate", "batch", progress):
+            if loss_fn is not None:
+                losses = _losses(loss_fn, model, to_device(batch, device))
+                summed += float(losses.double().sum())
+                examples, targets = examples + len(losses), targets + len(losses)
+                continue
+            ready = prepare(task, batch, device)
+            terms = loss_terms(task, ready["labels"])
+            loss, output = mean_loss(model, ready)
+            summed += float(loss.double() * terms.sum())
+            examples, targets = examples + len(terms), targets + int(terms.sum())
+            if not task.endswith("-lm"):
+                truth, guess = _answers(task, ready["labels"], output.logits)
+                truths.append(truth.cpu())
+                guesses.append(guess.cpu())
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not examples:
+        raise DataError("no batches were given")
+    loss_mean = summed / targets
+    metrics: dict[str, float] = {}
+    if task.endswith("-lm"):
+        metrics = {"perplexity": math.exp(min(loss_mean, 700.0))}
+    elif loss_fn is None:
+        metrics = _metrics(task, torch.cat(truths), torch.cat(guesses))
+    size = model_size(model, layers)
+    return Evaluation(
+        task,
+        loss_mean,
+        metrics,
+        examples,
+        targets,
+        size.planned,
+        size.model,
+        size.model_bytes,
+    )
+
+
+def _losses(function: LossFunction, model: nn.Module, batch: Any) -> Tensor:
+    losses = function(model, batch)
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise DataError(
+            "loss_fn(model, batch) must return the loss of each example, a tensor of shape (B,); "
+            f"it returned {given}"
+        )
+    return losses
+
+
+def _answers(task: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """True and predicted labels, flat; classes of token classifiers without the ignored ones."""
+    if task == "regression":
+        return labels.reshape(-1).float(), logits.reshape(-1).float()
+    if labels.is_floating_point():
+        return labels.reshape(-1).long(), (logits.reshape(-1) > 0).long()
+    guess = logits.argmax(-1)
+    kept = labels != IGNORED
+    return labels[kept], guess[kept]
+
+
+def _metrics(task: str, truth: Tensor, guess: Tensor) -> dict[str, float]:
+    try:
+        from scipy import stats
+        from sklearn import metrics
+    except ImportError as error:
+        missing = str(error.name).split(".")[0]
+        raise MissingExtraError("measuring a task's metric", missing, "eval") from error
+    found: dict[str, Any] = {}
+    if task == "regression":
+        found["pearson"] = stats.pearsonr(truth, guess).statistic
+        found["spearman"] = stats.spearmanr(truth, guess).statistic
+    else:
+        found["accuracy"] = metrics.accuracy_score(truth, guess)
+        if int(torch.cat([truth, guess]).max()) <= 1:
+            found["f1"] = metrics.f1_score(truth, guess, zero_division=0.0)
+            found["matthews"] = metrics.matthews_corrcoef(truth, guess)
+    return {name: float(value) for name, value in found.items()}

@@ -1,0 +1,196 @@
+"""Search for the ranks with the smallest measured loss of the model itself.
+
+The torch shell around rankopt_solvers.search: a choice becomes a plan, the plan is applied, the
+model evaluated and restored. The strategies that only look at the profile are measured first, so
+that the search ends no worse than the best of them, on the data it was given. That data is what the
+ranks are fitted to: measure the result on other data.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from rankopt.apply.apply import FactorCache, applied
+from rankopt.errors import BudgetError, MissingExtraError, RankoptError
+from rankopt.evaluation.evaluation import Evaluation, evaluate
+from rankopt.layers import DENSE
+from rankopt.measure.accumulate import data_digest
+from rankopt.model.tasks import Batch
+from rankopt.plan.allocation import Allocation, Objective, allocation
+from rankopt.plan.budget import find_budget
+from rankopt.plan.compare import Strategy
+from rankopt.plan.plan import Plan
+from rankopt.plan.planner import asked_budget, make_plan, plan_of
+from rankopt.profile.profile import Profile
+from rankopt.progress import bar
+from rankopt_solvers import certify
+from rankopt_solvers.problem import ProblemError
+from rankopt_solvers.registry import Solver
+from rankopt_solvers.search import Choice, Measured, SearchError, SearchResult, search
+
+#: Measured before anything is searched; the search cannot end worse than the best of them.
+PLANS = ("uniform", "proportional", "threshold", "greedy", "exact", "exact/layerwise")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchedPlan:
+    """The best plan that was measured.
+
+    Attributes:
+        plan: its solver is ``search``; the certificate is that of the profile's losses.
+        found: all that was measured.
+        dense: the model without any plan, on the same data.
+    """
+
+    plan: Plan
+    found: SearchResult
+    dense: Evaluation
+
+    def __str__(self) -> str:
+        found = self.found
+        above = found.plan_loss - self.dense.loss
+        share = f", {found.improvement / above:.1%} of its distance to dense" if above > 0 else ""
+        early = ": no new ranks were proposed after that" if found.exhausted else ""
+        return (
+            f"search: measured loss {found.loss:.6g} (dense {self.dense.loss:.6g}), "
+            f"{found.improvement:.6g} less than the best of the other plans "
+            f"({found.best_plan}, {found.plan_loss:.6g}){share}; "
+            f"{len(found.trials)} trials{early}"
+        )
+
+
+def search_plan(
+    model: nn.Module,
+    profile: Profile,
+    batches: Sequence[Batch],
+    *,
+    trials: int = 40,
+    keep: float | None = None,
+    keep_total: float | None = None,
+    max_params: int | None = None,
+    objective: Objective = "total",
+    rank_multiple: int = 1,
+    backend: str | None = None,
+    scale: str | None = None,
+    plans: Sequence[str] = PLANS,
+    sampler: Any = "cmaes",
+    storage: Any = None,
+    study_name: str = "rankopt",
+    seed: int = 0,
+    solver: str | Solver = "exact",
+    solver_options: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+) -> SearchedPlan:
+    """Measure ``trials`` plans within the budget on the model, and return the best.
+
+    Args:
+        model: the dense model that was profiled; it is left as it was.
+        profile: what every rank retains.
+        batches: what the loss is measured on; not the data of the profile.
+        trials: plans to measure in all, those of ``plans`` included, and what earlier or other
+            processes have measured in the same storage.
+        keep: budget as a share of the planned layers' parameters.
+        keep_total: budget as a share of the whole model's parameters.
+        max_params: budget as a number of parameters for the planned layers.
+        objective: ``total`` or ``layerwise``: the losses that a trial reweights.
+        rank_multiple: offer only multiples of it (and dense).
+        backend: whose losses to use; by default the profile's first.
+        scale: how layers compare, one of the backend's; by default its first.
+        plans: SOLVER or SOLVER/OBJECTIVE, measured first.
+        sampler: ``cmaes``, ``tpe``, ``thompson``, ``gp``, ``random``, or a sampler of Optuna's.
+        storage: a journal file or a database's URL; the same call goes on where it was stopped,
+            and several processes share the work. None keeps nothing.
+        study_name: name in the storage.
+        seed: of the sampler.
+        solver: solves the reweighted problems.
+        solver_options: passed to it.
+        progress: a bar on stderr; by default if it is a terminal.
+
+    Raises:
+        BudgetError: see make_plan; too few trials; ``maxmin``, which is no sum.
+        InfeasibleBudgetError: no ranks fit.
+        RankoptError: the storage is damaged or holds a study of another model, data or budget.
+        MissingExtraError: Optuna is not installed.
+        DataError: no batches.
+    """
+    measured_with = profile.backend(backend)
+    backend, scale = measured_with.name, measured_with.find_scale(scale).name
+    budget = find_budget(profile.info, keep, keep_total, max_params)
+    if budget is None:
+        raise BudgetError("a budget is needed: keep, keep_total or max_params")
+    offered = allocation(profile, backend, scale, objective, rank_multiple)
+    limits = {"keep": keep, "keep_total": keep_total, "max_params": max_params}
+    named: dict[str, Choice] = {}
+    for text in plans:
+        strategy = Strategy.parse(text)
+        if strategy.backend not in (None, backend):
+            raise BudgetError(f"plan {text}: every trial of a search has the backend {backend}")
+        made = make_plan(
+            profile,
+            **limits,  # type: ignore[arg-type]
+            solver=strategy.solver,
+            objective=strategy.objective,
+            rank_multiple=rank_multiple,
+            backend=backend,
+            scale=scale,
+        )
+        named[text] = choice_of(offered, made)
+    problem, asked = offered.problem(budget.parameters), asked_budget(budget)
+    cache: FactorCache = {}
+
+    def planned(choice: Choice) -> Plan:
+        solution = certify(problem, choice, "search")
+        return plan_of(profile, offered, solution, asked, backend, scale)
+
+    layers = profile.info.layers
+
+    def measured_loss(choice: Choice) -> float:
+        with applied(model, planned(choice), profile, cache) as compressed:
+            return evaluate(compressed, batches, layers=layers, progress=False).loss
+
+    dense = evaluate(model, batches, layers=layers, progress=False)
+    label = f"profile {profile.digest()[:16]}, data {data_digest(model, batches)[:16]}"
+    last = max(len(offered.layers) - 1, 1)
+    with bar(range(trials), "Search", "trial", progress) as shown:
+
+        def show(measured: Measured, done: int) -> None:
+            shown.update(done - shown.n)
+            shown.set_postfix_str(f"{measured.source} {measured.loss or float('nan'):.4f}")
+
+        try:
+            found = search(
+                problem,
+                measured_loss,
+                trials=trials,
+                kinds=[layer.kind for layer in offered.layers],
+                depths=[index / last for index in range(len(offered.layers))],
+                sampler=sampler,
+                plans=named,
+                origin=dense.loss,
+                storage=storage,
+                study_name=study_name,
+                label=label,
+                seed=seed,
+                solver=solver,
+                solver_options=solver_options,
+                progress=show,
+            )
+        except ProblemError as error:
+            raise BudgetError(f"objective {objective!r}: {error}") from error
+        except SearchError as error:
+            raise RankoptError(str(error)) from error
+        except ImportError as error:
+            if error.name not in ("optuna", "cmaes", "scipy"):
+                raise
+            raise MissingExtraError("search", error.name, "search") from error
+    return SearchedPlan(planned(found.solution.choice), found, dense)
+
+
+def choice_of(offered: Allocation, plan: Plan) -> Choice:
+    """The option of every layer that has the plan's rank; the inverse of Allocation.ranks_of."""
+    ranks = [DENSE if rank is None else rank for rank in plan.ranks.values()]
+    return tuple(
+        options.tolist().index(rank) for options, rank in zip(offered.ranks, ranks, strict=True)
+    )

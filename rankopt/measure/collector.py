@@ -1,0 +1,367 @@
+"""Hooks that collect the statistics of layers while a model runs forward and backward.
+
+A forward hook wraps each layer's output in a tap: the identity, whose backward hands the input and
+the output gradient over. Weights are frozen, so autograd computes gradients of activations only,
+and nothing replaces a module's ``forward``, so offloading, compilation and checkpointing go on.
+
+Five statistics, raw sums over everything seen (see fisher for the first three):
+
+    rows, columns, elements   squared gradients of units
+    second_moment             sum over positions of a a^T, a = x if in <= out, else y = W x
+    gradient_moment           sum over positions of a a^T, a = dL/dy if out <= in, else dL/dx
+
+The moments are those of the smaller side: with C = sum x x^T, sum y y^T is W C W^T, which is all
+that a decomposition needs, and likewise W^T (sum g g^T) W = sum gx gx^T. Positions of padding are
+left out of the second moment; their output gradients are zero where a mask keeps others from
+looking at them. Layers that are given the same tensor (queries, keys, values) share its moment.
+
+A layer used several times in one forward pass (ALBERT) is one weight: its uses are concatenated
+along T before squaring.
+"""
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.backends.statistics import STATISTICS
+from rankopt.errors import ModelError
+from rankopt.measure.fisher import (
+    SquaredGradients,
+    as_inputs,
+    squared_gradients,
+    squared_gradients_of_embedding,
+)
+from rankopt.measure.sums import Sums
+from rankopt.measure.taps import tap
+from rankopt.model.weights import device_of, tensor_of, weight_of, weight_shape
+
+
+class Collector:
+    """Collects statistics of layers while used as a context manager.
+
+    In the context the model is in eval mode (no dropout) and its weights are frozen; both are
+    restored on exit. For each batch: ``begin``, the forward pass, then ``backward`` with the *sum*
+    of the units' losses; ``backward`` several times on one graph adds each up.
+
+    Args:
+        model: whose layers they are.
+        modules: layer name -> plain nn.Linear, Conv1D or nn.Embedding.
+        needs: statistics beyond the rows, which are always collected.
+
+    Attributes:
+        sums: layer name -> what has been added up.
+        owners: layer name -> the layer that holds its second moment, itself or another.
+        totals: sum of rows that the last batch added, shape ``(layers,)``, float64.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], needs: Collection[str] = ()
+    ) -> None:
+        assert set(needs) <= set(STATISTICS)
+        self.model, self.modules, self.needs = model, dict(modules), frozenset(needs)
+        self.sums: dict[str, Sums] = {}
+        self.owners: dict[str, str] = {}
+        self.totals = torch.zeros(len(self.modules), dtype=torch.float64)
+        self._traced = bool(self.needs & {"second_moment", "gradient_moment"})
+        self._shapes = {name: weight_shape(module) for name, module in self.modules.items()}
+        self._totals: dict[str, Tensor] = {}
+        self._uses: dict[str, int] = {}
+        self._pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._examples, self._tokens = 0, 0
+        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._recent: tuple[Tensor | None, str] = (None, "")
+        self._given: dict[str, Tensor] = {}
+        self._active = self._in_backward = False
+
+    def __enter__(self) -> "Collector":
+        self._modes = {module: module.training for module in self.model.modules()}
+        # By module and name: offloading puts other objects in their place.
+        self._required = [
+            (module, name, parameter.requires_grad)
+            for module in self.model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+        self.model.eval().requires_grad_(False)
+        self._hooks = []
+        for name, module in self.modules.items():
+            hook = module.register_forward_hook(self._forward_hook(name), with_kwargs=True)
+            self._hooks.append(hook)
+            n_out, n_in = self._shapes[name]
+            if "gradient_moment" in self.needs and n_in < n_out and not _is_embedding(module):
+                before = module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True)
+                self._hooks.append(before)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for module, training in self._modes.items():
+            module.training = training
+        for module, name, required in self._required:
+            module.get_parameter(name).requires_grad_(required)
+
+    def begin(self, examples: int, tokens: int, masks: Collection[Tensor] = ()) -> None:
+        """Announce a batch.
+
+        Args:
+            examples: sequences in it.
+            tokens: positions of each, to recognise inputs of shape ``(examples * tokens, in)``.
+            masks: shape ``(examples, positions)``, False at padding; inputs of that shape are
+                masked in second moments.
+        """
+        self._examples, self._tokens = examples, tokens
+        self._masks = {tuple(mask.shape): mask for mask in masks if not bool(mask.all())}
+        self._totals = {}
+        self._uses.clear()
+        self._pending.clear()
+        self._recent = (None, "")
+        self._active = True
+
+    def expect(self, examples: int, tokens: int) -> None:
+        """Correct what ``begin`` announced, before ``backward``."""
+        self._examples, self._tokens = examples, tokens
+
+    def copies(self) -> dict[str, Sums]:
+        """Of the sums, in the order of the modules; zeros for those without any."""
+        device = torch.device("cpu")
+        ordered = {name: self._of(name, device) for name in self.modules}
+        return {name: copy.deepcopy(sums) for name, sums in ordered.items()}
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], owners: Mapping[str, str], seen: Mapping[str, int]
+    ) -> None:
+        """Take over sums: ``NAME/KIND`` as in ``Sums.tensors``."""
+        self.owners = dict(owners)
+        for name, batches in seen.items():
+            sums = self._of(name, device_of(self.modules[name]))
+            sums.seen = batches
+            for kind, tensor in sums.tensors().items():
+                tensor.copy_(tensors[f"{name}/{kind}"])
+
+    def backward(self, loss: Tensor, *, again: bool = False) -> None:
+        """Back-propagate the sum of the units' losses and add up.
+
+        Args:
+            loss: scalar.
+            again: another call on the same graph follows.
+
+        Raises:
+            ModelError: a gradient is not finite, naming the layer.
+        """
+        self._recent = (None, "")
+        self._in_backward = True
+        try:
+            loss.backward(retain_graph=again)  # type: ignore[no-untyped-call]
+        finally:
+            self._in_backward = False
+            self._active = again
+        for name in list(self._pending):
+            # Uses of which some did not reach the loss.
+            self._flush(name)
+        zero = torch.zeros((), dtype=torch.float64)
+        totals = [self._totals.get(name, zero) for name in self.modules]
+        self.totals = torch.stack([total.cpu() for total in totals])
+        finite = torch.isfinite(self.totals)
+        if not bool(finite.all()):
+            name = list(self.modules)[int((~finite).nonzero()[0])]
+            raise ModelError(f"layer {name}: gradients of the last batch are NaN or infinite")
+
+    def _forward_hook(self, name: str) -> Callable[..., Tensor]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
+            if not self._active:
+                # A forward pass that was not announced: somebody checks the loss.
+                return output
+            passed = args[0] if args else next(iter(kwargs.values()))
+            given, x = self._given.pop(name, passed), passed.detach()
+            if not self._in_backward:
+                # Checkpointing runs a layer again in backward: still one use.
+                self._uses[name] = self._uses.get(name, 0) + 1
+                if self._traced:
+                    with torch.no_grad():
+                        self._add_second_moment(name, module, given, output)
+            if not torch.is_grad_enabled():
+                return output
+            return tap(output, x, lambda x, g: self._record(name, x, g))
+
+        return hook
+
+    def _input_hook(self, name: str) -> Callable[..., Any]:
+        """Taps the input of a layer with in < out, to see the input gradient autograd computes."""
+
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if not self._active or not torch.is_grad_enabled():
+                return None
+            key = None if args else next(iter(kwargs))
+            # Taps are new tensors: who shares an input is seen before.
+            passed = self._given[name] = args[0] if key is None else kwargs[key]
+
+            def sink(_: Tensor, gradient: Tensor) -> None:
+                moment = self._of(name, gradient.device).gradient
+                assert moment is not None
+                moment.add(_flat(gradient))
+
+            tapped = tap(passed, passed.new_zeros(()), sink)
+            return ((tapped, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: tapped})
+
+        return hook
+
+    def _of(self, name: str, device: torch.device) -> Sums:
+        if name not in self.sums:
+            own = self.owners.setdefault(name, name) == name
+            self.sums[name] = Sums.zeros(self._shapes[name], self.needs, device, own=own)
+        return self.sums[name]
+
+    def _add_second_moment(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        n_out, n_in = self._shapes[name]
+        of_inputs, embedding = n_in <= n_out, _is_embedding(module)
+        owner = self.owners.get(name)
+        if of_inputs and not embedding and x is self._recent[0]:
+            found = self._recent[1]
+        else:
+            found = name
+            if of_inputs and not embedding:
+                self._recent = (x, name)
+        if owner is None:
+            owner = self.owners[name] = found
+        elif owner != name and found != owner:
+            raise ModelError(
+                f"layer {name} was given the same input as {owner} in earlier batches, but not in "
+                "this one: its second moment is lost; exclude one of the two"
+            )
+        sums = self._of(name, output.device)
+        if owner != name:
+            shared = self._of(owner, output.device)
+            assert shared.second is None or self.sums[owner] is shared
+        inputs = x if not embedding else None
+        mask = self._mask_for((x if embedding else x[..., 0]).shape)
+        if inputs is None:
+            positions = int(mask.sum()) if mask is not None else x.numel()
+            sums.traces[0] += positions
+            sums.traces[1] += positions
+        else:
+            flat = _flat(inputs)
+            if mask is not None:
+                flat = flat[mask.reshape(-1)]
+            sums.traces[0] += len(flat)
+            sums.traces[1] += _energy(flat)
+        if sums.second is None:
+            return
+        if of_inputs:
+            if inputs is None:
+                flat = _flat(as_inputs(x, n_in, output.dtype))
+                flat = flat if mask is None else flat[mask.reshape(-1)]
+            sums.second.add(flat)
+        else:
+            bias = tensor_of(module, "bias")
+            made = _flat(output) if bias is None else _flat(output) - bias
+            sums.second.add(made if mask is None else made[mask.reshape(-1)])
+
+    def _mask_for(self, shape: tuple[int, ...]) -> Tensor | None:
+        if not self._masks:
+            return None
+        if len(shape) == 1:
+            # Flattened positions.
+            flat = [mask for known, mask in self._masks.items() if mask.numel() == shape[0]]
+            return flat[0] if len(flat) == 1 else None
+        return self._masks.get(tuple(shape))
+
+    def _record(self, name: str, x: Tensor, g: Tensor) -> None:
+        pending = self._pending.setdefault(name, [])
+        embedding = _is_embedding(self.modules[name])
+        inputs = self._units(name, x.unsqueeze(-1)).squeeze(-1) if embedding else x
+        if not embedding:
+            inputs = self._by_example(name, x)
+        pending.append((inputs, self._by_example(name, g)))
+        if self._traced:
+            self._add_gradient_moment(name, pending[-1][1], embedding)
+        if len(pending) == self._uses[name]:
+            self._flush(name)
+
+    def _add_gradient_moment(self, name: str, g: Tensor, embedding: bool) -> None:
+        sums = self._of(name, g.device)
+        flat = g.reshape(-1, g.shape[-1])
+        sums.traces[2] += _energy(flat)
+        if sums.gradient is None:
+            return
+        n_out, n_in = self._shapes[name]
+        if n_out <= n_in:
+            sums.gradient.add(flat)
+        elif embedding:
+            sums.gradient.add(flat @ weight_of(self.modules[name]).to(flat.dtype))
+
+    def _flush(self, name: str) -> None:
+        pending = self._pending.pop(name)
+        if len(pending) == 1:
+            x, g = pending[0]
+        else:
+            x, g = (torch.cat(parts, dim=1) for parts in zip(*pending, strict=True))
+        self._add(name, self._squared(name, x, g))
+
+    def _squared(self, name: str, x: Tensor, g: Tensor) -> SquaredGradients:
+        elements = "elements" in self.needs
+        if _is_embedding(self.modules[name]):
+            return squared_gradients_of_embedding(x, g, self._shapes[name][1], elements=elements)
+        return squared_gradients(x, g, columns="columns" in self.needs, elements=elements)
+
+    def _add(self, name: str, found: SquaredGradients) -> None:
+        sums = self._of(name, found.rows.device)
+        sums.rows += found.rows
+        sums.seen += 1
+        if sums.columns is not None:
+            assert found.columns is not None
+            sums.columns += found.columns
+        if sums.elements is not None:
+            assert found.elements is not None
+            sums.elements += found.elements
+        total = found.rows.sum()
+        self._totals[name] = self._totals[name] + total if name in self._totals else total
+
+    def _by_example(self, name: str, tensor: Tensor) -> Tensor:
+        """Any layout to ``(B, T, features)``, in float32 or wider before anything is squared."""
+        return self._units(name, _wide(tensor))
+
+    def _units(self, name: str, tensor: Tensor) -> Tensor:
+        examples, features = self._examples, tensor.shape[-1]
+        rows = tensor.numel() // features
+        if tensor.dim() == 2 and rows not in (examples, examples * self._tokens) and examples > 1:
+            raise ModelError(
+                f"layer {name} sees {rows} rows for {examples} examples of {self._tokens} tokens: "
+                "which example a row belongs to is lost (routed experts?); use batch size 1"
+            )
+        if rows % examples or (tensor.dim() > 2 and tensor.shape[0] % examples):
+            raise ModelError(
+                f"layer {name}: inputs of shape {tuple(tensor.shape)} for {examples} examples; "
+                "profile with batch size 1"
+            )
+        return tensor.reshape(examples, -1, features)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _energy(tensor: Tensor) -> Tensor:
+    """Sum of squares, shape ``(positions, features)``; float32 over millions is off by 1e-4."""
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=1)
+    return norms.square_().sum(dtype=torch.float64)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return _wide(tensor).reshape(-1, tensor.shape[-1])

@@ -1,0 +1,159 @@
+"""Decompose layers: one at a time, or several on threads of one core each.
+
+LAPACK on several threads is slower than several decompositions on one thread each; torch lets go of
+the interpreter's lock meanwhile. What is kept for ``apply`` goes to ``kept`` as it comes, which may
+be a dictionary or a folder: no more than the layers in hand are in memory.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rankopt.backends import find_backend
+from rankopt.backends.base import Backend, Decomposition
+from rankopt.backends.statistics import Statistics
+from rankopt.errors import ModelError
+from rankopt.layers import Layer
+from rankopt.progress import bar
+
+Kept = MutableMapping[str, npt.NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Losses of one layer (or group) under one backend.
+
+    Attributes:
+        losses: see Decomposition; float64.
+        ranks: int64, or None for 0..K.
+        factors: scale -> what the losses are multiplied with to be compared with other layers'.
+    """
+
+    losses: npt.NDArray[np.float64]
+    ranks: npt.NDArray[np.int64] | None
+    factors: dict[str, float]
+
+
+def decompose_layers(
+    layers: Sequence[Layer],
+    weight_of: Callable[[str], torch.Tensor],
+    statistics_of: Callable[[str], Statistics],
+    backends: Sequence[str],
+    *,
+    kept: Kept | None = None,
+    keep: Callable[[Backend], bool] = lambda backend: True,
+    workers: int = 1,
+    progress: bool | None = None,
+) -> dict[str, dict[str, Curve]]:
+    """Losses of every rank of every layer.
+
+    Args:
+        layers: what to decompose.
+        weight_of: member name -> W, shape ``(out, in)``; called when it is needed.
+        statistics_of: member name -> its statistics; called when they are needed.
+        backends: names.
+        kept: gets ``MEMBER/KIND.BACKEND``, float32, for backends that ``keep`` says yes to.
+        keep: which backends' arrays are kept.
+        workers: layers at a time, on the CPU.
+        progress: a bar on stderr; by default if it is a terminal.
+
+    Returns:
+        Backend -> layer -> curve. A group's losses are the sum over its members, each valued with
+        the default scale.
+
+    Raises:
+        ModelError: a backend returned losses that are not finite; names the layer.
+    """
+    found: dict[str, dict[str, Curve]] = {name: {} for name in backends}
+    chosen = {name: find_backend(name) for name in backends}
+
+    def work(layer: Layer) -> tuple[str, dict[str, Curve]]:
+        return layer.name, {
+            name: _of_group(
+                layer, backend, weight_of, statistics_of, kept if keep(backend) else None
+            )
+            for name, backend in chosen.items()
+        }
+
+    ordered = sorted(layers, key=lambda layer: -_work(layer))
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work, layer) for layer in ordered]
+        try:
+            shown = bar(as_completed(futures), "Spectra", "layer", progress, total=len(futures))
+            for future in shown:
+                layer, curves = future.result()
+                for name, curve in curves.items():
+                    found[name][layer] = curve
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {name: {x.name: found[name][x.name] for x in layers} for name in backends}
+
+
+def _work(layer: Layer) -> float:
+    small, large = sorted((layer.out_features, layer.in_features))
+    return float(small) ** 2 * (9 * small + large)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread inside, as it was after: the same bits however many layers at a time."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def _of_group(
+    layer: Layer,
+    backend: Backend,
+    weight_of: Callable[[str], torch.Tensor],
+    statistics_of: Callable[[str], Statistics],
+    kept: Kept | None,
+) -> Curve:
+    losses: npt.NDArray[np.float64] | None = None
+    ranks: tuple[int, ...] | None = None
+    factors: dict[str, float] = {}
+    for member in layer.members:
+        weight, statistics = weight_of(member), statistics_of(member)
+        shape = (weight.shape[0], weight.shape[1])
+        made = backend.decompose(weight, statistics, layer.largest_rank)
+        own = {name: scale.factor(shape, statistics) for name, scale in backend.scales.items()}
+        mine = _checked(layer, backend, made)
+        if losses is None:
+            losses, ranks, factors = mine, made.ranks, own
+        else:
+            first = next(iter(backend.scales))
+            value = own[first] / factors[first] if factors[first] > 0.0 else 1.0
+            losses = losses + value * mine
+        if kept is not None:
+            for kind, array in made.kept.items():
+                plain = array.to(torch.float32).cpu().contiguous().numpy()
+                kept[f"{member}/{kind}.{backend.name}"] = plain
+    assert losses is not None
+    return Curve(losses, None if ranks is None else np.array(ranks, dtype=np.int64), factors)
+
+
+def _checked(layer: Layer, backend: Backend, made: Decomposition) -> npt.NDArray[np.float64]:
+    losses: npt.NDArray[np.float64] = made.losses.double().cpu().numpy()
+    wanted = (
+        min(layer.out_features, layer.in_features) + 1 if made.ranks is None else len(made.ranks)
+    )
+    if losses.shape != (wanted,) or not np.isfinite(losses).all():
+        raise ModelError(
+            f"layer {layer.name}: backend {backend.name} returned losses of shape {losses.shape} "
+            f"that should be {wanted} finite numbers"
+        )
+    return losses

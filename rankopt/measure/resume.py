@@ -1,0 +1,148 @@
+"""What has been measured so far, on disk: a killed profile goes on where it was.
+
+A checkpoint is written between two batches and holds raw sums in float64; what follows a batch does
+not depend on what came before. So a resumed profile has the bits of one that was never interrupted.
+A checkpoint of another model, other data or other settings is refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankopt.errors import DataError
+from rankopt.files import whole_file
+from rankopt.measure.processes import Processes
+
+
+@dataclasses.dataclass
+class Seen:
+    """How far a process has come.
+
+    Attributes:
+        batches: of the data, those of other processes included.
+        examples: in this process's batches.
+        targets: loss terms in them.
+        chain: digest of all batches so far, each hashed onto the one before.
+        totals: for each of this process's batches: Fisher information of the layers, ``(layers,)``.
+        units: for each of them: units.
+        numbers: for each of them: its place in the data.
+        stopped: why measuring ended before the data did, or None.
+        looked: what was found when it was last asked whether to stop.
+    """
+
+    batches: int = 0
+    examples: int = 0
+    targets: int = 0
+    chain: str = ""
+    totals: list[Tensor] = dataclasses.field(default_factory=list)
+    units: list[float] = dataclasses.field(default_factory=list)
+    numbers: list[int] = dataclasses.field(default_factory=list)
+    stopped: str | None = None
+    looked: list[float] = dataclasses.field(default_factory=list)
+
+
+def save(
+    path: str | os.PathLike[str],
+    seen: Seen,
+    sums: Mapping[str, Tensor],
+    layers: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint; a reader never sees half of it.
+
+    Args:
+        path: of the file.
+        seen: how far.
+        sums: raw sums by name.
+        layers: what the collector knows of the layers besides.
+        settings: what must be the same when it goes on.
+    """
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sums.items()}
+    if seen.totals:
+        plain["seen.totals"] = torch.stack(seen.totals)
+    plain["seen.units"] = torch.tensor(seen.units, dtype=torch.float64)
+    kept = ("batches", "examples", "targets", "chain", "numbers", "looked")
+    counts = {name: getattr(seen, name) for name in kept}
+    about = json.dumps({"seen": counts, "layers": dict(layers), "settings": dict(settings)})
+    header = {"format": "rankopt-checkpoint", "about": about, "sha256": _digest(about, plain)}
+    with whole_file(path) as temporary:
+        save_file(plain, temporary, header)
+
+
+def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(tensors):
+        digest.update(f" {name} ".encode())
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
+
+
+def load(
+    path: str | os.PathLike[str], settings: Mapping[str, Any]
+) -> tuple[Seen, dict[str, Tensor], dict[str, Any]] | None:
+    """Read a checkpoint: how far, sums, and what the collector knew. None if there is none.
+
+    Raises:
+        DataError: it is not readable, or of other settings; says which.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _digest(header["about"], tensors) != header["sha256"]:
+            raise ValueError("its contents were damaged")
+        about = json.loads(header["about"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise DataError(
+            f"the checkpoint {path} cannot be read ({error}): delete it to start again"
+        ) from error
+    plain = json.loads(json.dumps(dict(settings)))
+    other = [name for name in plain if about["settings"].get(name) != plain[name]]
+    if other:
+        raise DataError(
+            f"the checkpoint {path} was measured with another {', another '.join(other)}: give the "
+            "same to go on, or delete it to start again"
+        )
+    totals = tensors.pop("seen.totals", None)
+    seen = Seen(
+        **about["seen"],
+        totals=[] if totals is None else list(totals),
+        units=tensors.pop("seen.units").tolist(),
+    )
+    return seen, tensors, about["layers"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often to save what has been measured.
+
+    Attributes:
+        path: of the file; with several processes, each adds its number.
+        every: batches of this process.
+        settings: that must be the same to go on.
+    """
+
+    path: Path
+    every: int
+    settings: Mapping[str, Any]
+
+    def of(self, processes: Processes) -> "Checkpoint":
+        """The file of this process."""
+        if processes.count == 1:
+            return self
+        path = self.path.with_name(f"{self.path.name}.{processes.rank}")
+        settings = {**self.settings, "processes": processes.count, "process": processes.rank}
+        return dataclasses.replace(self, path=path, settings=settings)

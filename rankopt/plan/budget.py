@@ -1,0 +1,112 @@
+"""Budgets: from "keep 60 %" to an integer, with the denominator said aloud.
+
+What is planned are the weights of the planned layers; embeddings, heads, norms and biases stay.
+``keep`` is a share of the planned layers' weights, ``keep_total`` of the whole model's parameters
+(so what stays must be paid for first), ``max_params`` a number of parameters for the planned
+layers.
+"""
+
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from rankopt.errors import BudgetError
+from rankopt.profile.info import ProfileInfo
+from rankopt.schema import STRICT, Count
+
+BudgetKind = Literal["keep", "keep_total", "max_params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much was asked for, and how many parameters that is.
+
+    Attributes:
+        kind: which of the three ways it was asked in.
+        asked: the number given.
+        parameters: largest total of the planned layers' parameters.
+    """
+
+    kind: BudgetKind
+    asked: float
+    parameters: int
+
+
+def find_budget(
+    info: ProfileInfo,
+    keep: float | None = None,
+    keep_total: float | None = None,
+    max_params: int | None = None,
+) -> Budget | None:
+    """The budget that was asked for, or None.
+
+    Raises:
+        BudgetError: two were given, or a share outside (0, 1], or a number below 1.
+    """
+    given = [
+        (kind, value)
+        for kind, value in (("keep", keep), ("keep_total", keep_total), ("max_params", max_params))
+        if value is not None
+    ]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise BudgetError(f"give one budget, not {' and '.join(kind for kind, _ in given)}")
+    if max_params is not None:
+        parameters = whole_number("max_params", max_params)
+        return Budget("max_params", parameters, parameters)
+    if keep is not None:
+        return Budget("keep", keep, _share("keep", keep, info.planned_parameters))
+    assert keep_total is not None
+    fixed = info.model_parameters - info.planned_parameters
+    # Below zero, if what stays is over the budget: no ranks fit, and make_plan says which do.
+    parameters = _share("keep_total", keep_total, info.model_parameters) - fixed
+    return Budget("keep_total", keep_total, parameters)
+
+
+def whole_number(name: str, value: object) -> int:
+    """The value as an int.
+
+    Raises:
+        BudgetError: it is not a whole number above 0.
+    """
+    number = value if isinstance(value, int | float | np.integer) else math.nan
+    if isinstance(value, bool) or not (math.isfinite(number) and number >= 1 and number % 1 == 0):
+        raise BudgetError(f"{name} must be a whole number above 0, got {value!r}")
+    return int(number)
+
+
+def at_least(info: ProfileInfo, kind: BudgetKind, parameters: int) -> str:
+    """The smallest budget, of the kind, that allows the planned layers so many parameters."""
+    if kind == "max_params":
+        return str(parameters)
+    fixed = info.model_parameters - info.planned_parameters if kind == "keep_total" else 0
+    share = Fraction(parameters + fixed, info.planned_parameters + fixed)
+    return f"{math.ceil(share * 10**6) / 10**6:.6f}"
+
+
+def _share(kind: str, share: float, whole: int) -> int:
+    if not (isinstance(share, int | float) and math.isfinite(share) and 0 < share <= 1):
+        raise BudgetError(f"{kind} is a share above 0 and at most 1, got {share!r}")
+    # In fractions of decimal text, so that 0.7 of 10 is 7 and not 6.
+    return math.floor(Fraction(str(share)) * whole)
+
+
+class AskedBudget(BaseModel):
+    """The budget.
+
+    Attributes:
+        kind: ``keep``, ``keep_total``, ``max_params``; or ``share``, a threshold without a budget.
+        asked: the number given.
+        parameters: what it allows the planned layers.
+    """
+
+    model_config = STRICT
+
+    kind: BudgetKind | Literal["share"]
+    asked: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    parameters: Count

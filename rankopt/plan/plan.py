@@ -1,0 +1,265 @@
+"""The plan: the rank of every layer, with its certificate, as versioned JSON.
+
+The schema is published as ``plan.schema.json`` beside this file. Reading is strict: unknown or
+repeated keys, wrong types, NaN, ranks that save nothing and sums that do not add up are errors.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from rankopt.errors import PlanError
+from rankopt.files import whole_file
+from rankopt.layers import Layer
+from rankopt.plan.budget import AskedBudget
+from rankopt.schema import STRICT, Count, Loss, Number, Share
+
+FORMAT_VERSION = 1
+#: No honest plan is larger; a larger file is not read.
+LARGEST_FILE = 64 * 2**20
+
+
+class PlannedLayer(BaseModel):
+    """What happens to one layer.
+
+    Attributes:
+        layer: the matrix, and the modules that share it.
+        rank: its rank in all of them, or null to leave it dense.
+        parameters: what that costs: one dense matrix, or factors for every module.
+        retained: share of the layer's own Fisher information that is retained.
+        margin: how sure the rank is: what the layer's next-best rank would lose more, at the
+            certificate's price of a parameter and in its unit. Near 0, or below it, another rank
+            does as well. Null where there is no other rank or no price.
+    """
+
+    model_config = STRICT
+
+    layer: Layer
+    rank: Annotated[int, Field(ge=1)] | None
+    parameters: Count
+    retained: Share
+    margin: Number | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PlannedLayer":
+        if self.rank is not None and self.rank > self.layer.largest_rank:
+            raise ValueError(
+                f"layer {self.layer.name}: rank {self.rank} saves nothing; "
+                f"the largest that does is {self.layer.largest_rank} (null keeps it dense)"
+            )
+        if self.parameters != self.layer.cost(self.rank):
+            raise ValueError(
+                f"layer {self.layer.name}: rank {self.rank} has {self.layer.cost(self.rank)} "
+                f"parameters, not {self.parameters}"
+            )
+        return self
+
+
+class Certificate(BaseModel):
+    """How good the plan provably is.
+
+    Attributes:
+        loss: of the plan, in ``unit``.
+        bound: no plan within the budget (that keeps ``min_retained``) has a smaller loss.
+        gap: (loss - bound) / loss; 0 is proven optimal.
+        status: ``optimal``, ``feasible`` or ``time_limit``.
+        unit: of loss and bound.
+        multiplier: what one more parameter in the budget would save, in that unit; null where
+            the objective has no such price.
+    """
+
+    model_config = STRICT
+
+    loss: Loss
+    bound: Loss
+    gap: Share
+    status: Literal["optimal", "feasible", "time_limit"]
+    unit: str
+    multiplier: Loss | None = None
+
+
+class Size(BaseModel):
+    """Parameters and bytes before and after, with both denominators.
+
+    Attributes:
+        planned_dense: parameters of the planned layers, all dense.
+        planned: the same under the plan.
+        model_dense: parameters of the whole model, tied ones once.
+        model: the same under the plan.
+        model_bytes_dense: bytes of the whole model.
+        model_bytes: the same under the plan.
+    """
+
+    model_config = STRICT
+
+    planned_dense: Count
+    planned: Count
+    model_dense: Count
+    model: Count
+    model_bytes_dense: Count
+    model_bytes: Count
+
+
+class Plan(BaseModel):
+    """The rank of every planned layer, and the proof.
+
+    Attributes:
+        format: always ``rankopt-plan``.
+        format_version: of the file.
+        rankopt: version that made it.
+        backend: how the layers will be factorised.
+        scale: how the layers were compared; the backend's name for it.
+        solver: who chose.
+        objective: what was maximised.
+        rank_multiple: ranks are multiples of it.
+        min_retained: share that every layer retains at least, if that was asked for.
+        budget: what was asked.
+        certificate: how good the choice provably is.
+        retained_total: share of the Fisher information of all layers together.
+        retained_worst: the smallest retained share of a layer.
+        worst_layer: that layer.
+        size: parameters and bytes.
+        architecture: class of the model.
+        fingerprint: of the model.
+        profile_digest: of the profile.
+        layers: the ranks.
+    """
+
+    model_config = STRICT
+
+    format: Literal["rankopt-plan"] = "rankopt-plan"
+    format_version: Literal[1] = 1
+    rankopt: str
+    backend: str
+    scale: str
+    solver: str
+    objective: Literal["total", "layerwise", "maxmin"]
+    rank_multiple: Annotated[int, Field(ge=1)]
+    min_retained: Share | None = None
+    budget: AskedBudget
+    certificate: Certificate
+    retained_total: Share
+    retained_worst: Share
+    worst_layer: str
+    size: Size
+    architecture: str
+    fingerprint: str
+    profile_digest: str
+    layers: Annotated[tuple[PlannedLayer, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Plan":
+        names = [member for entry in self.layers for member in entry.layer.members]
+        if len(set(names)) != len(names):
+            raise ValueError("a layer is planned twice")
+        spent = sum(entry.parameters for entry in self.layers)
+        if spent != self.size.planned:
+            raise ValueError(f"the layers have {spent} parameters, not {self.size.planned}")
+        if spent > self.budget.parameters:
+            raise ValueError(f"the layers have {spent} parameters, over the budget")
+        for entry in self.layers:
+            if entry.rank is not None and entry.rank % self.rank_multiple:
+                raise ValueError(f"layer {entry.layer.name}: rank is not a multiple as claimed")
+            if self.min_retained is not None and entry.retained < self.min_retained - 1e-9:
+                raise ValueError(f"layer {entry.layer.name}: retains less than min_retained")
+        return self
+
+    @property
+    def ranks(self) -> dict[str, int | None]:
+        """Layer name -> rank, None for dense."""
+        return {entry.layer.name: entry.rank for entry in self.layers}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON; a reader never sees half of it."""
+        with whole_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Read and check a plan.
+
+        Raises:
+            PlanError: missing, not JSON, of another version, or inconsistent.
+        """
+        source = Path(path)
+        if not source.is_file():
+            raise PlanError(f"no plan at {source}: make one with `rankopt plan`")
+        if source.stat().st_size > LARGEST_FILE:
+            raise PlanError(f"{source} is larger than {LARGEST_FILE >> 20} MiB: not a plan")
+        try:
+            text = source.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{source} is not text: {error}") from error
+        return cls.from_json(text, str(source))
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> "Plan":
+        """Parse a plan's JSON; ``source`` is named in errors."""
+        try:
+            content = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constants)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{source}: not a plan: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != "rankopt-plan":
+            raise PlanError(f'{source}: not a plan: it has no "format": "rankopt-plan"')
+        version = content.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:  # True == 1
+            raise PlanError(
+                f"{source}: plan format {version!r}; this rankopt reads {FORMAT_VERSION}"
+            )
+        try:
+            # From text, so that JSON's lists are accepted for tuples but no type is coerced.
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+            raise PlanError(f"{source}: {where or 'plan'}: {first['msg']}{more}") from error
+
+    def __str__(self) -> str:
+        size, proof = self.size, self.certificate
+        dense = sum(entry.rank is None for entry in self.layers)
+        price = []
+        if proof.multiplier is not None:
+            sure = [e for e in self.layers if e.margin is not None]
+            least = min(sure, key=lambda e: e.margin or 0.0, default=None)
+            doubt = f"; least sure: {least.layer.name} ({least.margin:.2g})" if least else ""
+            price = [
+                f"  price           1,000 more parameters would save {1000 * proof.multiplier:.3g}"
+                f"{doubt}"
+            ]
+        return "\n".join(
+            [
+                f"{self.solver} plan, objective {self.objective}, backend {self.backend}",
+                f"  planned layers  {size.planned:,} of {size.planned_dense:,} parameters "
+                f"({size.planned / size.planned_dense:.4%}; budget {self.budget.parameters:,})",
+                f"  whole model     {size.model:,} of {size.model_dense:,} parameters "
+                f"({size.model / size.model_dense:.2%}), "
+                f"{size.model_bytes / 2**20:,.1f} of {size.model_bytes_dense / 2**20:,.1f} MiB",
+                f"  retained Fisher {self.retained_total:.4%} in total, "
+                f"{self.retained_worst:.2%} in the worst layer ({self.worst_layer})",
+                f"  loss            {proof.loss:.6g} {proof.unit}, at least {proof.bound:.6g} "
+                f"(gap {proof.gap:.2g}, {proof.status})",
+                *price,
+                f"  layers          {len(self.layers)}: {dense} dense, "
+                f"{len(self.layers) - dense} low rank",
+            ]
+        )
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is repeated")
+    return found
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")

@@ -1,0 +1,84 @@
+"""Loss curves: what is lost at every rank on offer.
+
+For a backend that truncates the SVD of a weighted matrix with energies e_1 >= e_2 >= ... (squared
+singular values), the loss of rank r is the tail e_{r+1} + e_{r+2} + ... (Eckart & Young 1936). A
+tail is summed from its small end: ``total - (e_1 + ... + e_r)`` would lose the digits of small
+losses, which are the ones that a plan weighs against each other. A backend without a closed form
+computes its factors at a grid of ranks, and the curve has those ranks only.
+
+A *scale* (``rankopt.profile.ScaleInfo``) is a factor for each layer that makes the curves of
+different layers comparable.
+"""
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from rankopt.errors import ProfileError
+from rankopt.layers import DENSE, IntArray, Layer
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def tails(energies: FloatArray) -> FloatArray:
+    """Energy lost at every rank 0..K, shape ``(K,)`` -> ``(K+1,)``; summed from the small end."""
+    return np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LossCurve:
+    """Losses of one layer under one backend.
+
+    Attributes:
+        ranks: int64 ``(G,)``, increasing, the first is 0; 0..K if the curve is complete.
+        losses: float64 ``(G,)``, finite, >= 0, never rising.
+    """
+
+    ranks: IntArray
+    losses: FloatArray
+
+    def require_sound(self, layer: Layer, backend: str) -> None:
+        """Check all of the above against a layer.
+
+        Raises:
+            ProfileError: names the layer and the backend.
+        """
+        ranks, losses, largest = self.ranks, self.losses, min(layer.out_features, layer.in_features)
+        what = f"layer {layer.name}: the {backend} loss curve"
+        if ranks.ndim != 1 or losses.shape != ranks.shape or losses.dtype != np.float64:
+            raise ProfileError(
+                f"{what} must have {ranks.size} float64 losses, one for each rank, "
+                f"got {losses.dtype} {losses.shape}"
+            )
+        if ranks.dtype != np.int64 or not ranks.size or ranks[0] != 0 or ranks[-1] > largest:
+            raise ProfileError(f"{what} needs ranks from 0 to at most {largest}, got {ranks!r}")
+        if (np.diff(ranks) <= 0).any():
+            raise ProfileError(f"{what} has ranks that do not increase")
+        if not np.isfinite(losses).all() or (losses < 0).any():
+            raise ProfileError(f"{what} holds NaN, infinite or negative values")
+        if (np.diff(losses) > 0).any():
+            raise ProfileError(f"{what} rises with the rank")
+
+    @property
+    def full(self) -> float:
+        """Loss of retaining nothing."""
+        return float(self.losses[0])
+
+    def at(self, ranks: IntArray) -> FloatArray:
+        """Losses at some of the curve's ranks, same shape; DENSE loses nothing.
+
+        Raises:
+            ProfileError: the curve has no such rank.
+        """
+        places = np.minimum(np.searchsorted(self.ranks, ranks), self.ranks.size - 1)
+        missing = (self.ranks[places] != ranks) & (ranks != DENSE)
+        if missing.any():
+            raise ProfileError(f"the loss curve has no rank {ranks[missing][0]}")
+        return np.where(ranks == DENSE, 0.0, self.losses[places])
+
+    def offered(self, layer: Layer, multiple: int) -> IntArray:
+        """Ranks of the curve that save parameters and are multiples, then DENSE."""
+        saving = layer.ranks(multiple)
+        offered: IntArray = saving[(saving == DENSE) | np.isin(saving, self.ranks)]
+        return offered

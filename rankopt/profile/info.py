@@ -1,0 +1,171 @@
+"""What was measured, on what, and how: the description that a profile carries.
+
+It says all that planning needs to know of a backend, so that a profile can be planned where the
+backend that made it, perhaps somebody else's, is not installed.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from rankopt.errors import BudgetError, ProfileError
+from rankopt.layers import Layer, LeftAlone
+from rankopt.schema import STRICT, Count
+
+FORMAT_VERSION = 2
+
+#: Names appear in the names of tensors, where / and . separate.
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_+-]+$")]
+
+
+class ScaleInfo(BaseModel):
+    """What the losses of a backend are multiplied with to be compared across layers.
+
+    Attributes:
+        name: ``nats``, ``sum``, ``frobenius`` or another.
+        unit: of the products: ``nats per example``, ``squared weights``.
+        factors: one for each layer, in their order.
+    """
+
+    model_config = STRICT
+
+    name: _Name
+    unit: Annotated[str, Field(min_length=1)]
+    factors: tuple[Annotated[float, Field(ge=0.0, allow_inf_nan=False)], ...]
+
+
+class BackendInfo(BaseModel):
+    """How layers were factorised, and how their losses compare.
+
+    Attributes:
+        name: as in the names of the profile's tensors and on the command line.
+        source: the paper.
+        scales: at least one; the first is the default.
+    """
+
+    model_config = STRICT
+
+    name: _Name
+    source: str
+    scales: Annotated[tuple[ScaleInfo, ...], Field(min_length=1)]
+
+    def find_scale(self, name: str | None = None) -> ScaleInfo:
+        """The scale by name, or the default.
+
+        Raises:
+            BudgetError: the backend has no such scale; lists those it has.
+        """
+        if name is None:
+            return self.scales[0]
+        for scale in self.scales:
+            if scale.name == name:
+                return scale
+        known = ", ".join(scale.name for scale in self.scales)
+        raise BudgetError(f"backend {self.name!r} has no scale {name!r}; known: {known}")
+
+
+class ProfileInfo(BaseModel):
+    """What was measured, on what, and how.
+
+    Attributes:
+        format_version: of the file.
+        versions: of rankopt, torch and transformers.
+        architecture: class of the model.
+        fingerprint: hash of the architecture and of all planned layers' names, shapes, weights.
+        task: the loss: ``causal-lm``, ``seq2seq-lm``, ``masked-lm``, ``sequence-classification``,
+            ``regression`` or ``token-classification``.
+        estimator: ``empirical``: gradients of the loss at the given labels, squared; ``sampled``:
+            at labels drawn from the model's own prediction.
+        unit: what one gradient belongs to, before it is squared.
+        draws: labels drawn for each target, if they are sampled.
+        seed: of the draws.
+        examples: how many were seen.
+        targets: loss terms seen (predicted tokens, or labels).
+        units: divides the sums: how many units were seen.
+        processes: that shared the work.
+        stopped: why measuring ended before the data did; None if it did not.
+        data_digest: sha256 of the batches.
+        model_parameters: of the whole model, tied ones counted once.
+        model_bytes: the same in bytes.
+        layers: the planned matrices.
+        left_alone: other modules with weights, and why they are not planned.
+        backends: whose losses the profile holds; the first is the default.
+    """
+
+    model_config = STRICT
+
+    format_version: Literal[2] = 2
+    versions: dict[str, str]
+    architecture: str
+    fingerprint: str
+    task: str
+    estimator: Literal["empirical", "sampled"] = "empirical"
+    unit: Literal["example", "token"] = "example"
+    draws: Annotated[int, Field(ge=1)] = 1
+    seed: int | None = None
+    examples: Count
+    targets: Count
+    units: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    processes: Annotated[int, Field(ge=1)] = 1
+    stopped: str | None = None
+    data_digest: str
+    model_parameters: int
+    model_bytes: int
+    layers: tuple[Layer, ...]
+    left_alone: tuple[LeftAlone, ...]
+    backends: Annotated[tuple[BackendInfo, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ProfileInfo":
+        for backend in self.backends:
+            for scale in backend.scales:
+                if len(scale.factors) != len(self.layers):
+                    raise ValueError(
+                        f"scale {scale.name} of backend {backend.name} has {len(scale.factors)} "
+                        f"factors for {len(self.layers)} layers"
+                    )
+        for what, names in (
+            ("backend", [backend.name for backend in self.backends]),
+            ("layer", [member for layer in self.layers for member in layer.members]),
+        ):
+            if len(set(names)) != len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ValueError(f"{what} {twice} is there twice")
+        return self
+
+    @classmethod
+    def from_json(cls, text: str) -> "ProfileInfo":
+        """Parse the description in a profile's header.
+
+        Raises:
+            ProfileError: of another format version; a sentence to follow the file's name.
+            ValueError: not a description.
+        """
+        try:
+            content: Any = json.loads(text)
+        except RecursionError as error:
+            raise ValueError(str(error)) from error
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if type(version) is int and version < FORMAT_VERSION:
+            raise ProfileError(
+                f"was made by an older rankopt (format_version {version}; this one reads "
+                f"{FORMAT_VERSION}): profile again"
+            )
+        if version is not None and version != FORMAT_VERSION:
+            raise ProfileError(
+                f"has format_version {version!r}; this rankopt reads {FORMAT_VERSION}: use the "
+                "rankopt that made it, or profile again"
+            )
+        # From text, so that JSON's lists are accepted for tuples but no type is coerced.
+        return cls.model_validate_json(text)
+
+    @property
+    def planned_parameters(self) -> int:
+        """Parameters of the planned layers, all dense; tied ones counted once."""
+        return sum(layer.dense_cost for layer in self.layers)
+
+    @property
+    def planned_bytes(self) -> int:
+        """The same in bytes."""
+        return sum(layer.dense_cost * layer.itemsize for layer in self.layers)

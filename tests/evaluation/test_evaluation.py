@@ -1,0 +1,181 @@
+"""Losses and metrics equal those computed by hand on the model's own predictions."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from sklearn import metrics
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss
+
+from rankopt import DataError, evaluate
+from rankopt.model.selection import find_layers
+from tests import tiny
+
+Batch = dict[str, Any]
+
+
+def outputs(model: Any, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """Logits and labels of all batches."""
+    with torch.no_grad():
+        logits = torch.cat([model(**batch).logits for batch in batches])
+    return logits, torch.cat([batch["labels"] for batch in batches])
+
+
+def one_by_one(batches: list[Batch]) -> list[Batch]:
+    return [
+        {name: value[n : n + 1] for name, value in batch.items()}
+        for batch in batches
+        for n in range(len(batch["input_ids"]))
+    ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_perplexity_is_that_of_the_next_tokens_without_padding(kind: str) -> None:
+    model = tiny.MODELS[kind]()
+    batches = tiny.batches(model)
+    logits, labels = outputs(model, batches)
+    summed, count = 0.0, 0
+    for row, truth, mask in zip(
+        logits, labels, torch.cat([b["attention_mask"] for b in batches]), strict=True
+    ):
+        for t in range(7):
+            if mask[t + 1]:
+                summed -= float(row[t].double().log_softmax(0)[truth[t + 1]])
+                count += 1
+    found = evaluate(model, batches)
+    assert found.targets == count == 2 * (4 + 7 + 7)
+    assert found.examples == 6
+    assert found.loss == pytest.approx(summed / count, rel=1e-5)
+    assert found.metrics == {"perplexity": pytest.approx(math.exp(summed / count), rel=1e-4)}
+    careless = [{**b, "labels": b["input_ids"]} for b in batches]
+    assert evaluate(model, careless).loss == pytest.approx(found.loss, rel=1e-9)
+    unmasked = [{"input_ids": b["input_ids"]} for b in batches]
+    assert abs(evaluate(model, unmasked).loss - found.loss) > 1e-3
+
+
+@pytest.mark.parametrize("kind", tiny.MODELS)
+def test_the_result_does_not_depend_on_the_batch_size(kind: str) -> None:
+    model = tiny.MODELS[kind]()
+    batches = tiny.batches(model)
+    joined = {name: torch.cat([b[name] for b in batches]) for name in batches[0]}
+    wanted = evaluate(model, batches)
+    for other in (one_by_one(batches), [joined]):
+        found = evaluate(model, other)
+        assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
+        assert found.metrics == pytest.approx(wanted.metrics, rel=1e-4)
+        assert (found.examples, found.targets) == (wanted.examples, wanted.targets)
+
+
+def test_a_mean_of_the_means_of_batches_is_another_number() -> None:
+    model = tiny.llama()
+    batches = one_by_one(tiny.batches(model))[:2]
+    with torch.no_grad():
+        means = [float(model(**batch).loss) for batch in batches]
+    assert abs(sum(means) / len(means) - evaluate(model, batches).loss) > 1e-2
+
+
+def test_sequence_to_sequence_loss_is_that_of_the_labels_as_they_are() -> None:
+    model = tiny.t5()
+    batches = tiny.batches(model)
+    logits, labels = outputs(model, batches)
+    wanted = float(cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    found = evaluate(model, batches)
+    assert found.loss == pytest.approx(wanted, rel=1e-5)
+    assert found.targets == int((labels != -100).sum())
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_classification_metrics_equal_those_of_scikit_learn(classes: int) -> None:
+    model = tiny.bert(num_labels=classes)
+    batches = tiny.batches(model, count=8)
+    logits, labels = outputs(model, batches)
+    guess = logits.argmax(1)
+    wanted = {"accuracy": metrics.accuracy_score(labels, guess)}
+    assert 0.0 < wanted["accuracy"] < 1.0
+    if classes == 2:
+        wanted["f1"] = metrics.f1_score(labels, guess)
+        wanted["matthews"] = metrics.matthews_corrcoef(labels, guess)
+    found = evaluate(model, batches)
+    assert found.metrics == pytest.approx(wanted, abs=1e-12)
+    assert found.loss == pytest.approx(float(cross_entropy(logits, labels)), rel=1e-5)
+    assert found.targets == found.examples == 24
+
+
+def test_token_metrics_leave_ignored_labels_out() -> None:
+    model = tiny.bert("TokenClassification", num_labels=4)
+    batches = tiny.batches(model)
+    logits, labels = outputs(model, batches)
+    kept = labels != -100
+    found = evaluate(model, batches)
+    right = metrics.accuracy_score(labels[kept], logits.argmax(-1)[kept])
+    assert 0.0 < right < 1.0
+    assert found.metrics == {"accuracy": pytest.approx(right, abs=1e-12)}
+    assert found.targets == int(kept.sum()) == 2 * (5 + 8 + 8)
+    assert metrics.accuracy_score(labels.flatten(), logits.argmax(-1).flatten()) != right
+
+
+def test_regression_metrics_equal_those_of_scipy() -> None:
+    model = tiny.bert(num_labels=1)
+    batches = tiny.batches(model)
+    logits, labels = outputs(model, batches)
+    guess = logits[:, 0]
+    found = evaluate(model, batches)
+    assert found.task == "regression"
+    assert found.loss == pytest.approx(float(mse_loss(guess, labels)), rel=1e-5)
+    wanted = {
+        "pearson": stats.pearsonr(labels, guess).statistic,
+        "spearman": stats.spearmanr(labels, guess).statistic,
+    }
+    assert found.metrics == pytest.approx(wanted, rel=1e-5)
+    assert abs(wanted["pearson"] - wanted["spearman"]) > 1e-3
+
+
+def test_dropout_is_off_and_modes_come_back() -> None:
+    model = tiny.gpt2()
+    batches = tiny.batches(model)
+    wanted = evaluate(model, batches)
+    quiet = model.train().transformer.h[0].mlp.dropout.eval()
+    assert evaluate(model, batches) == wanted
+    assert all(module.training == (module is not quiet) for module in model.modules())
+    with pytest.raises(DataError, match="nothing to predict"):
+        evaluate(model, [{**batches[0], "labels": torch.full((3, 8), -100)}])
+    assert all(module.training == (module is not quiet) for module in model.modules())
+
+
+def test_no_batches_are_refused() -> None:
+    with pytest.raises(DataError, match="no batches"):
+        evaluate(tiny.llama(), [])
+    model = tiny.bert()
+    with pytest.raises(DataError, match="labels"):
+        evaluate(model, [{"input_ids": torch.ones(2, 3, dtype=torch.long)}])
+
+
+def test_the_loss_of_any_module_is_the_mean_over_its_examples() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Dropout(0.5)).train()
+    batches = [(torch.randn(size, 5), torch.randn(size, 3)) for size in (4, 1)]
+
+    def squared(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        found: Tensor = (model(batch[0]) - batch[1]).square().sum(1)
+        return found
+
+    found = evaluate(model, batches, loss_fn=squared)
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert found.loss == pytest.approx(
+        float((model[0](x) - y).detach().square().sum()) / 5, rel=1e-5
+    )
+    assert (found.task, found.metrics, found.examples, found.targets) == ("custom", {}, 5, 5)
+    assert model.training and model[1].training
+    with pytest.raises(DataError, match=r"shape \(B,\); it returned \(\)"):
+        evaluate(model, batches, loss_fn=lambda *both: squared(*both).sum())
+
+
+def test_what_counts_as_planned_may_be_said() -> None:
+    model = tiny.bert()
+    layers = find_layers(model, include=["bert.pooler.dense"]).layers
+    batches = tiny.batches(model, count=1)
+    assert evaluate(model, batches, layers=layers).planned_parameters == 24 * 24
+    assert evaluate(model, batches).planned_parameters == 2 * (4 * 24 * 24 + 2 * 24 * 40)
