@@ -23,7 +23,7 @@ from rankopt.apply.saving import save_model
 from rankopt.data.batches import text_batches
 from rankopt.errors import MissingExtraError, ProfileError
 from rankopt.evaluation.evaluation import Evaluation, evaluate
-from rankopt.evaluation.plans import measure_rows
+from rankopt.evaluation.plans import measure_rows, measured_dict
 from rankopt.files import whole_file
 from rankopt.layers import fingerprint
 from rankopt.measure.accumulate import data_digest
@@ -31,7 +31,7 @@ from rankopt.measure.measure import profile_model
 from rankopt.model.loading import load_model, load_tokenizer
 from rankopt.model.selection import find_layers
 from rankopt.model.tasks import Batch
-from rankopt.plan.compare import Row, Strategy, compare
+from rankopt.plan.compare import ComparedPlan, Strategy, compare
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 
@@ -56,7 +56,7 @@ class DemoResult:
     """What the demo found.
 
     Attributes:
-        rows: strategy by budget, measured.
+        rows: strategy by budget, and what was measured.
         dense: the model before.
         plan: that was applied and saved.
         reloaded: the saved model, loaded and measured again.
@@ -66,7 +66,7 @@ class DemoResult:
         settings: versions and sizes, to repeat it.
     """
 
-    rows: list[Row]
+    rows: list[tuple[ComparedPlan, Evaluation]]
     dense: Evaluation
     plan: Plan
     reloaded: Evaluation
@@ -80,7 +80,7 @@ class DemoResult:
         return {
             "settings": self.settings,
             "dense": dataclasses.asdict(self.dense),
-            "rows": [row.to_dict() for row in self.rows],
+            "rows": [measured_dict(*row) for row in self.rows],
             "reloaded": dataclasses.asdict(self.reloaded),
             "prompt": PROMPT,
             "before": self.before,
@@ -193,7 +193,7 @@ def run_demo(
     planned = list(compare(profile, keeps, [Strategy.parse(text) for text in STRATEGIES]))
     rows = list(measure_rows(model, profile, planned, held_batches))
 
-    plan = next(row.plan for row in rows if str(row.strategy) == "exact@kronecker")
+    plan = next(row.plan for row, _ in rows if str(row.strategy) == "exact@kronecker")
     plan.save(folder / "plan.json")
     apply_plan(model, plan, profile)
     save_model(model, folder / "compressed", plan=plan, tokenizer=tokenizer, overwrite=True)

@@ -27,7 +27,8 @@ def full(folder: Path) -> None:
     result = run_demo(folder)
     check(result.to_dict(), dense_loss=result.dense.loss)
     printed = io.StringIO()
-    Console(file=printed, width=200).print(comparison(result.rows, result.dense))
+    rows, measured = zip(*result.rows, strict=True)
+    Console(file=printed, width=200).print(comparison(rows, measured, result.dense))
     table = "".join(f"{x.rstrip()}\n" for x in printed.getvalue().splitlines() if x.strip())
     (HERE / "table.md").write_text(table, encoding="utf-8")
     text = json.dumps(result.to_dict(), indent=1) + "\n"

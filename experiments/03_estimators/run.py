@@ -75,10 +75,9 @@ def compressed(work: Work, rows: Rows) -> dict[str, Any]:
     strategies = [Strategy(solver) for solver in ("uniform", "exact")]
     plans = list(compare(profile, (work.size.keep,), strategies))
     found: dict[str, Any] = {}
-    for row in measure_rows(work.model, profile, plans, work.held_out):
-        assert row.measured is not None
+    for row, evaluation in measure_rows(work.model, profile, plans, work.held_out):
         found[row.strategy.solver] = {
-            "loss": row.measured.loss,
+            "loss": evaluation.loss,
             "parameters": row.plan.size.planned,
             "budget": row.plan.budget.parameters,
             "gap": row.plan.certificate.gap,

@@ -51,8 +51,8 @@ def measured(
     dense = evaluate(model, held_out)
     units = profile.info.targets / profile.info.examples
     found = []
-    for row, scale in zip(measure_rows(model, profile, rows, held_out), scales, strict=True):
-        assert row.measured is not None
+    measured = measure_rows(model, profile, rows, held_out)
+    for (row, evaluation), scale in zip(measured, scales, strict=True):
         backend = profile.backend(row.plan.backend)
         unit = backend.find_scale(scale).unit
         in_nats = unit.startswith("nats")
@@ -64,7 +64,7 @@ def measured(
                 "keep": row.keep,
                 "parameters": row.plan.size.planned,
                 "budget": row.plan.budget.parameters,
-                "loss": row.measured.loss,
+                "loss": evaluation.loss,
                 "predicted": row.plan.certificate.loss / units if in_nats else None,
             }
         )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from rankopt.errors import RankoptError
 from rankopt.plan.compare import DEFAULT_STRATEGIES, Strategy
 from rankopt.plan.compare import compare as compared
 from rankopt.profile.profile import Profile
+
+if TYPE_CHECKING:
+    from rankopt.evaluation.evaluation import Evaluation
 
 EXAMPLES = (
     "Examples:\n\n"
@@ -84,20 +87,22 @@ def compare(
             scale=scale,
         )
     )
+    printed: dict[str, Any] = {"rows": [row.to_dict() for row in rows]}
+    measured: list[Evaluation] = []
     dense = None
     if model is not None and source is not None:
         from rankopt.evaluation.evaluation import evaluate
-        from rankopt.evaluation.plans import measure_rows
+        from rankopt.evaluation.plans import measure_rows, measured_dict
 
         loaded, batches = source.load(model, dtype)
         dense = evaluate(loaded, batches, layers=loaded_profile.info.layers)
-        rows = list(measure_rows(loaded, loaded_profile, rows, batches))
+        pairs = list(measure_rows(loaded, loaded_profile, rows, batches))
+        measured = [evaluation for _, evaluation in pairs]
+        printed["rows"] = [measured_dict(*pair) for pair in pairs]
+        printed["dense"] = dataclasses.asdict(dense)
     if as_json:
-        found = {"rows": [row.to_dict() for row in rows]}
-        if dense is not None:
-            found["dense"] = dataclasses.asdict(dense)  # type: ignore[assignment]
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(printed, indent=1))
     else:
         from rankopt.cli.report import comparison, print_table
 
-        print_table(comparison(rows, dense))
+        print_table(comparison(rows, measured, dense))

@@ -44,7 +44,8 @@ def demo(
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=1))
         return
-    print_table(comparison(result.rows, result.dense))
+    rows, measured = zip(*result.rows, strict=True)
+    print_table(comparison(rows, measured, result.dense))
     typer.echo(f"\n{result.plan}")
     typer.echo(f"  reloaded        loss {result.reloaded.loss:.4f} (dense {result.dense.loss:.4f})")
     typer.echo(f"\nbefore: {result.before}\n\nafter:  {result.after}\n")

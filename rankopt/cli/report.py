@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rankopt.layers import LeftAlone
-from rankopt.plan.compare import Row
+from rankopt.plan.compare import ComparedPlan
 from rankopt.profile.profile import Profile
 
 if TYPE_CHECKING:
@@ -36,15 +36,18 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def comparison(rows: Sequence[Row], dense: "Evaluation | None" = None) -> Table:
-    """One line for each strategy and budget; with measured loss if the rows have it.
+def comparison(
+    rows: Sequence[ComparedPlan],
+    measured: "Sequence[Evaluation]" = (),
+    dense: "Evaluation | None" = None,
+) -> Table:
+    """One line for each strategy and budget; with the rows' measured loss if it is given.
 
     ``kept`` is the realised share of the planned layers' parameters, ``model`` that of the whole
     model. Rows of different backends say which: what they retain is measured by their own losses.
     """
     several = len({row.plan.backend for row in rows}) > 1
-    measured = any(row.measured is not None for row in rows)
-    metrics = list(rows[0].measured.metrics) if rows and rows[0].measured else []
+    metrics = list(measured[0].metrics) if measured else []
     columns = ["strategy", *(["backend"] if several else []), "keep", "parameters", "kept", "model"]
     columns += ["MiB", "retained", "worst layer"]
     columns += ["gap", "seconds", *(["loss", *metrics] if measured else [])]
@@ -67,7 +70,7 @@ def comparison(rows: Sequence[Row], dense: "Evaluation | None" = None) -> Table:
                 *_measured(dense, metrics),
             ]
         )
-    for row in rows:
+    for index, row in enumerate(rows):
         size, plan = row.plan.size, row.plan
         lines.append(
             [
@@ -82,7 +85,7 @@ def comparison(rows: Sequence[Row], dense: "Evaluation | None" = None) -> Table:
                 f"{plan.retained_worst:.1%}",
                 f"{plan.certificate.gap:.1e}" if plan.certificate.gap else "0",
                 f"{row.seconds:.2f}",
-                *(_measured(row.measured, metrics) if row.measured is not None else []),
+                *(_measured(measured[index], metrics) if measured else []),
             ]
         )
     return _table(columns, lines)

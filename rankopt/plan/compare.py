@@ -3,16 +3,13 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rankopt.errors import BudgetError
 from rankopt.plan.allocation import Objective
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import is_known_solver, known_solvers, make_plan
 from rankopt.profile.profile import Profile
-
-if TYPE_CHECKING:
-    from rankopt.evaluation.evaluation import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +65,7 @@ DEFAULT_STRATEGIES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ComparedPlan:
     """One strategy at one budget.
 
     Attributes:
@@ -76,19 +73,17 @@ class Row:
         keep: share of the planned layers' parameters asked for.
         plan: the choice.
         seconds: what choosing took.
-        measured: the loss on data, if a model was given.
     """
 
     strategy: Strategy
     keep: float
     plan: Plan
     seconds: float
-    measured: "Evaluation | None" = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         plan = self.plan
-        found: dict[str, Any] = {
+        return {
             "strategy": self.strategy.solver,
             "objective": self.strategy.objective,
             "backend": plan.backend,
@@ -105,10 +100,6 @@ class Row:
             "status": plan.certificate.status,
             "seconds": self.seconds,
         }
-        if self.measured is not None:
-            found["loss"] = self.measured.loss
-            found.update(self.measured.metrics)
-        return found
 
 
 def compare(
@@ -116,7 +107,7 @@ def compare(
     keeps: Sequence[float],
     strategies: Sequence[Strategy] = DEFAULT_STRATEGIES,
     **options: Any,
-) -> Iterator[Row]:
+) -> Iterator[ComparedPlan]:
     """Plan with every strategy at every budget, one row at a time.
 
     Each backend has its own losses: retained shares and gaps of different backends are no
@@ -144,4 +135,4 @@ def compare(
                 backend=strategy.backend or backend,
                 **options,
             )
-            yield Row(strategy, keep, plan, time.perf_counter() - start)
+            yield ComparedPlan(strategy, keep, plan, time.perf_counter() - start)
