@@ -1,5 +1,6 @@
 """The measured loss of plans: apply one, evaluate, restore the dense model, take the next."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,8 +10,46 @@ from rankopt.apply.apply import FactorCache, applied
 from rankopt.evaluation.evaluation import Evaluation, evaluate
 from rankopt.model.tasks import Batch
 from rankopt.plan.compare import ComparedPlan
+from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 from rankopt.progress import bar
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlanEvaluator:
+    """Measures one plan after the other on one model, which is dense again after each.
+
+    Layers are decomposed once for all plans.
+
+    Attributes:
+        model: the dense model that was profiled.
+        profile: that the plans were made from.
+        batches: held-out data.
+        progress: a bar on stderr for each evaluation; by default if it is a terminal.
+    """
+
+    model: nn.Module
+    profile: Profile
+    batches: Sequence[Batch]
+    progress: bool | None = None
+    _cache: FactorCache = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def dense(self) -> Evaluation:
+        """The model without a plan."""
+        return self._evaluated(self.model)
+
+    def __call__(self, plan: Plan) -> Evaluation:
+        """The model under a plan.
+
+        Raises:
+            PlanError, ModelError: see apply_plan.
+        """
+        with applied(self.model, plan, self.profile, self._cache) as compressed:
+            return self._evaluated(compressed)
+
+    def _evaluated(self, model: nn.Module) -> Evaluation:
+        layers = self.profile.info.layers
+        return evaluate(model, self.batches, layers=layers, progress=self.progress)
 
 
 def measure_rows(
@@ -27,13 +66,12 @@ def measure_rows(
     Yields:
         Each row, and what was measured.
     """
-    cache: FactorCache = {}
+    measure = PlanEvaluator(model, profile, batches)
     seen: dict[tuple[str, tuple[tuple[str, int | None], ...]], Evaluation] = {}
     for row in bar(rows, "Compare", "plan"):
         model_of = row.plan.backend, tuple(row.plan.ranks.items())
         if model_of not in seen:
-            with applied(model, row.plan, profile, cache) as compressed:
-                seen[model_of] = evaluate(compressed, batches, layers=profile.info.layers)
+            seen[model_of] = measure(row.plan)
         yield row, seen[model_of]
 
 

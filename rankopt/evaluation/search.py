@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from rankopt.apply.apply import FactorCache, applied
 from rankopt.errors import BudgetError, MissingExtraError, RankoptError
-from rankopt.evaluation.evaluation import Evaluation, evaluate
+from rankopt.evaluation.evaluation import Evaluation
+from rankopt.evaluation.plans import PlanEvaluator
 from rankopt.layers import DENSE
 from rankopt.measure.accumulate import data_digest
 from rankopt.model.tasks import Batch
@@ -138,19 +138,13 @@ def search_plan(
         )
         named[text] = choice_of(offered, made)
     problem, asked = offered.problem(budget.parameters), asked_budget(budget)
-    cache: FactorCache = {}
 
     def planned(choice: Choice) -> Plan:
         solution = certify(problem, choice, "search")
         return plan_of(profile, offered, solution, asked, backend, scale)
 
-    layers = profile.info.layers
-
-    def measured_loss(choice: Choice) -> float:
-        with applied(model, planned(choice), profile, cache) as compressed:
-            return evaluate(compressed, batches, layers=layers, progress=False).loss
-
-    dense = evaluate(model, batches, layers=layers, progress=False)
+    measure = PlanEvaluator(model, profile, batches, progress=False)
+    dense = measure.dense()
     label = f"profile {profile.digest()[:16]}, data {data_digest(model, batches)[:16]}"
     last = max(len(offered.layers) - 1, 1)
     with bar(range(trials), "Search", "trial", progress) as shown:
@@ -162,7 +156,7 @@ def search_plan(
         try:
             found = search(
                 problem,
-                measured_loss,
+                lambda choice: measure(planned(choice)).loss,
                 trials=trials,
                 kinds=[layer.kind for layer in offered.layers],
                 depths=[index / last for index in range(len(offered.layers))],
