@@ -20,6 +20,7 @@ along T before squaring.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,7 @@ from rankopt.measure.fisher import (
     squared_gradients,
     squared_gradients_of_embedding,
 )
+from rankopt.measure.layout import Layout, flattened, widened
 from rankopt.measure.sums import Sums
 from rankopt.measure.taps import tap
 from rankopt.model.weights import device_of, tensor_of, weight_of, weight_shape
@@ -71,8 +73,7 @@ class Collector:
         self._totals: dict[str, Tensor] = {}
         self._uses: dict[str, int] = {}
         self._pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._examples, self._tokens = 0, 0
-        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._layout = Layout.of(0, 0)
         self._recent: tuple[Tensor | None, str] = (None, "")
         self._given: dict[str, Tensor] = {}
         self._active = self._in_backward = False
@@ -118,8 +119,7 @@ class Collector:
             masks: shape ``(examples, positions)``, False at padding; inputs of that shape are
                 masked in second moments.
         """
-        self._examples, self._tokens = examples, tokens
-        self._masks = {tuple(mask.shape): mask for mask in masks if not bool(mask.all())}
+        self._layout = Layout.of(examples, tokens, masks)
         self._totals = {}
         self._uses.clear()
         self._pending.clear()
@@ -128,7 +128,7 @@ class Collector:
 
     def expect(self, examples: int, tokens: int) -> None:
         """Correct what ``begin`` announced, before ``backward``."""
-        self._examples, self._tokens = examples, tokens
+        self._layout = dataclasses.replace(self._layout, examples=examples, tokens=tokens)
 
     def copies(self) -> dict[str, Sums]:
         """Of the sums, in the order of the modules; zeros for those without any."""
@@ -211,7 +211,7 @@ class Collector:
             def sink(_: Tensor, gradient: Tensor) -> None:
                 moment = self._of(name, gradient.device).gradient
                 assert moment is not None
-                moment.add(_flat(gradient))
+                moment.add(flattened(gradient))
 
             tapped = tap(passed, passed.new_zeros(()), sink)
             return ((tapped, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: tapped})
@@ -246,13 +246,13 @@ class Collector:
             shared = self._of(owner, output.device)
             assert shared.second is None or self.sums[owner] is shared
         inputs = x if not embedding else None
-        mask = self._mask_for((x if embedding else x[..., 0]).shape)
+        mask = self._layout.mask_for((x if embedding else x[..., 0]).shape)
         if inputs is None:
             positions = int(mask.sum()) if mask is not None else x.numel()
             sums.traces[0] += positions
             sums.traces[1] += positions
         else:
-            flat = _flat(inputs)
+            flat = flattened(inputs)
             if mask is not None:
                 flat = flat[mask.reshape(-1)]
             sums.traces[0] += len(flat)
@@ -261,30 +261,21 @@ class Collector:
             return
         if of_inputs:
             if inputs is None:
-                flat = _flat(as_inputs(x, n_in, output.dtype))
+                flat = flattened(as_inputs(x, n_in, output.dtype))
                 flat = flat if mask is None else flat[mask.reshape(-1)]
             sums.second.add(flat)
         else:
             bias = tensor_of(module, "bias")
-            made = _flat(output) if bias is None else _flat(output) - bias
+            made = flattened(output) if bias is None else flattened(output) - bias
             sums.second.add(made if mask is None else made[mask.reshape(-1)])
-
-    def _mask_for(self, shape: tuple[int, ...]) -> Tensor | None:
-        if not self._masks:
-            return None
-        if len(shape) == 1:
-            # Flattened positions.
-            flat = [mask for known, mask in self._masks.items() if mask.numel() == shape[0]]
-            return flat[0] if len(flat) == 1 else None
-        return self._masks.get(tuple(shape))
 
     def _record(self, name: str, x: Tensor, g: Tensor) -> None:
         pending = self._pending.setdefault(name, [])
         embedding = _is_embedding(self.modules[name])
-        inputs = self._units(name, x.unsqueeze(-1)).squeeze(-1) if embedding else x
+        inputs = self._layout.by_example(name, x.unsqueeze(-1)).squeeze(-1) if embedding else x
         if not embedding:
-            inputs = self._by_example(name, x)
-        pending.append((inputs, self._by_example(name, g)))
+            inputs = self._layout.by_example(name, widened(x))
+        pending.append((inputs, self._layout.by_example(name, widened(g))))
         if self._traced:
             self._add_gradient_moment(name, pending[-1][1], embedding)
         if len(pending) == self._uses[name]:
@@ -329,39 +320,12 @@ class Collector:
         total = found.rows.sum()
         self._totals[name] = self._totals[name] + total if name in self._totals else total
 
-    def _by_example(self, name: str, tensor: Tensor) -> Tensor:
-        """Any layout to ``(B, T, features)``, in float32 or wider before anything is squared."""
-        return self._units(name, _wide(tensor))
-
-    def _units(self, name: str, tensor: Tensor) -> Tensor:
-        examples, features = self._examples, tensor.shape[-1]
-        rows = tensor.numel() // features
-        if tensor.dim() == 2 and rows not in (examples, examples * self._tokens) and examples > 1:
-            raise ModelError(
-                f"layer {name} sees {rows} rows for {examples} examples of {self._tokens} tokens: "
-                "which example a row belongs to is lost (routed experts?); use batch size 1"
-            )
-        if rows % examples or (tensor.dim() > 2 and tensor.shape[0] % examples):
-            raise ModelError(
-                f"layer {name}: inputs of shape {tuple(tensor.shape)} for {examples} examples; "
-                "profile with batch size 1"
-            )
-        return tensor.reshape(examples, -1, features)
-
 
 def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _energy(tensor: Tensor) -> Tensor:
     """Sum of squares, shape ``(positions, features)``; float32 over millions is off by 1e-4."""
     norms: Tensor = torch.linalg.vector_norm(tensor, dim=1)
     return norms.square_().sum(dtype=torch.float64)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return _wide(tensor).reshape(-1, tensor.shape[-1])
