@@ -21,12 +21,12 @@ from rankopt._version import __version__
 from rankopt.apply.apply import apply_plan
 from rankopt.apply.saving import save_model
 from rankopt.data.batches import text_batches
+from rankopt.data.digest import data_digest
 from rankopt.errors import MissingExtraError, ProfileError
 from rankopt.evaluation.evaluation import Evaluation, evaluate
 from rankopt.evaluation.plans import measure_rows, measured_dict
 from rankopt.files import whole_file
 from rankopt.layers import fingerprint
-from rankopt.measure.accumulate import data_digest
 from rankopt.measure.measure import profile_model
 from rankopt.model.loading import load_model, load_tokenizer
 from rankopt.model.selection import find_layers

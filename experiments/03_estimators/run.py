@@ -53,13 +53,13 @@ def profile_of(work: Work, rows: Rows) -> Any:
         lambda name: weight_of(work.found.modules[name]),
         lambda name: Statistics(units, torch.from_numpy(raw[name]).to(device)),
         ("fwsvd",),
-        kept=bases,
+        store=bases,
         workers=1 if device.type == "cuda" else os.cpu_count() or 1,
     )["fwsvd"]
     return dataclasses.replace(
         work.profile,
         fisher_rows=raw,
-        losses={"fwsvd": {name: curve.losses for name, curve in curves.items()}},
+        curves={"fwsvd": {name: scaled.curve for name, scaled in curves.items()}},
         batch_fisher=None,
         batch_units=None,
         kept_arrays=bases,
@@ -224,8 +224,8 @@ def prepared(
     import torch
 
     from rankopt.data.batches import text_batches
+    from rankopt.data.digest import data_digest
     from rankopt.layers import fingerprint
-    from rankopt.measure.accumulate import data_digest
     from rankopt.measure.measure import profile_model
     from rankopt.model.selection import find_layers
     from rankopt.profile.profile import Profile

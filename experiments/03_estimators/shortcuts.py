@@ -20,7 +20,7 @@ from torch import nn
 
 from rankopt.measure.accumulate import gather
 from rankopt.measure.estimators import Estimator
-from rankopt.measure.loss import Objective
+from rankopt.measure.loss import ModelLoss
 from rankopt.model.tasks import loss_terms, mean_loss, prepare, task_of
 
 #: Layer -> shape (in,), float64.
@@ -47,7 +47,7 @@ def by_estimator(
     model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches, estimator: Estimator
 ) -> Measured:
     """What rankopt measures."""
-    objective = Objective(task_of(model), estimator)
+    objective = ModelLoss(task_of(model), estimator)
     gathered = gather(model, modules, batches, objective, frozenset())
     examples, count = gathered.seen.examples, len(gathered.seen.totals)
     return Measured(

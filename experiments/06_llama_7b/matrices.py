@@ -188,7 +188,7 @@ def collected(
 
     from rankopt.measure.accumulate import gather
     from rankopt.measure.estimators import Estimator
-    from rankopt.measure.loss import Objective
+    from rankopt.measure.loss import ModelLoss
     from rankopt.model.selection import find_layers
 
     config = LlamaConfig(
@@ -207,7 +207,7 @@ def collected(
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, sizes.vocabulary, (1, sizes.tokens), generator=generator)
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
-    objective = Objective("causal-lm", Estimator())
+    objective = ModelLoss("causal-lm", Estimator())
     modules = find_layers(model).modules
     with stage(found, "rows of all layers"):
         _require_all(gather(model, modules, batches, objective, frozenset()).sums, modules)

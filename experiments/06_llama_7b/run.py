@@ -32,7 +32,7 @@ from tables import table
 from rankopt.backends import find_backend
 from rankopt.files import whole_file
 from rankopt.layers import Layer, fingerprint
-from rankopt.measure.decompose import Curve, decompose_layers
+from rankopt.measure.decompose import ScaledCurve, decompose_layers
 from rankopt.plan.planner import make_plan
 from rankopt.profile.info import BackendInfo, ProfileInfo, ScaleInfo
 from rankopt.profile.profile import Profile
@@ -72,9 +72,9 @@ def sample(layers: Sequence[Layer], each: int | None) -> dict[str, list[Layer]]:
 
 def decomposed(
     sizes: Sizes, backend: str, shapes: Mapping[str, list[Layer]], spilled: Any, workers: int
-) -> tuple[dict[str, Curve], dict[str, Any]]:
+) -> tuple[dict[str, ScaledCurve], dict[str, Any]]:
     """Curves of the layers, and what each shape took."""
-    curves: dict[str, Curve] = {}
+    curves: dict[str, ScaledCurve] = {}
     took: dict[str, Any] = {}
     for shape, some in shapes.items():
         watch = Stopwatch()
@@ -84,7 +84,7 @@ def decomposed(
             watch.timed(lambda name: matrices.weight_of(sizes, name)),
             watch.timed(lambda name: matrices.statistics_of(sizes, backend, name)),
             (backend,),
-            kept=spilled,
+            store=spilled,
             workers=workers,
         )[backend]
         # Random matrices take time that real ones would not.
@@ -95,11 +95,15 @@ def decomposed(
 
 
 def profile_of(
-    sizes: Sizes, backend: str, layers: tuple[Layer, ...], curves: dict[str, Curve], spilled: Any
+    sizes: Sizes,
+    backend: str,
+    layers: tuple[Layer, ...],
+    curves: dict[str, ScaledCurve],
+    spilled: Any,
 ) -> Profile:
     """All layers; one that was not decomposed has the curve of one that was, times a number."""
     measured = sample([layer for layer in layers if layer.name in curves], None)
-    rows, losses, factors = {}, {}, []
+    rows, scaled, factors = {}, {}, []
     for index, layer in enumerate(layers):
         alike = measured[shape_of(layer)]
         like = curves.get(layer.name)
@@ -108,7 +112,7 @@ def profile_of(
             like = curves[alike[index % len(alike)].name]
             factor = matrices.layer_scale(sizes, layer.name)
         rows[layer.name] = matrices.row_sums(sizes, layer.name)
-        losses[layer.name] = like.losses * factor
+        scaled[layer.name] = dataclasses.replace(like.curve, losses=like.curve.losses * factor)
         factors.append(like.factors)
     found = find_backend(backend)
     planned = sum(layer.dense_cost for layer in layers)
@@ -136,7 +140,7 @@ def profile_of(
             ),
         ),
     )
-    return Profile(info, rows, {backend: losses}, kept_arrays=spilled)
+    return Profile(info, rows, {backend: scaled}, kept_arrays=spilled)
 
 
 def factorised(
@@ -163,7 +167,7 @@ def factorised(
         entry["factors"] += time.perf_counter() - read
         if entry["matrices"] <= CHECKED and matrices.can_check(backend, layer):
             error = matrices.error(sizes, backend, layer.name, weight, up @ down)
-            losses = profile.losses[backend][layer.name]
+            losses = profile.curves[backend][layer.name].losses
             errors.append(abs(error - float(losses[rank])) / float(losses[0]))
     for entry in took.values():
         entry["read"] /= entry["matrices"]

@@ -13,7 +13,7 @@ from rankopt.backends.statistics import Statistics
 from rankopt.errors import ModelError, PlanError
 from rankopt.model.lowrank import low_rank, replace
 from rankopt.model.matrices import NOT_SELECTED
-from rankopt.model.selection import Found, find_planned
+from rankopt.model.selection import Selection, find_planned
 from rankopt.model.weights import tensor_of, unwrapped, weight_of
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
@@ -154,7 +154,7 @@ def _kept(
 
 
 def _require_same(
-    found: Found, plan: Plan, allow_other_weights: bool, known: Collection[str]
+    found: Selection, plan: Plan, allow_other_weights: bool, known: Collection[str]
 ) -> None:
     """Refuse a model whose layers are not the plan's; ``known`` are those that it leaves alone."""
     have = {layer.name: layer for layer in found.layers}

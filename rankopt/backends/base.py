@@ -10,11 +10,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rankopt.backends import projection
 from rankopt.backends.statistics import VECTORS, Statistics
+from rankopt.profile.curves import LossCurve
 
 Shape = tuple[int, int]
 
@@ -46,6 +48,13 @@ class Decomposition:
     losses: Tensor
     kept: Mapping[str, Tensor]
     ranks: tuple[int, ...] | None = None
+
+    def curve(self) -> LossCurve:
+        """The losses as a profile has them."""
+        losses = self.losses.double().cpu().numpy()
+        if self.ranks is None:
+            return LossCurve.complete(losses)
+        return LossCurve(np.array(self.ranks, dtype=np.int64), losses)
 
 
 @runtime_checkable

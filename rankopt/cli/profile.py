@@ -121,7 +121,7 @@ def profile(
     partial = output.with_name(f"{output.name}.partial")
     resumable = checkpoint_every > 0 and layers_at_a_time is None
     loaded, batches = source.load(model, dtype, device_map)
-    with SpilledArrays(output.absolute().parent) as kept:
+    with SpilledArrays(output.absolute().parent) as store:
         found = profile_model(
             loaded,
             batches,
@@ -133,9 +133,9 @@ def profile(
             unit=cast("Unit", unit),
             draws=draws,
             seed=seed,
-            until_stable=Stability(stable_keep, stable_tolerance) if until_stable else None,
+            stop=Stability(stable_keep, stable_tolerance) if until_stable else None,
             keep_bases=bases,
-            kept=kept,
+            store=store,
             layers_at_a_time=layers_at_a_time,
             checkpoint=partial if resumable else None,
             checkpoint_every=max(checkpoint_every, 1),

@@ -1,12 +1,15 @@
-"""What a model was measured on, as a digest."""
+"""What a model was measured on, as a digest: batches hashed in order, each onto the one before."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from rankopt.model.tasks import Batch, prepare, task_of
+from rankopt.model.weights import device_of
 
 
 def digest_of(value: Any) -> str:
@@ -14,6 +17,24 @@ def digest_of(value: Any) -> str:
     digest = hashlib.sha256()
     _update(digest, value)
     return digest.hexdigest()
+
+
+def chained(before: str, ready: Any) -> str:
+    """The digest of all batches up to this one, from that of those before it ("" for none)."""
+    return hashlib.sha256(f"{before} {digest_of(ready)}".encode()).hexdigest()
+
+
+def data_digest(model: nn.Module, batches: Iterable[Batch]) -> str:
+    """The digest that a profile of these batches has, without measuring.
+
+    Args:
+        model: with its own loss; its task says which labels are left out.
+        batches: as profile_model takes them.
+    """
+    task, device, chain = task_of(model), device_of(model), ""
+    for batch in batches:
+        chain = chained(chain, prepare(task, batch, device))
+    return chain
 
 
 def _update(digest: "hashlib._Hash", value: Any) -> None:

@@ -10,16 +10,9 @@ from torch import Tensor, nn
 
 from rankopt.errors import DataError, MissingExtraError
 from rankopt.layers import Layer
+from rankopt.measure.loss import find_loss
 from rankopt.model.size import model_size
-from rankopt.model.tasks import (
-    IGNORED,
-    LossFunction,
-    loss_terms,
-    mean_loss,
-    prepare,
-    task_of,
-    to_device,
-)
+from rankopt.model.tasks import IGNORED, LossFunction
 from rankopt.model.weights import device_of, unwrapped
 from rankopt.progress import bar
 
@@ -76,8 +69,8 @@ def evaluate(
         DataError: no batches, or batches without targets.
     """
     model = unwrapped(model)
-    task = "custom" if loss_fn is not None else task_of(model)
-    device = device_of(model)
+    loss, device = find_loss(model, loss_fn), device_of(model)
+    task = loss.task
     modes = {module: module.training for module in model.modules()}
     model.eval()
     summed, examples, targets = 0.0, 0, 0
@@ -85,18 +78,12 @@ def evaluate(
     guesses: list[Tensor] = []
     try:
         for batch in bar(batches, "Evaluate", "batch", progress):
-            if loss_fn is not None:
-                losses = _losses(loss_fn, model, to_device(batch, device))
-                summed += float(losses.double().sum())
-                examples, targets = examples + len(losses), targets + len(losses)
-                continue
-            ready = prepare(task, batch, device)
-            terms = loss_terms(task, ready["labels"])
-            loss, output = mean_loss(model, ready)
-            summed += float(loss.double() * terms.sum())
-            examples, targets = examples + len(terms), targets + int(terms.sum())
-            if not task.endswith("-lm"):
-                truth, guess = _answers(task, ready["labels"], output.logits)
+            ready = loss.ready(batch, device)
+            found = loss.summed(model, ready)
+            summed += found.loss
+            examples, targets = examples + found.examples, targets + found.targets
+            if found.output is not None and not task.endswith("-lm"):
+                truth, guess = _answers(task, ready["labels"], found.output.logits)
                 truths.append(truth.cpu())
                 guesses.append(guess.cpu())
     finally:
@@ -108,7 +95,7 @@ def evaluate(
     metrics: dict[str, float] = {}
     if task.endswith("-lm"):
         metrics = {"perplexity": math.exp(min(loss_mean, 700.0))}
-    elif loss_fn is None:
+    elif truths:
         metrics = _metrics(task, torch.cat(truths), torch.cat(guesses))
     size = model_size(model, layers)
     return Evaluation(
@@ -121,17 +108,6 @@ def evaluate(
         size.model,
         size.model_bytes,
     )
-
-
-def _losses(function: LossFunction, model: nn.Module, batch: Any) -> Tensor:
-    losses = function(model, batch)
-    if not isinstance(losses, Tensor) or losses.dim() != 1:
-        given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise DataError(
-            "loss_fn(model, batch) must return the loss of each example, a tensor of shape (B,); "
-            f"it returned {given}"
-        )
-    return losses
 
 
 def _answers(task: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from rankopt.data.digest import data_digest
 from rankopt.errors import BudgetError, MissingExtraError, RankoptError
 from rankopt.evaluation.evaluation import Evaluation
 from rankopt.evaluation.plans import PlanEvaluator
 from rankopt.layers import DENSE
-from rankopt.measure.accumulate import data_digest
 from rankopt.model.tasks import Batch
 from rankopt.plan.allocation import Allocation, Objective, allocation
 from rankopt.plan.budget import find_budget

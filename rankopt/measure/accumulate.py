@@ -6,7 +6,6 @@ that are its own. At the end the sums are added up over processes, so that all h
 
 import contextlib
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -16,24 +15,14 @@ from torch import nn
 from tqdm import tqdm
 
 from rankopt.backends.statistics import Statistics
-from rankopt.data.digest import digest_of
+from rankopt.data.digest import chained
 from rankopt.errors import DataError, ModelError
 from rankopt.measure import resume
-from rankopt.measure.checks import check_batch
 from rankopt.measure.collector import Collector
-from rankopt.measure.estimators import Estimator
-from rankopt.measure.loss import Objective, losses_of, tokens_of
-from rankopt.measure.padding import masks_of, told_apart
+from rankopt.measure.loss import Loss
 from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint, Seen
 from rankopt.measure.sums import Sums
-from rankopt.model.tasks import (
-    Batch,
-    loss_terms,
-    prepare,
-    task_of,
-    to_device,
-)
 from rankopt.model.weights import device_of
 from rankopt.progress import bar
 
@@ -61,15 +50,15 @@ class Gathered:
         sums, owner = self.sums[name], self.sums[self.owners[name]]
         positions, inputs, gradients = sums.traces.tolist()
         return Statistics(
-            self.units,
-            sums.rows,
-            sums.columns,
-            sums.elements,
-            None if owner.second is None else owner.second.full(),
-            None if sums.gradient is None else sums.gradient.full(),
-            positions,
-            inputs,
-            gradients,
+            units=self.units,
+            rows=sums.rows,
+            columns=sums.columns,
+            elements=sums.elements,
+            second_moment=None if owner.second is None else owner.second.full(),
+            gradient_moment=None if sums.gradient is None else sums.gradient.full(),
+            positions=positions,
+            input_energy=inputs,
+            gradient_energy=gradients,
         )
 
 
@@ -82,7 +71,7 @@ def gather(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     batches: Iterable[Any],
-    objective: Objective,
+    loss: Loss,
     needs: Collection[str],
     *,
     processes: Processes = Processes(),  # noqa: B008 (frozen)
@@ -97,7 +86,7 @@ def gather(
         model: unwrapped; left as it was.
         modules: layer name -> module.
         batches: the same for all processes.
-        objective: what is back-propagated.
+        loss: what is back-propagated.
         needs: statistics beyond the rows.
         processes: that share the data.
         checkpoint: go on from it if it is there, and write it.
@@ -109,17 +98,17 @@ def gather(
         DataError: no batches, fewer than processes, or not those of the checkpoint.
         ModelError: a loss that is not what its task says, NaN, or a layer without a gradient.
     """
-    seen, check = Seen(), first_check
+    seen, check, device = Seen(), first_check, device_of(model)
     checkpoint = None if checkpoint is None else checkpoint.of(processes)
     with _eager(model), Collector(model, modules, needs) as collector:
         if checkpoint is not None:
             seen = _resumed(checkpoint, collector)
         resumed, started, chain, number = seen.batches, False, "", -1
         # Where some have passed a check, the others need not wait for them there.
-        passed, seen.looked = processes.furthest(resumed, seen.looked)
+        passed, seen.last_check = processes.latest(resumed, seen.last_check)
         for number, batch in enumerate(bar(batches, "Fisher", "batch", progress)):
-            ready, digest = _ready(model, objective, batch)
-            chain = hashlib.sha256(f"{chain} {digest}".encode()).hexdigest()
+            ready = loss.ready(batch, device)
+            chain = chained(chain, ready)
             while number + 1 > check:
                 check *= 2
             if number + 1 < resumed:
@@ -129,16 +118,18 @@ def gather(
             if number + 1 > resumed:
                 if processes.takes(number):
                     if not started:
-                        check_batch(model, modules, objective, ready)
+                        loss.check(model, modules, ready)
                         started = True
-                    _measure(collector, model, objective, ready, number, seen)
+                    examples, targets = loss.backward(collector, model, ready, number)
+                    units = loss.estimator.units(examples, targets)
+                    seen.add(number, examples, targets, units, collector.totals)
                 seen.batches, seen.chain = number + 1, chain
                 due = checkpoint is not None and len(seen.units) % checkpoint.every == 0
                 if checkpoint is not None and due and processes.takes(number):
                     _save(checkpoint, collector, seen)
             if stop is not None and number + 1 == check >= max(passed, processes.count):
-                whole = _added_up(collector, objective, seen, processes)
-                seen.looked, seen.stopped = stop(whole, seen.looked)
+                whole = _added_up(collector, seen, processes)
+                seen.last_check, seen.stopped = stop(whole, seen.last_check)
                 if seen.stopped is not None:
                     break
     if number + 1 < resumed:
@@ -146,7 +137,7 @@ def gather(
     if seen.batches < processes.count or not seen.batches:
         given = f"{seen.batches} batches for {processes.count} processes"
         raise DataError("no batches were given" if not seen.batches else given)
-    found = _added_up(collector, objective, seen, processes)
+    found = _added_up(collector, seen, processes)
     silent = [name for name in modules if name not in found.sums or not found.sums[name].seen]
     if silent:
         raise ModelError(
@@ -196,58 +187,7 @@ def _save(checkpoint: Checkpoint, collector: Collector, seen: Seen) -> None:
     resume.save(checkpoint.path, seen, tensors, layers, checkpoint.settings)
 
 
-def _ready(model: nn.Module, objective: Objective, batch: Any) -> tuple[Any, str]:
-    """The batch on the device, and its digest."""
-    device = device_of(model)
-    if objective.loss_fn is not None:
-        ready = to_device(batch, device)
-    else:
-        ready = prepare(objective.task, batch, device)
-    return ready, digest_of(ready)
-
-
-def data_digest(model: nn.Module, batches: Iterable[Batch]) -> str:
-    """The digest that a profile of these batches has, without measuring."""
-    chain = ""
-    objective = Objective(task_of(model), Estimator())
-    for batch in batches:
-        chain = hashlib.sha256(f"{chain} {_ready(model, objective, batch)[1]}".encode()).hexdigest()
-    return chain
-
-
-def _measure(
-    collector: Collector,
-    model: nn.Module,
-    objective: Objective,
-    ready: Any,
-    number: int,
-    seen: Seen,
-) -> None:
-    if objective.loss_fn is not None:
-        # How many examples there are is known only afterwards; taps need it in backward.
-        collector.begin(0, 1, masks_of(objective.task, ready) if isinstance(ready, Mapping) else ())
-        losses = losses_of(objective.loss_fn, model, ready)
-        examples = targets = len(losses)
-        collector.expect(examples, 1)
-        collector.backward(losses.sum())
-    else:
-        if "second_moment" in collector.needs:
-            ready = told_apart(model, objective.task, ready)
-        terms = loss_terms(objective.task, ready["labels"])
-        examples, targets = len(terms), int(terms.sum())
-        collector.begin(examples, tokens_of(ready), masks_of(objective.task, ready))
-        for loss, again in objective.estimator.losses(model, objective.task, ready, number):
-            collector.backward(loss, again=again)
-    seen.examples += examples
-    seen.targets += targets
-    seen.totals.append(collector.totals)
-    seen.units.append(float(objective.estimator.units(examples, targets)))
-    seen.numbers.append(number)
-
-
-def _added_up(
-    collector: Collector, objective: Objective, seen: Seen, processes: Processes
-) -> Gathered:
+def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathered:
     """The sums of all processes; the collector's own stay what they were.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From what was gathered and decomposed to a profile."""
+"""From what was added up and decomposed to a profile."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,40 @@ from rankopt._version import __version__
 from rankopt.backends import find_backend
 from rankopt.layers import Layer, fingerprint
 from rankopt.measure.accumulate import Gathered
-from rankopt.measure.decompose import Curve, Kept
-from rankopt.measure.loss import Objective
+from rankopt.measure.decompose import ScaledCurve, Store
+from rankopt.measure.loss import Loss
 from rankopt.measure.processes import Processes
-from rankopt.model.selection import Found
+from rankopt.model.selection import Selection
 from rankopt.model.size import model_size
 from rankopt.profile.info import BackendInfo, ProfileInfo, ScaleInfo
 from rankopt.profile.profile import Profile
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """What is measured.
+
+    Attributes:
+        model: unwrapped.
+        selection: its planned layers.
+        loss: whose Fisher information.
+        processes: that share the work.
+    """
+
+    model: nn.Module
+    selection: Selection
+    loss: Loss
+    processes: Processes
+
+    @property
+    def architecture(self) -> str:
+        """Class of the model."""
+        return type(self.model).__name__
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model."""
+        return fingerprint(self.architecture, self.selection.layers)
 
 
 @dataclasses.dataclass
@@ -30,14 +57,14 @@ class Parts:
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
     traces: dict[str, Any] = dataclasses.field(default_factory=dict)
     totals: list[Any] = dataclasses.field(default_factory=list)
-    curves: dict[str, dict[str, Curve]] = dataclasses.field(default_factory=dict)
+    curves: dict[str, dict[str, ScaledCurve]] = dataclasses.field(default_factory=dict)
     gathered: Gathered | None = None
 
     def add(
         self,
         layers: Sequence[Layer],
         gathered: Gathered,
-        curves: Mapping[str, Mapping[str, Curve]],
+        curves: Mapping[str, Mapping[str, ScaledCurve]],
     ) -> None:
         """Take over one pass; moments are let go."""
         for name, sums in gathered.sums.items():
@@ -54,25 +81,24 @@ class Parts:
         self.gathered = dataclasses.replace(gathered, sums={}, owners={})
 
 
-def assembled(
-    model: nn.Module,
-    found: Found,
-    objective: Objective,
-    parts: Parts,
-    backends: Sequence[str],
-    processes: Processes,
-    arrays: Kept,
-) -> Profile:
-    """The profile of all passes together."""
-    gathered, how = parts.gathered, objective.estimator
+def assembled(subject: Subject, parts: Parts, store: Store) -> Profile:
+    """The profile of all passes together.
+
+    Args:
+        subject: what was measured.
+        parts: all passes; with the curves of at least one backend.
+        store: arrays that spare a decomposition on apply.
+    """
+    gathered, layers, how = parts.gathered, subject.selection.layers, subject.loss.estimator
     assert gathered is not None
-    size, architecture, seen = model_size(model), type(model).__name__, gathered.seen
+    size, seen = model_size(subject.model), gathered.seen
     versions = {"rankopt": __version__, "torch": torch.__version__}
+    backends = [_described(name, how.unit, layers, found) for name, found in parts.curves.items()]
     info = ProfileInfo(
         versions=versions | {"transformers": version("transformers")},
-        architecture=architecture,
-        fingerprint=fingerprint(architecture, found.layers),
-        task=objective.task,
+        architecture=subject.architecture,
+        fingerprint=subject.fingerprint,
+        task=subject.loss.task,
         estimator=how.kind,
         unit=how.unit,
         draws=how.draws,
@@ -80,38 +106,39 @@ def assembled(
         examples=seen.examples,
         targets=seen.targets,
         units=gathered.units,
-        processes=processes.count,
+        processes=subject.processes.count,
         stopped=seen.stopped,
         data_digest=seen.chain,
         model_parameters=size.model,
         model_bytes=size.model_bytes,
-        layers=found.layers,
-        left_alone=found.left_alone,
-        backends=tuple(_described(name, how.unit, found, parts.curves[name]) for name in backends),
+        layers=layers,
+        left_alone=subject.selection.left_alone,
+        backends=tuple(backends),
     )
     return Profile(
         info,
-        parts.rows,
-        {name: {x: c.losses for x, c in parts.curves[name].items()} for name in backends},
-        {
-            name: {x: c.ranks for x, c in parts.curves[name].items() if c.ranks is not None}
-            for name in backends
+        fisher_rows=parts.rows,
+        curves={
+            backend: {layer: scaled.curve for layer, scaled in found.items()}
+            for backend, found in parts.curves.items()
         },
         fisher_columns=parts.columns,
         traces=parts.traces,
         batch_fisher=torch.stack(parts.totals, 1).numpy(),
         batch_units=np.array(seen.units),
-        kept_arrays=arrays,
+        kept_arrays=store,
     )
 
 
-def _described(name: str, unit: str, found: Found, curves: Mapping[str, Curve]) -> BackendInfo:
+def _described(
+    name: str, unit: str, layers: Sequence[Layer], curves: Mapping[str, ScaledCurve]
+) -> BackendInfo:
     backend = find_backend(name)
     scales = tuple(
         ScaleInfo(
             name=scale,
             unit=value.unit.format(unit=unit),
-            factors=tuple(curves[layer.name].factors[scale] for layer in found.layers),
+            factors=tuple(curves[layer.name].factors[scale] for layer in layers),
         )
         for scale, value in backend.scales.items()
     )

@@ -8,31 +8,17 @@ from torch import Tensor, nn
 
 from rankopt.errors import ModelError
 from rankopt.measure.collector import Collector
-from rankopt.measure.loss import Objective, tokens_of
-from rankopt.measure.padding import warn_of_padding
 from rankopt.model.tasks import (
     Batch,
     loss_terms,
     mean_loss,
+    positions_of,
     rows_of,
     term_losses,
 )
 
 
-def check_batch(
-    model: nn.Module, modules: Mapping[str, nn.Module], objective: Objective, ready: Any
-) -> None:
-    """All that can be checked on a batch, if the loss is the model's own."""
-    if objective.loss_fn is not None:
-        return
-    warn_of_padding(model, ready)
-    check_loss(model, objective.task, ready)
-    _check_examples(model, modules, objective.task, ready)
-    if objective.estimator.random:
-        check_terms(model, objective.task, ready)
-
-
-def _check_examples(
+def check_examples(
     model: nn.Module, modules: Mapping[str, nn.Module], task: str, batch: Batch
 ) -> None:
     """Verify on two examples that each is seen as one: some layouts mix them unnoticed.
@@ -47,7 +33,7 @@ def _check_examples(
         def total(rows: slice) -> Tensor:
             part = rows_of(batch, rows)
             terms = loss_terms(task, part["labels"])
-            probe.begin(len(terms), tokens_of(part))
+            probe.begin(len(terms), positions_of(part))
             probe.backward(mean_loss(model, part)[0] * terms.sum())
             return probe.totals
 

@@ -1,8 +1,8 @@
 """Decompose layers: one at a time, or several on threads of one core each.
 
 LAPACK on several threads is slower than several decompositions on one thread each; torch lets go of
-the interpreter's lock meanwhile. What is kept for ``apply`` goes to ``kept`` as it comes, which may
-be a dictionary or a folder: no more than the layers in hand are in memory.
+the interpreter's lock meanwhile. Arrays for ``apply`` go to a store as they come, which may be a
+dictionary or a folder: no more than the layers in hand are in memory.
 """
 
 import dataclasses
@@ -20,23 +20,23 @@ from rankopt.backends.base import Backend, Decomposition
 from rankopt.backends.statistics import Statistics
 from rankopt.errors import ModelError
 from rankopt.layers import Layer
+from rankopt.profile.curves import LossCurve
 from rankopt.progress import bar
 
-Kept = MutableMapping[str, npt.NDArray[Any]]
+#: Where arrays go: name -> float32.
+Store = MutableMapping[str, npt.NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
-    """Losses of one layer (or group) under one backend.
+class ScaledCurve:
+    """Losses of one layer (or group) under one backend, and how they compare.
 
     Attributes:
-        losses: see Decomposition; float64.
-        ranks: int64, or None for 0..K.
+        curve: the losses.
         factors: scale -> what the losses are multiplied with to be compared with other layers'.
     """
 
-    losses: npt.NDArray[np.float64]
-    ranks: npt.NDArray[np.int64] | None
+    curve: LossCurve
     factors: dict[str, float]
 
 
@@ -46,11 +46,11 @@ def decompose_layers(
     statistics_of: Callable[[str], Statistics],
     backends: Sequence[str],
     *,
-    kept: Kept | None = None,
-    keep: Callable[[Backend], bool] = lambda backend: True,
+    store: Store | None = None,
+    stored: Callable[[Backend], bool] = lambda backend: True,
     workers: int = 1,
     progress: bool | None = None,
-) -> dict[str, dict[str, Curve]]:
+) -> dict[str, dict[str, ScaledCurve]]:
     """Losses of every rank of every layer.
 
     Args:
@@ -58,8 +58,8 @@ def decompose_layers(
         weight_of: member name -> W, shape ``(out, in)``; called when it is needed.
         statistics_of: member name -> its statistics; called when they are needed.
         backends: names.
-        kept: gets ``MEMBER/KIND.BACKEND``, float32, for backends that ``keep`` says yes to.
-        keep: which backends' arrays are kept.
+        store: gets ``MEMBER/KIND.BACKEND``, float32, of the backends that are to be stored.
+        stored: which backends these are.
         workers: layers at a time, on the CPU.
         progress: a bar on stderr; by default if it is a terminal.
 
@@ -70,13 +70,13 @@ def decompose_layers(
     Raises:
         ModelError: a backend returned losses that are not finite; names the layer.
     """
-    found: dict[str, dict[str, Curve]] = {name: {} for name in backends}
+    found: dict[str, dict[str, ScaledCurve]] = {name: {} for name in backends}
     chosen = {name: find_backend(name) for name in backends}
 
-    def work(layer: Layer) -> tuple[str, dict[str, Curve]]:
+    def work(layer: Layer) -> tuple[str, dict[str, ScaledCurve]]:
         return layer.name, {
             name: _of_group(
-                layer, backend, weight_of, statistics_of, kept if keep(backend) else None
+                layer, backend, weight_of, statistics_of, store if stored(backend) else None
             )
             for name, backend in chosen.items()
         }
@@ -121,10 +121,9 @@ def _of_group(
     backend: Backend,
     weight_of: Callable[[str], torch.Tensor],
     statistics_of: Callable[[str], Statistics],
-    kept: Kept | None,
-) -> Curve:
-    losses: npt.NDArray[np.float64] | None = None
-    ranks: tuple[int, ...] | None = None
+    store: Store | None,
+) -> ScaledCurve:
+    curve: LossCurve | None = None
     factors: dict[str, float] = {}
     for member in layer.members:
         weight, statistics = weight_of(member), statistics_of(member)
@@ -132,28 +131,26 @@ def _of_group(
         made = backend.decompose(weight, statistics, layer.largest_rank)
         own = {name: scale.factor(shape, statistics) for name, scale in backend.scales.items()}
         mine = _checked(layer, backend, made)
-        if losses is None:
-            losses, ranks, factors = mine, made.ranks, own
+        if curve is None:
+            curve, factors = mine, own
         else:
             first = next(iter(backend.scales))
             value = own[first] / factors[first] if factors[first] > 0.0 else 1.0
-            losses = losses + value * mine
-        if kept is not None:
+            curve = dataclasses.replace(curve, losses=curve.losses + value * mine.losses)
+        if store is not None:
             for kind, array in made.kept.items():
                 plain = array.to(torch.float32).cpu().contiguous().numpy()
-                kept[f"{member}/{kind}.{backend.name}"] = plain
-    assert losses is not None
-    return Curve(losses, None if ranks is None else np.array(ranks, dtype=np.int64), factors)
+                store[f"{member}/{kind}.{backend.name}"] = plain
+    assert curve is not None
+    return ScaledCurve(curve, factors)
 
 
-def _checked(layer: Layer, backend: Backend, made: Decomposition) -> npt.NDArray[np.float64]:
-    losses: npt.NDArray[np.float64] = made.losses.double().cpu().numpy()
-    wanted = (
-        min(layer.out_features, layer.in_features) + 1 if made.ranks is None else len(made.ranks)
-    )
-    if losses.shape != (wanted,) or not np.isfinite(losses).all():
+def _checked(layer: Layer, backend: Backend, made: Decomposition) -> LossCurve:
+    curve, complete = made.curve(), min(layer.out_features, layer.in_features) + 1
+    wanted = curve.ranks.size if curve.on_grid else complete
+    if curve.losses.shape != (wanted,) or not np.isfinite(curve.losses).all():
         raise ModelError(
-            f"layer {layer.name}: backend {backend.name} returned losses of shape {losses.shape} "
-            f"that should be {wanted} finite numbers"
+            f"layer {layer.name}: backend {backend.name} returned losses of shape "
+            f"{curve.losses.shape} that should be {wanted} finite numbers"
         )
-    return losses
+    return curve

@@ -19,7 +19,7 @@ def masks_of(task: str, batch: Batch) -> list[Tensor]:
     return masks
 
 
-def told_apart(model: nn.Module, task: str, batch: Batch) -> Batch:
+def separated(model: nn.Module, task: str, batch: Batch) -> Batch:
     """Encoder and decoder positions of different number: masks are recognised by their shape.
 
     The decoder gets one more position, ignored, that none before it can look at.

@@ -29,7 +29,7 @@ class Processes:
     Attributes:
         rank: number of this process.
         count: of processes.
-        group: what they talk through; gloo, because sums are added on the CPU.
+        group: of torch.distributed; gloo, because sums are added on the CPU.
     """
 
     rank: int = 0
@@ -65,16 +65,16 @@ class Processes:
                 dist.all_reduce(copy, group=self.group)
                 tensor.copy_(copy)
 
-    def decided(self, decision: T) -> T:
-        """What the first process decided."""
+    def agree(self, decision: T) -> T:
+        """The first process's decision, for all."""
         if self.count == 1:
             return decision
         said = [decision]
         dist.broadcast_object_list(said, 0, group=self.group)
         return said[0]
 
-    def furthest(self, batches: int, found: list[float]) -> tuple[int, list[float]]:
-        """How far the process has come that has come furthest, and what it found."""
+    def latest(self, batches: int, found: list[float]) -> tuple[int, list[float]]:
+        """Batches and findings of the process that has seen most batches."""
         if self.count == 1:
             return batches, found
         tables = self.together({str(self.rank): (batches, found)})

@@ -34,7 +34,7 @@ class Seen:
         units: for each of them: units.
         numbers: for each of them: its place in the data.
         stopped: why measuring ended before the data did, or None.
-        looked: what was found when it was last asked whether to stop.
+        last_check: what was found when it was last asked whether to stop.
     """
 
     batches: int = 0
@@ -45,7 +45,15 @@ class Seen:
     units: list[float] = dataclasses.field(default_factory=list)
     numbers: list[int] = dataclasses.field(default_factory=list)
     stopped: str | None = None
-    looked: list[float] = dataclasses.field(default_factory=list)
+    last_check: list[float] = dataclasses.field(default_factory=list)
+
+    def add(self, number: int, examples: int, targets: int, units: int, totals: Tensor) -> None:
+        """Take note of a batch that this process has measured."""
+        self.examples += examples
+        self.targets += targets
+        self.totals.append(totals)
+        self.units.append(float(units))
+        self.numbers.append(number)
 
 
 def save(
@@ -70,7 +78,7 @@ def save(
     if seen.totals:
         plain["seen.totals"] = torch.stack(seen.totals)
     plain["seen.units"] = torch.tensor(seen.units, dtype=torch.float64)
-    kept = ("batches", "examples", "targets", "chain", "numbers", "looked")
+    kept = ("batches", "examples", "targets", "chain", "numbers", "last_check")
     counts = {name: getattr(seen, name) for name in kept}
     about = json.dumps({"seen": counts, "layers": dict(layers), "settings": dict(settings)})
     header = {"format": "rankopt-checkpoint", "about": about, "sha256": _digest(about, plain)}

@@ -27,7 +27,7 @@ _SAMPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Selection:
     """The planned layers of a model, their modules, and the rest.
 
     Attributes:
@@ -47,7 +47,7 @@ def find_layers(
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     untie: bool = False,
-) -> Found:
+) -> Selection:
     """List what can be planned.
 
     Args:
@@ -80,7 +80,7 @@ def find_layers(
     return found
 
 
-def find_planned(model: nn.Module, layers: Sequence[Layer]) -> Found:
+def find_planned(model: nn.Module, layers: Sequence[Layer]) -> Selection:
     """Those of the layers that a model has, whatever selected them.
 
     ``left_alone`` has the reason NOT_SELECTED for what would be planned by default and is none of
@@ -148,7 +148,7 @@ def _few(names: Collection[str]) -> str:
     return ", ".join(list(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _nothing(found: Found) -> str:
+def _nothing(found: Selection) -> str:
     if not found.left_alone:
         return "it has no plain nn.Linear or Conv1D"
     reasons = Counter(entry.reason for entry in found.left_alone)
@@ -157,7 +157,7 @@ def _nothing(found: Found) -> str:
 
 def _found(
     matrices: dict[str, Matrix], chosen: Collection[str], left_out: Collection[str]
-) -> Found:
+) -> Selection:
     layers: list[Layer] = []
     modules: dict[str, nn.Module] = {}
     for name, matrix in matrices.items():
@@ -175,7 +175,7 @@ def _found(
         for name, matrix in matrices.items()
         if name not in modules
     ]
-    return Found(tuple(layers), modules, tuple(left_alone))
+    return Selection(tuple(layers), modules, tuple(left_alone))
 
 
 def _describe(name: str, matrix: Matrix) -> Layer:

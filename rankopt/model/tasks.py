@@ -95,6 +95,12 @@ def prepare(task: str, batch: Batch, device: torch.device) -> dict[str, Any]:
     return ready
 
 
+def positions_of(batch: Batch) -> int:
+    """Positions of each example, 1 if it has none."""
+    ids = batch.get("input_ids")
+    return int(ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() > 1 else 1
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Tensors on the device, also those inside dictionaries, lists and tuples."""
     if isinstance(value, Tensor):

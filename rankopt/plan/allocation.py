@@ -10,9 +10,10 @@ here, in the list of options, never after solving. Nothing else knows both sides
 
 import dataclasses
 import math
+import weakref
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -87,6 +88,12 @@ class Allocation:
         return tuple(None if rank == DENSE else rank for rank in found)
 
 
+#: One profile is planned many times. A copy of it is another profile: it may have other losses.
+_TABULATED: "weakref.WeakKeyDictionary[Profile, dict[Any, Allocation]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def allocation(
     profile: Profile, backend: str, scale: str, objective: Objective, rank_multiple: int
 ) -> Allocation:
@@ -108,10 +115,10 @@ def allocation(
         known = ", ".join(get_args(Objective))
         raise BudgetError(f"unknown objective {objective!r}; known: {known}")
     key = (backend, scale, objective, whole_number("rank_multiple", rank_multiple))
-    if key not in profile.allocations:
-        profile.allocations[key] = _tabulate(profile, *key)
-    tabulated: Allocation = profile.allocations[key]
-    return tabulated
+    tabulated = _TABULATED.setdefault(profile, {})
+    if key not in tabulated:
+        tabulated[key] = _tabulate(profile, *key)
+    return tabulated[key]
 
 
 def _tabulate(

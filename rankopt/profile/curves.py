@@ -28,15 +28,22 @@ def tails(energies: FloatArray) -> FloatArray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossCurve:
-    """Losses of one layer under one backend.
+    """Losses of one layer under one backend, from the decomposition to the solver.
 
     Attributes:
         ranks: int64 ``(G,)``, increasing, the first is 0; 0..K if the curve is complete.
         losses: float64 ``(G,)``, finite, >= 0, never rising.
+        on_grid: whether the backend named its ranks; otherwise they are 0..K and not stored.
     """
 
     ranks: IntArray
     losses: FloatArray
+    on_grid: bool = True
+
+    @classmethod
+    def complete(cls, losses: FloatArray) -> "LossCurve":
+        """Losses at every rank 0..K, ``(K+1,)``."""
+        return cls(np.arange(losses.size, dtype=np.int64), losses, on_grid=False)
 
     def require_sound(self, layer: Layer, backend: str) -> None:
         """Check all of the above against a layer.
@@ -46,9 +53,10 @@ class LossCurve:
         """
         ranks, losses, largest = self.ranks, self.losses, min(layer.out_features, layer.in_features)
         what = f"layer {layer.name}: the {backend} loss curve"
-        if ranks.ndim != 1 or losses.shape != ranks.shape or losses.dtype != np.float64:
+        wanted = ranks.size if self.on_grid else largest + 1
+        if ranks.ndim != 1 or losses.shape != (wanted,) or losses.dtype != np.float64:
             raise ProfileError(
-                f"{what} must have {ranks.size} float64 losses, one for each rank, "
+                f"{what} must have {wanted} float64 losses, one for each rank, "
                 f"got {losses.dtype} {losses.shape}"
             )
         if ranks.dtype != np.int64 or not ranks.size or ranks[0] != 0 or ranks[-1] > largest:

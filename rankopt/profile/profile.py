@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from rankopt.errors import ProfileError
-from rankopt.layers import IntArray, Layer
+from rankopt.layers import Layer
 from rankopt.profile.curves import FloatArray, LossCurve
 from rankopt.profile.info import BackendInfo as BackendInfo
 from rankopt.profile.info import ProfileInfo as ProfileInfo
@@ -59,8 +59,7 @@ class Profile:
     Attributes:
         info: what was measured.
         fisher_rows: layer or partner -> raw row sums of its Fisher information, ``(in,)``.
-        losses: backend -> layer -> loss per unit at each of its ranks, never rising.
-        ranks: backend -> layer -> those ranks, int64; where absent, 0..K.
+        curves: backend -> layer -> loss per unit at each of its ranks.
         fisher_columns: layer or partner -> raw column sums, ``(out,)``; some or none.
         traces: layer or partner -> positions, traces of the second moments of inputs and of
             gradients, ``(3,)``; some or none.
@@ -74,22 +73,17 @@ class Profile:
 
     info: ProfileInfo
     fisher_rows: Mapping[str, FloatArray]
-    losses: Mapping[str, Mapping[str, FloatArray]]
-    ranks: Mapping[str, Mapping[str, IntArray]] = dataclasses.field(default_factory=dict)
+    curves: Mapping[str, Mapping[str, LossCurve]]
     fisher_columns: Mapping[str, FloatArray] = dataclasses.field(default_factory=dict)
     traces: Mapping[str, FloatArray] = dataclasses.field(default_factory=dict)
     batch_fisher: FloatArray | None = None
     batch_units: FloatArray | None = None
     kept_arrays: Mapping[str, KeptArray] = dataclasses.field(default_factory=dict, repr=False)
-    #: Tabulated options (see allocate), kept because one profile is planned many times.
-    #: Not taken over by dataclasses.replace: a copy may have other losses.
-    allocations: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if set(self.losses) != set(self.backends) or not set(self.ranks) <= set(self.losses):
+        if set(self.curves) != set(self.backends):
             raise ProfileError(
-                f"losses of {', '.join(self.losses)} and ranks of {', '.join(self.ranks)} for "
-                f"the backends {', '.join(self.backends)}"
+                f"losses of {', '.join(self.curves)} for the backends {', '.join(self.backends)}"
             )
         for layer in self.info.layers:
             _require_statistics(self, layer)
@@ -140,14 +134,10 @@ class Profile:
             ProfileError: there is no such backend or layer.
         """
         self.backend(backend)
-        losses = self.losses[backend].get(layer)
-        if losses is None:
+        curve = self.curves[backend].get(layer)
+        if curve is None:
             raise ProfileError(f"layer {layer}: no {backend} losses")
-        ranks = self.ranks.get(backend, {}).get(layer)
-        if ranks is None:
-            smaller = min(self._layers[layer].out_features, self._layers[layer].in_features)
-            ranks = np.arange(smaller + 1, dtype=np.int64)
-        return LossCurve(ranks, losses)
+        return curve
 
     def fisher_trace(self, layer: str) -> float:
         """Raw sum of a layer's Fisher information over all its weights, partners included."""
@@ -253,21 +243,26 @@ class Profile:
         members = [member for layer in info.layers for member in layer.members]
         names, backends = [x.name for x in info.layers], [x.name for x in info.backends]
 
-        def of(kind: str, owners: list[str]) -> dict[str, Any]:
-            found = {owner: tensors.get(f"{owner}/{kind}") for owner in owners}
-            return {owner: array for owner, array in found.items() if array is not None}
+        def of(kind: str) -> dict[str, Any]:
+            found = {member: tensors.get(f"{member}/{kind}") for member in members}
+            return {member: array for member, array in found.items() if array is not None}
+
+        def curve(name: str, backend: str) -> LossCurve:
+            losses, ranks = tensors[f"{name}/losses.{backend}"], f"{name}/ranks.{backend}"
+            if ranks in tensors:
+                return LossCurve(tensors[ranks], losses)
+            return LossCurve.complete(losses)
 
         try:
             profile = cls(
                 info,
-                {name: tensors[f"{name}/fisher_rows"] for name in members},
-                {b: {name: tensors[f"{name}/losses.{b}"] for name in names} for b in backends},
-                {b: of(f"ranks.{b}", names) for b in backends},
-                of("fisher_columns", members),
-                of("traces", members),
-                tensors.get("batches/fisher"),
-                tensors.get("batches/units"),
-                StoredArrays(source, digests),
+                fisher_rows={name: tensors[f"{name}/fisher_rows"] for name in members},
+                curves={b: {name: curve(name, b) for name in names} for b in backends},
+                fisher_columns=of("fisher_columns"),
+                traces=of("traces"),
+                batch_fisher=tensors.get("batches/fisher"),
+                batch_units=tensors.get("batches/units"),
+                kept_arrays=StoredArrays(source, digests),
             )
         except KeyError as error:
             raise ProfileError(f"{path}: tensor {error} is missing; profile again") from error
@@ -285,9 +280,10 @@ class Profile:
                     if member in getattr(self, kind):
                         arrays[f"{member}/{kind}"] = getattr(self, kind)[member]
             for backend in self.backends:
-                arrays[f"{layer.name}/losses.{backend}"] = self.losses[backend][layer.name]
-                if layer.name in self.ranks.get(backend, {}):
-                    arrays[f"{layer.name}/ranks.{backend}"] = self.ranks[backend][layer.name]
+                curve = self.curves[backend][layer.name]
+                arrays[f"{layer.name}/losses.{backend}"] = curve.losses
+                if curve.on_grid:
+                    arrays[f"{layer.name}/ranks.{backend}"] = curve.ranks
         if self.batch_fisher is not None and self.batch_units is not None:
             arrays["batches/fisher"] = self.batch_fisher
             arrays["batches/units"] = self.batch_units

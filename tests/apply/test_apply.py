@@ -25,7 +25,7 @@ from rankopt.backends import BUILT_IN, find_backend
 from rankopt.backends.statistics import STATISTICS
 from rankopt.measure.accumulate import gather
 from rankopt.measure.estimators import Estimator
-from rankopt.measure.loss import Objective
+from rankopt.measure.loss import ModelLoss
 from rankopt.model.lowrank import low_rank, replace
 from rankopt.model.selection import find_layers
 from rankopt.model.size import model_size
@@ -100,7 +100,7 @@ def test_the_loss_that_the_solver_saw_is_that_of_the_factors(kind: str) -> None:
     dense = tiny.MODELS[kind]().double()
     batches, found = tiny.batches(dense), find_layers(dense)
     profile = profile_model(dense, batches, backends=BUILT_IN)
-    objective = Objective(profile.info.task, Estimator())
+    objective = ModelLoss(profile.info.task, Estimator())
     seen = gather(dense, found.modules, batches, objective, STATISTICS)
     for name in BUILT_IN:
         plan, model, backend = (
@@ -122,10 +122,10 @@ def test_the_loss_that_the_solver_saw_is_that_of_the_factors(kind: str) -> None:
                 model.get_submodule(layer.name).weight,
             )
             factor = scale.factor((layer.out_features, layer.in_features), statistics)
-            ranks = profile.ranks[name][layer.name] if name == "tfwsvd" else range(rank + 1)
+            ranks = profile.curves[name][layer.name].ranks if name == "tfwsvd" else range(rank + 1)
             at = list(ranks).index(rank)
             lost += factor * backend.error(weight, product.detach(), statistics)
-            curve += factor * profile.losses[name][layer.name][at]
+            curve += factor * profile.curves[name][layer.name].losses[at]
         assert lost > 0.0
         assert lost == pytest.approx(plan.certificate.loss, rel=1e-5), name
         assert curve == pytest.approx(plan.certificate.loss, rel=1e-9), name
@@ -137,7 +137,7 @@ def test_factors_of_full_rank_leave_the_logits_alone(kind: str) -> None:
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
         dense = tiny.MODELS[kind]().to(dtype)
         modules, before = find_layers(dense).modules, logits(dense)
-        objective = Objective(task_of(dense), Estimator())
+        objective = ModelLoss(task_of(dense), Estimator())
         seen = gather(dense, modules, batches[:1], objective, STATISTICS)
         for name in BUILT_IN:
             model, method, new = copy.deepcopy(dense), find_backend(name), {}

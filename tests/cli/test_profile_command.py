@@ -134,7 +134,7 @@ def test_two_processes_write_the_profile_of_one(run: Run, files: Path, tmp_path:
     assert shared.units == alone.units and shared.kept_arrays.keys() == alone.kept_arrays.keys()
     for name, rows in alone.fisher_rows.items():
         np.testing.assert_allclose(shared.fisher_rows[name], rows, rtol=1e-12)
-        losses = alone.losses["kronecker"][name]
-        difference = abs(shared.losses["kronecker"][name] - losses).max()
+        losses = alone.curves["kronecker"][name].losses
+        difference = abs(shared.curves["kronecker"][name].losses - losses).max()
         assert difference <= 1e-12 * losses[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]

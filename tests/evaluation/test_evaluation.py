@@ -169,7 +169,7 @@ def test_the_loss_of_any_module_is_the_mean_over_its_examples() -> None:
     )
     assert (found.task, found.metrics, found.examples, found.targets) == ("custom", {}, 5, 5)
     assert model.training and model[1].training
-    with pytest.raises(DataError, match=r"shape \(B,\); it returned \(\)"):
+    with pytest.raises(DataError, match=r"shape \(B,\); it returned a tensor of shape \(\)"):
         evaluate(model, batches, loss_fn=lambda *both: squared(*both).sum())
 
 

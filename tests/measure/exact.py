@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from rankopt import Profile, profile_model
 from rankopt.measure.accumulate import gather
 from rankopt.measure.estimators import Estimator
-from rankopt.measure.loss import Objective
+from rankopt.measure.loss import ModelLoss
 from rankopt.model.selection import find_layers
 from rankopt.model.tasks import task_of
 from rankopt.model.weights import is_conv1d
@@ -84,7 +84,7 @@ def columns_of(profile: Profile) -> Rows:
 
 def elements_of(model: Any, batches: list[Batch]) -> Rows:
     modules = find_layers(model).modules
-    found = gather(model, modules, batches, Objective(task_of(model), Estimator()), {"elements"})
+    found = gather(model, modules, batches, ModelLoss(task_of(model), Estimator()), {"elements"})
     return {name: found.sums[name].elements for name in modules}
 
 

@@ -15,7 +15,7 @@ from rankopt.backends.statistics import STATISTICS
 from rankopt.measure.accumulate import Gathered, gather
 from rankopt.measure.collector import Collector
 from rankopt.measure.estimators import Estimator
-from rankopt.measure.loss import Objective
+from rankopt.measure.loss import ModelLoss
 from rankopt.model.selection import find_layers
 from rankopt.model.tasks import task_of
 from rankopt.model.weights import weight_of
@@ -28,7 +28,7 @@ MOMENTS = frozenset({"second_moment", "gradient_moment"})
 
 def collected(model: Any, batches: list[Batch], needs: Any = MOMENTS, **options: Any) -> Gathered:
     modules = find_layers(model, **options).modules
-    return gather(model, modules, batches, Objective(task_of(model), Estimator()), needs)
+    return gather(model, modules, batches, ModelLoss(task_of(model), Estimator()), needs)
 
 
 def moments(gathered: Gathered) -> dict[str, list[Tensor]]:
@@ -347,7 +347,7 @@ def test_activation_checkpointing_and_draws_change_no_statistic(reentrant: bool)
         how = Estimator("sampled", draws=2)
         modules = find_layers(model).modules
         found = gather(
-            model, modules, tiny.batches(model), Objective("causal-lm", how), set(STATISTICS)
+            model, modules, tiny.batches(model), ModelLoss("causal-lm", how), set(STATISTICS)
         )
         tensors = {}
         for name, each in found.sums.items():

@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification
 from rankopt import DataError, ModelError, profile_model
 from rankopt.measure.accumulate import gather
 from rankopt.measure.estimators import Estimator
-from rankopt.measure.loss import Objective
+from rankopt.measure.loss import ModelLoss
 from rankopt.measure.processes import Processes
 from rankopt.model.selection import find_layers
 from rankopt.model.tasks import (
@@ -211,7 +211,7 @@ def test_the_same_batch_again_is_drawn_anew(options: dict[str, Any]) -> None:
 def test_what_is_drawn_does_not_depend_on_who_draws(options: dict[str, Any]) -> None:
     model = in_double(tiny.llama())
     batches, modules = tiny.batches(model, count=4), find_layers(model).modules
-    objective = Objective("causal-lm", Estimator(**options))
+    objective = ModelLoss("causal-lm", Estimator(**options))
     whole = gather(model, modules, batches, objective, ()).sums
     shares = [
         gather(model, modules, batches, objective, (), processes=Alone(rank, 2)).sums
@@ -232,7 +232,7 @@ class Alone(Processes):
     def together(self, mine: Any) -> Any:
         return mine
 
-    def furthest(self, batches: int, found: list[float]) -> tuple[int, list[float]]:
+    def latest(self, batches: int, found: list[float]) -> tuple[int, list[float]]:
         return batches, found
 
 
@@ -406,8 +406,8 @@ def test_a_users_loss_gives_what_the_built_in_gives(kind: str) -> None:
     for name, traces in built_in.traces.items():
         assert own.traces[name] == pytest.approx(traces, rel=1e-10), "padding counts in one of them"
         for backend in backends:
-            losses = built_in.losses[backend][name]
-            assert own.losses[backend][name] == pytest.approx(losses, rel=1e-8, abs=1e-12)
+            losses = built_in.curves[backend][name].losses
+            assert own.curves[backend][name].losses == pytest.approx(losses, rel=1e-8, abs=1e-12)
 
 
 class Plain(nn.Module):

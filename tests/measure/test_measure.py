@@ -15,7 +15,7 @@ from rankopt.measure import measure
 from rankopt.measure.accumulate import gather
 from rankopt.measure.decompose import one_thread
 from rankopt.measure.estimators import Estimator
-from rankopt.measure.loss import Objective
+from rankopt.measure.loss import ModelLoss
 from rankopt.measure.sums import bytes_of_sums
 from rankopt.model.selection import find_layers
 from rankopt.model.size import model_size
@@ -42,7 +42,7 @@ def ranks_of(profile: Profile, keep: float = 0.8) -> np.ndarray:
 def test_measuring_stops_when_twice_the_data_would_hardly_move_the_ranks() -> None:
     model, wanted = tiny.llama(), Stability(keep=0.6, tolerance=0.02)
     batches = different(1) * 64
-    profile = profile_model(model, batches, until_stable=wanted)
+    profile = profile_model(model, batches, stop=wanted)
     # The same data again and again: ranks cannot move.
     assert len(profile.batch_units) == 8 and profile.examples == 8
     assert profile.info.stopped == (
@@ -57,7 +57,7 @@ def test_measuring_stops_when_twice_the_data_would_hardly_move_the_ranks() -> No
 @pytest.mark.parametrize("tolerance", [0.08, 0.015, 0.001])
 def test_it_stops_at_the_first_power_of_two_whose_ranks_have_moved_less(tolerance: float) -> None:
     model, batches = tiny.llama(), different(32, seed=5)
-    found = profile_model(model, batches, until_stable=Stability(0.7, tolerance))
+    found = profile_model(model, batches, stop=Stability(0.7, tolerance))
     looks = {n: profile_model(model, batches[:n], keep_bases=False) for n in (4, 8, 16, 32)}
     for half, count in ((4, 8), (8, 16), (16, 32)):
         plans = [make_plan(looks[n], keep=0.7) for n in (half, count)]
@@ -80,14 +80,14 @@ def test_it_goes_on_while_ranks_move() -> None:
     for k, batch in enumerate(half):
         place = 3 + (k.bit_length() * 9) % 50
         batches.append({"input_ids": batch["input_ids"] % 9 + place})
-    profile = profile_model(model, batches, until_stable=Stability(0.6, 1e-4))
+    profile = profile_model(model, batches, stop=Stability(0.6, 1e-4))
     assert profile.info.stopped is None and len(profile.batch_units) == 32
 
 
 def test_a_budget_that_no_ranks_meet_is_an_error_not_a_long_run() -> None:
     model = tiny.llama()
     with pytest.raises(DataError, match="no ranks to settle"):
-        profile_model(model, different(9), until_stable=Stability(keep=0.01))
+        profile_model(model, different(9), stop=Stability(keep=0.01))
 
 
 @pytest.mark.parametrize("part", [1, 3, 7, 100])
@@ -109,7 +109,7 @@ def test_sums_that_do_not_fit_are_warned_of(
     model = tiny.llama()
     batches, needs = tiny.batches(model), ("columns", "elements", "second_moment")
     modules = find_layers(model).modules
-    sums = gather(model, modules, batches, Objective(task_of(model), Estimator()), needs).sums
+    sums = gather(model, modules, batches, ModelLoss(task_of(model), Estimator()), needs).sums
     kept = [
         tensor.numel() * tensor.element_size()
         for name in modules
@@ -151,7 +151,7 @@ def test_arrays_on_disk_and_threads_change_nothing(kind: str, workers: int, tmp_
     batches = tiny.batches(model)
     inside = profile_model(model, batches, backends=BUILT_IN, workers=2)
     with SpilledArrays(tmp_path) as kept:
-        outside = profile_model(model, batches, backends=BUILT_IN, kept=kept, workers=workers)
+        outside = profile_model(model, batches, backends=BUILT_IN, store=kept, workers=workers)
         assert outside.digest() == inside.digest()
         assert outside.kept_arrays is kept and len(kept) == len(inside.kept_arrays) > 50
         for name in inside.kept_arrays:
@@ -192,13 +192,13 @@ def test_a_profile_says_what_the_backends_say(name: str) -> None:
     assert [scale.name for scale in said.scales] == list(backend.scales)
     assert "nats" not in backend.scales or "nats per token" in said.scales[0].unit
     modules = find_layers(model).modules
-    objective = Objective(task_of(model), Estimator(unit="token", seed=3))
+    objective = ModelLoss(task_of(model), Estimator(unit="token", seed=3))
     seen = gather(model, modules, batches, objective, backend.needs)
     for k, layer in enumerate(info.layers):
         weight, statistics = weight_of(modules[layer.name]), seen.statistics(layer.name)
         with one_thread():
             found = backend.decompose(weight, statistics, layer.largest_rank)
-        assert np.array_equal(profile.losses[name][layer.name], found.losses.numpy())
+        assert np.array_equal(profile.curves[name][layer.name].losses, found.losses.numpy())
         for scale in said.scales:
             shape = (layer.out_features, layer.in_features)
             assert scale.factors[k] == backend.scales[scale.name].factor(shape, statistics)
@@ -209,7 +209,7 @@ def test_a_groups_loss_is_that_of_its_members_each_with_its_own_value() -> None:
     batches = tiny.batches(model)
     options: dict[str, Any] = {"include": ["lm_head"], "untie": True}
     modules = find_layers(model, **options).modules
-    objective = Objective("causal-lm", Estimator())
+    objective = ModelLoss("causal-lm", Estimator())
     for name in ("fwsvd", "kronecker", "whitened", "svd"):
         backend = find_backend(name)
         seen = gather(model, modules, batches, objective, backend.needs)
@@ -221,7 +221,9 @@ def test_a_groups_loss_is_that_of_its_members_each_with_its_own_value() -> None:
             found = backend.decompose(weight, statistics, 5)
             factor = backend.scales[scale.name].factor(tuple(weight.shape), statistics)
             wanted += factor * found.losses.numpy()
-        assert scale.factors[0] * profile.losses[name]["lm_head"] == pytest.approx(wanted, rel=1e-9)
+        assert scale.factors[0] * profile.curves[name]["lm_head"].losses == pytest.approx(
+            wanted, rel=1e-9
+        )
         assert set(profile.fisher_rows) == {"lm_head", "model.embed_tokens"}
         assert profile.batch_fisher.shape == (2, 1)
         rows = [profile.fisher_rows[member].sum() for member in modules]
@@ -266,7 +268,7 @@ def test_losses_that_are_none_are_refused_naming_layer_and_backend(
     ("options", "complaint"),
     [
         ({"layers_at_a_time": 0}, "layers_at_a_time must be at least 1"),
-        ({"layers_at_a_time": 2, "until_stable": Stability()}, "does not go with"),
+        ({"layers_at_a_time": 2, "stop": Stability()}, "does not go with"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"backends": []}, "at least one backend"),
     ],

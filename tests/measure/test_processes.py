@@ -17,7 +17,7 @@ from rankopt import profile_model
 from rankopt.backends.statistics import STATISTICS
 from rankopt.measure.accumulate import gather
 from rankopt.measure.estimators import Estimator
-from rankopt.measure.loss import Objective
+from rankopt.measure.loss import ModelLoss
 from rankopt.measure.processes import Processes
 from rankopt.model.selection import find_layers
 from tests import tiny
@@ -33,7 +33,7 @@ WORK = """
     from rankopt import DataError, profile_model
     from rankopt.model.selection import find_layers
     from rankopt.measure.estimators import Estimator
-    from rankopt.measure.loss import Objective
+    from rankopt.measure.loss import ModelLoss
     from rankopt.measure.accumulate import gather
     from rankopt.plan.stability import Stability
     from rankopt.measure.processes import Processes
@@ -55,12 +55,12 @@ WORK = """
     )
     said["in parts"] = parts.digest()
     stable = Stability(tolerance=0.9)
-    stopped = profile_model(model, data(model, 9), until_stable=stable, progress=False)
+    stopped = profile_model(model, data(model, 9), stop=stable, progress=False)
     said["stopped"], said["batches"] = stopped.info.stopped, len(stopped.batch_units)
     # Interrupted where one process has passed a check and the other has not come to it.
     partial = out / "partial"
     mine = Path(f"{partial}.{processes.rank}")
-    resumable = {"until_stable": stable, "checkpoint": partial, "checkpoint_every": 1}
+    resumable = {"stop": stable, "checkpoint": partial, "checkpoint_every": 1}
     for count in (3, 6):
         profile_model(model, data(model, 9)[:count], **resumable, progress=False)
         Path(f"{mine}.after{count}").write_bytes(mine.read_bytes())
@@ -89,7 +89,7 @@ def data(model: Any, count: int = 5) -> list[dict[str, Any]]:
 
 def summed(model: Any, options: dict[str, Any], processes: Processes) -> dict[str, Tensor]:
     """Every raw sum, record and count."""
-    objective = Objective("causal-lm", Estimator(**options))
+    objective = ModelLoss("causal-lm", Estimator(**options))
     modules = find_layers(model).modules
     found = gather(
         model, modules, data(model), objective, STATISTICS, processes=processes, progress=False
@@ -177,8 +177,8 @@ def test_two_processes_have_one_profile_which_is_that_of_one(of_two: Path) -> No
         assert shared.info.data_digest == alone.info.data_digest
         assert shared.info.units == alone.info.units == 15
         for backend in BACKENDS:
-            for name, losses in alone.losses[backend].items():
-                found = shared.losses[backend][name]
+            for name, curve in alone.curves[backend].items():
+                found, losses = shared.curves[backend][name].losses, curve.losses
                 assert abs(found - losses).max() <= 1e-12 * losses[0]
         assert shared.batch_fisher == pytest.approx(alone.batch_fisher, rel=1e-12)
         assert shared.batch_units.tolist() == alone.batch_units.tolist() == [3.0] * 5
@@ -214,6 +214,6 @@ def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = Processes.join()
     assert alone == Processes() and alone.takes(0) and alone.takes(1)
     table = {"a": 1}
-    assert alone.together(table) is table and alone.decided(3) == 3
-    assert alone.furthest(4, [1.0]) == (4, [1.0])
+    assert alone.together(table) is table and alone.agree(3) == 3
+    assert alone.latest(4, [1.0]) == (4, [1.0])
     assert not torch.distributed.is_initialized()

@@ -70,7 +70,7 @@ def test_a_resumed_profile_has_the_bits_of_an_uninterrupted_one(
 def test_when_ranks_settle_does_not_depend_on_interruptions(
     call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"count": 12, "until_stable": Stability(tolerance=0.9)}
+    options = {"count": 12, "stop": Stability(tolerance=0.9)}
     wanted = measured(**options)
     assert wanted.info.stopped and len(wanted.batch_units) == 8
     for every in (1, 4):
@@ -165,7 +165,7 @@ def test_more_data_than_before_is_gone_on_with(tmp_path: Path) -> None:
         ({"unit": "token"}, "unit"),
         ({"unit": "token", "draws": 2}, "unit, another draws"),
         ({"backends": ["fwsvd_two_sided"]}, "needs"),
-        ({"until_stable": Stability()}, "until_stable"),
+        ({"stop": Stability()}, "stop"),
         ({"exclude": ["*.mlp.*"]}, "model"),
     ],
 )

@@ -19,7 +19,7 @@ from rankopt.plan.budget import at_least, find_budget
 from rankopt.plan.compare import Strategy, compare
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import known_solvers
-from rankopt.profile.curves import tails
+from rankopt.profile.curves import LossCurve, tails
 from rankopt.profile.info import BackendInfo, ScaleInfo
 from rankopt_solvers import Problem, certify
 from tests.profile.test_profile_file import SHAPES, synthetic_profile
@@ -35,16 +35,16 @@ def smooth_profile(shapes: Any = SHAPES, seed: int = 0, **options: Any) -> Profi
     """Spectra that fall slowly, so that every further rank is worth something."""
     made = synthetic_profile(shapes, seed, **options)
     rng = np.random.default_rng(seed)
-    losses = {
-        name: {
-            layer: tails(
-                np.sort(rng.gamma(2.0, 1.0, curve.size - 1))[::-1] / np.arange(1, curve.size)
-            )
-            for layer, curve in curves.items()
-        }
-        for name, curves in made.losses.items()
+
+    def smooth(size: int) -> LossCurve:
+        energies = np.sort(rng.gamma(2.0, 1.0, size - 1))[::-1] / np.arange(1, size)
+        return LossCurve.complete(tails(energies))
+
+    curves = {
+        name: {layer: smooth(curve.losses.size) for layer, curve in found.items()}
+        for name, found in made.curves.items()
     }
-    return dataclasses.replace(made, losses=losses)
+    return dataclasses.replace(made, curves=curves)
 
 
 SMOOTH = smooth_profile()
@@ -58,7 +58,7 @@ def with_fisher(profile: Profile, factors: dict[str, float]) -> Profile:
 
 def check(plan: Plan, profile: Profile) -> None:
     """Everything that a plan claims, recounted from the profile."""
-    curves, grids = profile.losses[plan.backend], profile.ranks.get(plan.backend, {})
+    curves = profile.curves[plan.backend]
     assert [entry.layer for entry in plan.layers] == list(profile.info.layers)
     spent, kept_bytes, losses, retained, full, kept = 0, 0, [], [], [], []
     for entry in plan.layers:
@@ -68,8 +68,8 @@ def check(plan: Plan, profile: Profile) -> None:
         assert entry.parameters == cost
         if entry.rank is not None:
             assert entry.rank >= 1 and cost < out * into and entry.rank % plan.rank_multiple == 0
-        curve = curves[entry.layer.name]
-        grid = grids.get(entry.layer.name, np.arange(curve.size)).tolist()
+        curve = curves[entry.layer.name].losses
+        grid = curves[entry.layer.name].ranks.tolist()
         tail = 0.0 if entry.rank is None else curve[grid.index(entry.rank)]
         whole = curve[0]
         share = 1 - tail / whole if whole > 0 else 1.0
@@ -184,7 +184,7 @@ def test_threshold_takes_the_smallest_rank_that_keeps_the_share(
     assert plan.budget.parameters == plan.size.planned
     for entry in plan.layers:
         assert entry.retained >= share - 1e-15
-        curve = PROFILE.losses["fwsvd"][entry.layer.name]
+        curve = PROFILE.curves["fwsvd"][entry.layer.name].losses
         offered = entry.layer.ranks(multiple).tolist()
         less = offered[: offered.index(DENSE if entry.rank is None else entry.rank)]
         if less:
@@ -301,7 +301,7 @@ def test_rank_multiple_that_no_rank_of_a_layer_reaches_leaves_it_dense() -> None
 
 @pytest.mark.parametrize("profile", [PROFILE, synthetic_profile(grids={"fwsvd": (0, 1, 2, 3)})])
 def test_rank_multiple_that_leaves_no_layer_a_rank_is_an_error(profile: Profile) -> None:
-    multiple = 4 if profile.ranks else 500
+    multiple = 500 if profile is PROFILE else 4
     with pytest.raises(BudgetError, match=f"no layer can .*rank_multiple={multiple}"):
         make_plan(profile, keep=1.0, rank_multiple=multiple)
 
@@ -371,7 +371,7 @@ def test_unit_and_factors_are_those_that_the_profile_says() -> None:
     assert (plan.backend, plan.scale) == ("theirs", "joules")
     assert plan.certificate.unit == "joules per token"
     lost = [
-        factor * profile.losses["theirs"][entry.layer.name][entry.rank]
+        factor * profile.curves["theirs"][entry.layer.name].losses[entry.rank]
         for factor, entry in zip(scale.factors, plan.layers, strict=True)
         if entry.rank is not None
     ]

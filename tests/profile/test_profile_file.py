@@ -68,8 +68,7 @@ def synthetic_profile(
         for n, (out, into) in enumerate(shapes)
     )
     rows, kept = {}, {}
-    losses: dict[str, Any] = {name: {} for name in backends}
-    ranks: dict[str, Any] = {name: {} for name in grids or {}}
+    curves: dict[str, dict[str, LossCurve]] = {name: {} for name in backends}
     basis_rng = np.random.default_rng(seed)
     for n, layer in enumerate(layers):
         smaller = min(layer.out_features, layer.in_features)
@@ -78,11 +77,10 @@ def synthetic_profile(
         for name in backends:
             values = rng.gamma(0.5, 1.0, smaller) * np.exp(-4 * rng.random() * np.arange(smaller))
             energies = np.sort(values)[::-1].copy() * 10.0 ** (n % 3) * loud
-            losses[name][layer.name] = tails(energies)
-            if name in ranks:
+            curves[name][layer.name] = LossCurve.complete(tails(energies))
+            if name in (grids or {}):
                 grid = np.array([r for r in grids[name] if r <= smaller], dtype=np.int64)
-                ranks[name][layer.name] = grid
-                losses[name][layer.name] = losses[name][layer.name][grid]
+                curves[name][layer.name] = LossCurve(grid, tails(energies)[grid])
             if bases:
                 columns = (smaller, layer.largest_rank)
                 kept[f"{layer.name}/basis.{name}"] = basis_rng.standard_normal(columns, np.float32)
@@ -107,7 +105,7 @@ def synthetic_profile(
         ),
         backends=tuple(backend_info(name, layers) for name in backends),
     )
-    return Profile(info, rows, losses, ranks, kept_arrays=kept)
+    return Profile(info, rows, curves, kept_arrays=kept)
 
 
 def full_profile() -> Profile:
@@ -165,15 +163,16 @@ def test_everything_survives_saving_and_loading(saved: Path) -> None:
     assert read.info == made.info
     assert read.backends == made.backends == ("fwsvd", "svd")
     assert read.digest() == made.digest()
-    for field in ("fisher_rows", "fisher_columns", "traces", "losses", "batch_units"):
+    for field in ("fisher_rows", "fisher_columns", "traces", "batch_units"):
         same_arrays(getattr(read, field), getattr(made, field))
     same_arrays(read.batch_fisher, made.batch_fisher)
-    same_arrays(read.ranks["svd"], made.ranks["svd"])
-    assert not read.ranks["fwsvd"]
+    assert all(curve.on_grid for curve in read.curves["svd"].values())
+    assert not any(curve.on_grid for curve in read.curves["fwsvd"].values())
     for backend in made.backends:
         for layer in made.info.layers:
             got, want = (p.loss_curve(backend, layer.name) for p in (read, made))
-            np.testing.assert_array_equal(got.ranks, want.ranks)
+            same_arrays(got.ranks, want.ranks)
+            same_arrays(got.losses, want.losses)
             for member in layer.members:
                 same_arrays(read.kept(backend, member), made.kept(backend, member))
     assert sorted(read.kept("svd", "block.1.proj")) == ["basis", "down"]
@@ -235,8 +234,8 @@ CHANGES: dict[str, Callable[[Profile], dict[str, Any]]] = {
     "columns": lambda p: {"fisher_columns": louder(p.fisher_columns, "block.2.proj")},
     "no columns": lambda p: {"fisher_columns": {}},
     "traces": lambda p: {"traces": louder(p.traces, "block.0.proj")},
-    "losses": lambda p: {"losses": {**p.losses, "svd": louder(p.losses["svd"], "block.2.proj")}},
-    "ranks": lambda p: {"ranks": {"svd": later(p.ranks["svd"])}},
+    "losses": lambda p: recurved(p, "svd", lambda c: (c.ranks, c.losses * 1.0000001)),
+    "ranks": lambda p: recurved(p, "svd", lambda c: (later(c.ranks), c.losses)),
     "batches": lambda p: {"batch_fisher": p.batch_fisher * 1.0000001},  # type: ignore[operator]
     "units": lambda p: {"batch_units": p.batch_units * 1.0000001},  # type: ignore[operator]
     "info": lambda p: {"info": p.info.model_copy(update={"examples": 8})},
@@ -247,8 +246,16 @@ def louder(arrays: Any, name: str) -> dict[str, Any]:
     return {**arrays, name: arrays[name] * 1.0000001}
 
 
-def later(grids: Any) -> dict[str, Any]:
-    return {name: np.append(grid[:-1], grid[-1] + 1) for name, grid in grids.items()}
+def later(grid: Any) -> Any:
+    return np.append(grid[:-1], grid[-1] + 1)
+
+
+def recurved(profile: Profile, backend: str, change: Any) -> dict[str, Any]:
+    """The field ``curves`` with the curve of the third layer changed."""
+    layer = "block.2.proj"
+    curve = profile.curves[backend][layer]
+    changed = {**profile.curves[backend], layer: LossCurve(*change(curve), curve.on_grid)}
+    return {"curves": {**profile.curves, backend: changed}}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -402,13 +409,7 @@ def damaged(where: str, value: float) -> dict[str, Any]:
         assert made.batch_units is not None
         return {where: np.append(made.batch_units[:-1], value)}
     if where == "losses":
-        curve = made.losses["fwsvd"]["block.2.proj"]
-        return {
-            where: {
-                **made.losses,
-                "fwsvd": {**made.losses["fwsvd"], "block.2.proj": np.append(curve[:-1], value)},
-            }
-        }
+        return recurved(made, "fwsvd", lambda c: (c.ranks, np.append(c.losses[:-1], value)))
     arrays = getattr(made, where)
     name = "block.0.proj" if where == "traces" else "block.2.proj"
     return {where: {**arrays, name: np.append(arrays[name][:-1], value)}}
@@ -426,9 +427,10 @@ def test_impossible_numbers_are_refused_naming_the_layer(value: float, where: st
 def with_curve(losses: Any, ranks: Any = None, layer: str = "block.1.proj") -> Profile:
     """A profile with one curve replaced; the layer is 16 x 40."""
     made = synthetic_profile()
-    grids = {} if ranks is None else {"fwsvd": {layer: np.asarray(ranks)}}
-    changed = {**made.losses["fwsvd"], layer: np.asarray(losses)}
-    return dataclasses.replace(made, losses={**made.losses, "fwsvd": changed}, ranks=grids)
+    values = np.asarray(losses)
+    curve = LossCurve.complete(values) if ranks is None else LossCurve(np.asarray(ranks), values)
+    changed = {**made.curves["fwsvd"], layer: curve}
+    return dataclasses.replace(made, curves={**made.curves, "fwsvd": changed})
 
 
 @pytest.mark.parametrize(
@@ -691,5 +693,5 @@ def test_changed_copy_is_planned_anew() -> None:
     made = synthetic_profile()
     make_plan(made, keep=0.6)
     other = synthetic_profile(seed=5)
-    copy = dataclasses.replace(made, losses=other.losses)
+    copy = dataclasses.replace(made, curves=other.curves)
     assert make_plan(copy, keep=0.6).certificate == make_plan(other, keep=0.6).certificate
