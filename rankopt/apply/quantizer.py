@@ -19,10 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankopt._register import register
 from rankopt.model.lowrank import LowRank, LowRankEmbedding, LowRankLinear, replace
 from rankopt.model.weights import is_conv1d, tensor_of, weight_shape
 
@@ -171,5 +175,6 @@ def _merged(low: LowRank, empty: nn.Module, dtype: torch.dtype | None) -> nn.Mod
     return empty.train(low.training)
 
 
-# Whoever imports this module first may have been interrupted by transformers' own import of it.
-register()
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(METHOD)(RankoptConfig)
+    register_quantizer(METHOD)(RankoptQuantizer)
