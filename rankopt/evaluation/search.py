@@ -22,7 +22,7 @@ from rankopt.plan.allocation import Allocation, Objective, allocation
 from rankopt.plan.budget import find_budget
 from rankopt.plan.compare import Strategy
 from rankopt.plan.plan import Plan
-from rankopt.plan.planner import asked_budget, make_plan, plan_of
+from rankopt.plan.planner import make_plan, plan_of
 from rankopt.profile.profile import Profile
 from rankopt.progress import bar
 from rankopt_solvers import certify
@@ -137,7 +137,7 @@ def search_plan(
             scale=scale,
         )
         named[text] = choice_of(offered, made)
-    problem, asked = offered.problem(budget.parameters), asked_budget(budget)
+    problem, asked = offered.problem(budget.parameters), budget
 
     def planned(choice: Choice) -> Plan:
         solution = certify(problem, choice, "search")

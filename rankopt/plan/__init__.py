@@ -1,6 +1,6 @@
 """The plan: from a profile and a budget to the rank of every layer, without torch."""
 
-from rankopt.plan.budget import AskedBudget as AskedBudget
+from rankopt.plan.budget import Budget as Budget
 from rankopt.plan.plan import FORMAT_VERSION as FORMAT_VERSION
 from rankopt.plan.plan import LARGEST_FILE as LARGEST_FILE
 from rankopt.plan.plan import Certificate as Certificate

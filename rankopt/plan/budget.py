@@ -6,13 +6,12 @@ What is planned are the weights of the planned layers; embeddings, heads, norms 
 layers.
 """
 
-import dataclasses
 import math
 from fractions import Fraction
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from rankopt.errors import BudgetError
 from rankopt.profile.info import ProfileInfo
@@ -21,19 +20,24 @@ from rankopt.schema import STRICT, Count
 BudgetKind = Literal["keep", "keep_total", "max_params"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """How much was asked for, and how many parameters that is.
+class Budget(BaseModel):
+    """The budget.
 
     Attributes:
-        kind: which of the three ways it was asked in.
+        kind: ``keep``, ``keep_total``, ``max_params``; or ``share``, a threshold without a budget.
         asked: the number given.
-        parameters: largest total of the planned layers' parameters.
+        parameters: what it allows the planned layers.
     """
 
-    kind: BudgetKind
-    asked: float
-    parameters: int
+    # The title is part of the published schema.
+    model_config = ConfigDict(**STRICT, title="AskedBudget")
+
+    kind: BudgetKind | Literal["share"]
+    asked: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    parameters: Count
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.asked:.15g}"
 
 
 def find_budget(
@@ -58,14 +62,15 @@ def find_budget(
         raise BudgetError(f"give one budget, not {' and '.join(kind for kind, _ in given)}")
     if max_params is not None:
         parameters = whole_number("max_params", max_params)
-        return Budget("max_params", parameters, parameters)
+        return Budget(kind="max_params", asked=parameters, parameters=parameters)
     if keep is not None:
-        return Budget("keep", keep, _share("keep", keep, info.planned_parameters))
+        allowed = _share("keep", keep, info.planned_parameters)
+        return Budget(kind="keep", asked=keep, parameters=allowed)
     assert keep_total is not None
     fixed = info.model_parameters - info.planned_parameters
-    # Below zero, if what stays is over the budget: no ranks fit, and make_plan says which do.
-    parameters = _share("keep_total", keep_total, info.model_parameters) - fixed
-    return Budget("keep_total", keep_total, parameters)
+    # Nothing, if what stays is over the budget: no ranks fit, and make_plan says which do.
+    allowed = max(_share("keep_total", keep_total, info.model_parameters) - fixed, 0)
+    return Budget(kind="keep_total", asked=keep_total, parameters=allowed)
 
 
 def whole_number(name: str, value: object) -> int:
@@ -80,7 +85,7 @@ def whole_number(name: str, value: object) -> int:
     return int(number)
 
 
-def at_least(info: ProfileInfo, kind: BudgetKind, parameters: int) -> str:
+def at_least(info: ProfileInfo, kind: str, parameters: int) -> str:
     """The smallest budget, of the kind, that allows the planned layers so many parameters."""
     if kind == "max_params":
         return str(parameters)
@@ -94,19 +99,3 @@ def _share(kind: str, share: float, whole: int) -> int:
         raise BudgetError(f"{kind} is a share above 0 and at most 1, got {share!r}")
     # In fractions of decimal text, so that 0.7 of 10 is 7 and not 6.
     return math.floor(Fraction(str(share)) * whole)
-
-
-class AskedBudget(BaseModel):
-    """The budget.
-
-    Attributes:
-        kind: ``keep``, ``keep_total``, ``max_params``; or ``share``, a threshold without a budget.
-        asked: the number given.
-        parameters: what it allows the planned layers.
-    """
-
-    model_config = STRICT
-
-    kind: BudgetKind | Literal["share"]
-    asked: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-    parameters: Count

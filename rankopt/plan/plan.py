@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from rankopt.errors import PlanError
 from rankopt.files import whole_file
 from rankopt.layers import Layer
-from rankopt.plan.budget import AskedBudget
+from rankopt.plan.budget import Budget
 from rankopt.schema import STRICT, Count, Loss, Number, Share
 
 FORMAT_VERSION = 1
@@ -139,7 +139,7 @@ class Plan(BaseModel):
     objective: Literal["total", "layerwise", "maxmin"]
     rank_multiple: Annotated[int, Field(ge=1)]
     min_retained: Share | None = None
-    budget: AskedBudget
+    budget: Budget
     certificate: Certificate
     retained_total: Share
     retained_worst: Share

@@ -9,7 +9,7 @@ from rankopt._version import __version__
 from rankopt.errors import BudgetError, InfeasibleBudgetError
 from rankopt.plan import heuristics as strategies
 from rankopt.plan.allocation import Allocation, Objective, allocation
-from rankopt.plan.budget import AskedBudget, Budget, at_least, find_budget
+from rankopt.plan.budget import Budget, at_least, find_budget
 from rankopt.plan.plan import Certificate, Plan, PlannedLayer, Size
 from rankopt.profile.profile import Profile
 from rankopt_solvers import (
@@ -103,14 +103,14 @@ def make_plan(
         choice = strategies.share_level(offered, share)
         spent = sum(int(group.cost[j]) for group, j in zip(offered.groups, choice, strict=True))
         if budget is None:
-            asked = AskedBudget(kind="share", asked=share, parameters=spent)
+            asked = Budget(kind="share", asked=share, parameters=spent)
         elif spent > budget.parameters:
             raise InfeasibleBudgetError(
                 f"retaining {share} of every layer takes {spent:,} parameters; "
-                f"{budget.kind}={budget.asked} allows {budget.parameters:,}"
+                f"{budget} allows {budget.parameters:,}"
             )
         else:
-            asked = asked_budget(budget)
+            asked = budget
         solution = certify(offered.problem(asked.parameters), choice, "threshold")
     else:
         if budget is None:
@@ -126,13 +126,13 @@ def make_plan(
         except InfeasibleError as error:
             floor = "" if min_retained is None else f" and min_retained={min_retained}"
             raise InfeasibleBudgetError(
-                f"{budget.kind}={budget.asked} allows the planned layers "
+                f"{budget} allows the planned layers "
                 f"{max(error.budget, 0):,} parameters; the smallest reachable with rank multiples "
                 f"of {rank_multiple}{floor} is {error.smallest:,} "
                 f"({budget.kind} {at_least(profile.info, budget.kind, error.smallest)}); "
                 f"it binds first in {', '.join(error.largest_groups)}"
             ) from error
-        asked = asked_budget(budget)
+        asked = budget
     return plan_of(profile, offered, solution, asked, backend, scale)
 
 
@@ -166,16 +166,11 @@ def _floored(
         profile,
         offered,
         dataclasses.replace(found, choice=choice),
-        asked_budget(budget),
+        budget,
         *how,
         min_retained=1.0 - level,
         sure=sure,
     )
-
-
-def asked_budget(budget: Budget) -> AskedBudget:
-    """The budget as a plan records it."""
-    return AskedBudget(kind=budget.kind, asked=budget.asked, parameters=budget.parameters)
 
 
 def _solve(
@@ -208,7 +203,7 @@ def plan_of(
     profile: Profile,
     offered: Allocation,
     solution: Solution,
-    asked: AskedBudget,
+    asked: Budget,
     backend: str,
     scale: str,
     *,
