@@ -16,13 +16,12 @@ from rankopt.data.digest import data_digest
 from rankopt.errors import BudgetError, MissingExtraError, RankoptError
 from rankopt.evaluation.evaluation import Evaluation
 from rankopt.evaluation.plans import PlanEvaluator
-from rankopt.layers import DENSE
 from rankopt.model.tasks import Batch
-from rankopt.plan.allocation import Allocation, Objective, allocation
+from rankopt.plan.allocation import Objective, allocation
 from rankopt.plan.budget import find_budget
 from rankopt.plan.compare import Strategy
 from rankopt.plan.plan import Plan
-from rankopt.plan.planner import make_plan, plan_of
+from rankopt.plan.planner import choose, plan_of
 from rankopt.profile.profile import Profile
 from rankopt.progress import bar
 from rankopt_solvers import certify
@@ -115,33 +114,32 @@ def search_plan(
         MissingExtraError: Optuna is not installed.
         DataError: no batches.
     """
-    measured_with = profile.backend(backend)
-    backend, scale = measured_with.name, measured_with.find_scale(scale).name
     budget = find_budget(profile.info, keep, keep_total, max_params)
     if budget is None:
         raise BudgetError("a budget is needed: keep, keep_total or max_params")
     offered = allocation(profile, backend, scale, objective, rank_multiple)
-    limits = {"keep": keep, "keep_total": keep_total, "max_params": max_params}
     named: dict[str, Choice] = {}
     for text in plans:
         strategy = Strategy.parse(text)
-        if strategy.backend not in (None, backend):
-            raise BudgetError(f"plan {text}: every trial of a search has the backend {backend}")
-        made = make_plan(
+        if strategy.backend not in (None, offered.backend):
+            raise BudgetError(
+                f"plan {text}: every trial of a search has the backend {offered.backend}"
+            )
+        _, chosen = choose(
             profile,
-            **limits,  # type: ignore[arg-type]
+            budget,
             solver=strategy.solver,
             objective=strategy.objective,
             rank_multiple=rank_multiple,
-            backend=backend,
-            scale=scale,
+            backend=offered.backend,
+            scale=offered.scale,
         )
-        named[text] = choice_of(offered, made)
-    problem, asked = offered.problem(budget.parameters), budget
+        # All objectives offer the same options.
+        named[text] = chosen.choice
+    problem = offered.problem(budget.parameters)
 
     def planned(choice: Choice) -> Plan:
-        solution = certify(problem, choice, "search")
-        return plan_of(profile, offered, solution, asked, backend, scale)
+        return plan_of(profile, offered, certify(problem, choice, "search"), budget)
 
     measure = PlanEvaluator(model, profile, batches, progress=False)
     dense = measure.dense()
@@ -180,11 +178,3 @@ def search_plan(
                 raise
             raise MissingExtraError("search", error.name, "search") from error
     return SearchedPlan(planned(found.solution.choice), found, dense)
-
-
-def choice_of(offered: Allocation, plan: Plan) -> Choice:
-    """The option of every layer that has the plan's rank; the inverse of Allocation.ranks_of."""
-    ranks = [DENSE if rank is None else rank for rank in plan.ranks.values()]
-    return tuple(
-        options.tolist().index(rank) for options, rank in zip(offered.ranks, ranks, strict=True)
-    )

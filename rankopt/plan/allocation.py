@@ -22,7 +22,7 @@ from rankopt.layers import DENSE, IntArray, Layer
 from rankopt.plan.budget import whole_number
 from rankopt.profile.curves import FloatArray
 from rankopt.profile.profile import Profile
-from rankopt_solvers import Group, Problem
+from rankopt_solvers import Group, Problem, within_level
 
 #: ``total``: largest sum of retained Fisher information. ``layerwise``: largest sum of each
 #: layer's retained share. ``maxmin``: largest smallest retained share.
@@ -41,6 +41,10 @@ class Allocation:
         full_losses: loss of retaining nothing, in the unit of ``total``.
         objective: what the losses mean.
         rank_multiple: of the ranks on offer.
+        backend: whose losses they are.
+        scale: how layers compare.
+        unit: of the losses.
+        min_retained: share that every option retains, if that was asked for.
     """
 
     layers: tuple[Layer, ...]
@@ -50,6 +54,10 @@ class Allocation:
     full_losses: tuple[float, ...]
     objective: Objective
     rank_multiple: int
+    backend: str
+    scale: str
+    unit: str
+    min_retained: float | None = None
 
     def problem(self, budget: int) -> Problem:
         """The problem under a budget of parameters; what one prepares serves all."""
@@ -69,6 +77,29 @@ class Allocation:
             for group, lost in zip(self.groups, self.lost_shares, strict=True)
         )
         return Problem(groups, budget, "max")
+
+    def with_floor(self, budget: int, share: float | None) -> "Allocation":
+        """The options that retain a share of their layer's Fisher information.
+
+        Args:
+            budget: of parameters.
+            share: None is the largest share that the budget allows to all layers.
+
+        Raises:
+            InfeasibleError: the budget does not reach the cheapest options.
+        """
+        level = None if share is None else 1.0 - share
+        _, kept, level = within_level(self.problem(budget), level, self.lost_shares)
+        return dataclasses.replace(
+            self,
+            ranks=tuple(ranks[k] for ranks, k in zip(self.ranks, kept, strict=True)),
+            groups=tuple(
+                Group(group.name, group.cost[k], group.loss[k])
+                for group, k in zip(self.groups, kept, strict=True)
+            ),
+            lost_shares=tuple(lost[k] for lost, k in zip(self.lost_shares, kept, strict=True)),
+            min_retained=1.0 - level,
+        )
 
     def retained_total(self, choice: Sequence[int]) -> float:
         """Retained share of the Fisher information of all layers together, in [0, 1]."""
@@ -95,14 +126,19 @@ _TABULATED: "weakref.WeakKeyDictionary[Profile, dict[Any, Allocation]]" = (
 
 
 def allocation(
-    profile: Profile, backend: str, scale: str, objective: Objective, rank_multiple: int
+    profile: Profile,
+    backend: str | None = None,
+    scale: str | None = None,
+    objective: Objective = "total",
+    rank_multiple: int = 1,
 ) -> Allocation:
     """Tabulate cost and loss of every rank of every layer.
 
     Args:
         profile: with loss curves of the backend.
-        backend: whose curves the losses follow.
-        scale: unit of the losses of the ``total`` objective, one of the backend's.
+        backend: whose curves the losses follow; by default the profile's first.
+        scale: unit of the losses of the ``total`` objective, one of the backend's; by default its
+            first.
         objective: the other two objectives lose shares, which have no unit.
         rank_multiple: ranks on offer are multiples of it.
 
@@ -114,7 +150,9 @@ def allocation(
     if objective not in get_args(Objective):
         known = ", ".join(get_args(Objective))
         raise BudgetError(f"unknown objective {objective!r}; known: {known}")
-    key = (backend, scale, objective, whole_number("rank_multiple", rank_multiple))
+    measured = profile.backend(backend)
+    multiple = whole_number("rank_multiple", rank_multiple)
+    key = (measured.name, measured.find_scale(scale).name, objective, multiple)
     tabulated = _TABULATED.setdefault(profile, {})
     if key not in tabulated:
         tabulated[key] = _tabulate(profile, *key)
@@ -124,7 +162,8 @@ def allocation(
 def _tabulate(
     profile: Profile, backend: str, scale: str, objective: Objective, rank_multiple: int
 ) -> Allocation:
-    factors = profile.backend(backend).find_scale(scale).factors
+    compared = profile.backend(backend).find_scale(scale)
+    factors = compared.factors
     ranks, groups, shares, full = [], [], [], []
     for layer, factor in zip(profile.info.layers, factors, strict=True):
         curve = profile.loss_curve(backend, layer.name)
@@ -146,11 +185,14 @@ def _tabulate(
             f"save parameters, none is a multiple of rank_multiple={rank_multiple}"
         )
     return Allocation(
-        profile.info.layers,
-        tuple(ranks),
-        tuple(groups),
-        tuple(shares),
-        tuple(full),
-        objective,
-        rank_multiple,
+        layers=profile.info.layers,
+        ranks=tuple(ranks),
+        groups=tuple(groups),
+        lost_shares=tuple(shares),
+        full_losses=tuple(full),
+        objective=objective,
+        rank_multiple=rank_multiple,
+        backend=backend,
+        scale=scale,
+        unit=compared.unit if objective == "total" else "lost share of a layer's Fisher",
     )

@@ -1,13 +1,12 @@
 """From a profile to a plan, without torch."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from rankopt._version import __version__
 from rankopt.errors import BudgetError, InfeasibleBudgetError
-from rankopt.plan import heuristics as strategies
+from rankopt.plan import heuristics
 from rankopt.plan.allocation import Allocation, Objective, allocation
 from rankopt.plan.budget import Budget, at_least, find_budget
 from rankopt.plan.plan import Certificate, Plan, PlannedLayer, Size
@@ -20,15 +19,14 @@ from rankopt_solvers import (
     certify,
     margins,
     solve,
-    within_level,
 )
 from rankopt_solvers.registry import Solver, find_solver, installed_solvers, is_solver_name
 
 #: Strategies that look at layers; all other names are solvers of rankopt_solvers.
 STRATEGIES: dict[str, Callable[[Profile, Allocation, int], list[int]]] = {
-    "uniform": strategies.uniform,
-    "proportional": strategies.proportional,
-    "threshold": strategies.threshold,
+    "uniform": heuristics.uniform,
+    "proportional": heuristics.proportional,
+    "threshold": heuristics.threshold,
 }
 
 
@@ -83,6 +81,83 @@ def make_plan(
         InfeasibleBudgetError: no ranks fit; names the smallest reachable budget.
         ProfileError: the profile lacks the backend.
     """
+    budget = find_budget(profile.info, keep, keep_total, max_params)
+    offered, solution = choose(
+        profile,
+        budget,
+        solver=solver,
+        objective=objective,
+        rank_multiple=rank_multiple,
+        backend=backend,
+        scale=scale,
+        share=share,
+        min_retained=min_retained,
+        options=options,
+    )
+    if budget is None:
+        assert share is not None
+        budget = Budget(kind="share", asked=share, parameters=solution.cost)
+    return plan_of(profile, offered, solution, budget)
+
+
+def choose(
+    profile: Profile,
+    budget: Budget | None,
+    *,
+    solver: str | Solver = "exact",
+    objective: Objective = "total",
+    rank_multiple: int = 1,
+    backend: str | None = None,
+    scale: str | None = None,
+    share: float | None = None,
+    min_retained: float | Literal["best"] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Allocation, Solution]:
+    """What was on offer, and what the solver chose of it.
+
+    Args:
+        profile: what every rank loses.
+        budget: of parameters; ``share`` needs none.
+        solver: see make_plan, as all that follow.
+        objective: see make_plan.
+        rank_multiple: see make_plan.
+        backend: see make_plan.
+        scale: see make_plan.
+        share: see make_plan.
+        min_retained: see make_plan.
+        options: passed to the solver.
+
+    Raises:
+        RankoptError: see make_plan.
+    """
+    _require_solver(solver, share)
+    offered = allocation(profile, backend, scale, objective, rank_multiple)
+    if min_retained is not None:
+        _require_floor(min_retained, solver, objective)
+    if share is not None:
+        if options:
+            raise BudgetError(f"threshold takes no options, got {', '.join(options)}")
+        return offered, _at_share(offered, share, budget)
+    if budget is None:
+        raise BudgetError("a budget is needed: keep, keep_total or max_params")
+    try:
+        if min_retained is not None:
+            floor = None if min_retained == "best" else float(min_retained)
+            offered = offered.with_floor(budget.parameters, floor)
+        problem = offered.problem(budget.parameters)
+        return offered, _solve(profile, offered, problem, solver, dict(options or {}))
+    except InfeasibleError as error:
+        also = "" if min_retained is None else f" and min_retained={min_retained}"
+        raise InfeasibleBudgetError(
+            f"{budget} allows the planned layers "
+            f"{max(error.budget, 0):,} parameters; the smallest reachable with rank multiples "
+            f"of {rank_multiple}{also} is {error.smallest:,} "
+            f"({budget.kind} {at_least(profile.info, budget.kind, error.smallest)}); "
+            f"it binds first in {', '.join(error.largest_groups)}"
+        ) from error
+
+
+def _require_solver(solver: str | Solver, share: float | None) -> None:
     if solver == "search":
         raise BudgetError(
             "search measures a model: use rankopt.search_plan, or --solver search with --model"
@@ -91,49 +166,18 @@ def make_plan(
         raise BudgetError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
     if share is not None and solver != "threshold":
         raise BudgetError(f"share belongs to the threshold strategy, not to {solver}")
-    found = profile.backend(backend)
-    backend, scale = found.name, found.find_scale(scale).name
-    offered = allocation(profile, backend, scale, objective, rank_multiple)
-    budget = find_budget(profile.info, keep, keep_total, max_params)
-    if min_retained is not None:
-        _require_floor(min_retained, solver, objective)
-    if share is not None:
-        if options:
-            raise BudgetError(f"threshold takes no options, got {', '.join(options)}")
-        choice = strategies.share_level(offered, share)
-        spent = sum(int(group.cost[j]) for group, j in zip(offered.groups, choice, strict=True))
-        if budget is None:
-            asked = Budget(kind="share", asked=share, parameters=spent)
-        elif spent > budget.parameters:
-            raise InfeasibleBudgetError(
-                f"retaining {share} of every layer takes {spent:,} parameters; "
-                f"{budget} allows {budget.parameters:,}"
-            )
-        else:
-            asked = budget
-        solution = certify(offered.problem(asked.parameters), choice, "threshold")
-    else:
-        if budget is None:
-            raise BudgetError("a budget is needed: keep, keep_total or max_params")
-        try:
-            if min_retained is None:
-                problem = offered.problem(budget.parameters)
-                solution = _solve(profile, offered, problem, solver, options)
-            else:
-                return _floored(
-                    profile, offered, budget, solver, options, min_retained, (backend, scale)
-                )
-        except InfeasibleError as error:
-            floor = "" if min_retained is None else f" and min_retained={min_retained}"
-            raise InfeasibleBudgetError(
-                f"{budget} allows the planned layers "
-                f"{max(error.budget, 0):,} parameters; the smallest reachable with rank multiples "
-                f"of {rank_multiple}{floor} is {error.smallest:,} "
-                f"({budget.kind} {at_least(profile.info, budget.kind, error.smallest)}); "
-                f"it binds first in {', '.join(error.largest_groups)}"
-            ) from error
-        asked = budget
-    return plan_of(profile, offered, solution, asked, backend, scale)
+
+
+def _at_share(offered: Allocation, share: float, budget: Budget | None) -> Solution:
+    choice = heuristics.share_level(offered, share)
+    spent = sum(int(group.cost[j]) for group, j in zip(offered.groups, choice, strict=True))
+    if budget is not None and spent > budget.parameters:
+        raise InfeasibleBudgetError(
+            f"retaining {share} of every layer takes {spent:,} parameters; "
+            f"{budget} allows {budget.parameters:,}"
+        )
+    allowed = spent if budget is None else budget.parameters
+    return certify(offered.problem(allowed), choice, "threshold")
 
 
 def _require_floor(min_retained: float | str, solver: str | Solver, objective: Objective) -> None:
@@ -144,33 +188,6 @@ def _require_floor(min_retained: float | str, solver: str | Solver, objective: O
     number = isinstance(min_retained, int | float) and not isinstance(min_retained, bool)
     if min_retained != "best" and not (number and 0.0 <= float(min_retained) <= 1.0):
         raise BudgetError(f"min_retained must be between 0 and 1, or 'best', got {min_retained!r}")
-
-
-def _floored(
-    profile: Profile,
-    offered: Allocation,
-    budget: Budget,
-    solver: str | Solver,
-    options: dict[str, Any],
-    min_retained: float | str,
-    how: tuple[str, str],
-) -> Plan:
-    """In two stages: a floor for every layer, then the best sum above it."""
-    problem = offered.problem(budget.parameters)
-    level = None if min_retained == "best" else 1.0 - float(min_retained)
-    second, kept, level = within_level(problem, level, offered.lost_shares)
-    found = _solve(profile, offered, second, solver, options)
-    sure = margins(second, found)
-    choice = tuple(int(k[j]) for k, j in zip(kept, found.choice, strict=True))
-    return plan_of(
-        profile,
-        offered,
-        dataclasses.replace(found, choice=choice),
-        budget,
-        *how,
-        min_retained=1.0 - level,
-        sure=sure,
-    )
 
 
 def _solve(
@@ -203,12 +220,7 @@ def plan_of(
     profile: Profile,
     offered: Allocation,
     solution: Solution,
-    asked: Budget,
-    backend: str,
-    scale: str,
-    *,
-    min_retained: float | None = None,
-    sure: Sequence[float] | None = None,
+    budget: Budget,
 ) -> Plan:
     """A solution as a plan.
 
@@ -216,16 +228,11 @@ def plan_of(
         profile: the problem's.
         offered: the problem's.
         solution: of the problem.
-        asked: the budget.
-        backend: whose losses were used.
-        scale: how layers were compared.
-        min_retained: the floor that the solution keeps.
-        sure: margins of the layers, if they are not those of the problem without a floor.
+        budget: what was asked for.
     """
     info = profile.info
     priced = offered.objective != "maxmin"
-    if sure is None:
-        sure = margins(offered.problem(asked.parameters), solution)
+    sure = margins(offered.problem(budget.parameters), solution)
     retained = offered.retained(solution.choice)
     ranks = offered.ranks_of(solution.choice)
     entries = tuple(
@@ -241,24 +248,21 @@ def plan_of(
     saved = info.planned_parameters - solution.cost
     saved_bytes = info.planned_bytes - sum(e.parameters * e.layer.itemsize for e in entries)
     worst = min(range(len(retained)), key=lambda k: retained[k])
-    unit = "lost share of a layer's Fisher"
-    if offered.objective == "total":
-        unit = profile.backend(backend).find_scale(scale).unit
     return Plan(
         rankopt=__version__,
-        backend=backend,
-        scale=scale,
+        backend=offered.backend,
+        scale=offered.scale,
         solver=solution.solver,
         objective=offered.objective,
         rank_multiple=offered.rank_multiple,
-        min_retained=min_retained,
-        budget=asked,
+        min_retained=offered.min_retained,
+        budget=budget,
         certificate=Certificate(
             loss=solution.loss,
             bound=solution.bound,
             gap=solution.gap,
             status=solution.status,
-            unit=unit,
+            unit=offered.unit,
             multiplier=solution.multiplier if priced else None,
         ),
         retained_total=offered.retained_total(solution.choice),

@@ -11,9 +11,10 @@ from rankopt.apply.apply import applied
 from rankopt.cli.workers import copies
 from rankopt.errors import BudgetError, InfeasibleBudgetError, RankoptError
 from rankopt.evaluation.evaluation import evaluate
-from rankopt.evaluation.search import PLANS, choice_of, search_plan
+from rankopt.evaluation.search import PLANS, search_plan
 from rankopt.plan.allocation import allocation
-from rankopt.plan.planner import make_plan
+from rankopt.plan.budget import find_budget
+from rankopt.plan.planner import choose, make_plan
 from tests import tiny
 
 pytest.importorskip("optuna")
@@ -71,11 +72,17 @@ def test_search_goes_on_in_its_file_and_not_on_other_data(made: Any, tmp_path: P
         search_plan(model, profile, batches, trials=8, **{**settings, "keep": 0.61})
 
 
-def test_choice_is_the_inverse_of_the_plans_ranks(made: Any) -> None:
+@pytest.mark.parametrize("objective", ["total", "layerwise"])
+def test_what_is_chosen_are_the_plans_ranks_whatever_the_objective(
+    made: Any, objective: Any
+) -> None:
+    """A choice under one objective is an option list's index under every other."""
     profile = made[1]
     offered = allocation(profile, "fwsvd", "nats", "total", 2)
-    plan = make_plan(profile, keep=0.6, rank_multiple=2)
-    assert offered.ranks_of(choice_of(offered, plan)) == tuple(plan.ranks.values())
+    plan = make_plan(profile, keep=0.6, rank_multiple=2, objective=objective)
+    budget = find_budget(profile.info, keep=0.6)
+    _, chosen = choose(profile, budget, rank_multiple=2, objective=objective)
+    assert offered.ranks_of(chosen.choice) == tuple(plan.ranks.values())
 
 
 def test_what_cannot_be_searched_is_refused(made: Any, tmp_path: Path) -> None:
