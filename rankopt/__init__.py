@@ -13,14 +13,21 @@ from rankopt._version import __version__ as __version__
 from rankopt.errors import BudgetError as BudgetError
 from rankopt.errors import DataError as DataError
 from rankopt.errors import InfeasibleBudgetError as InfeasibleBudgetError
+from rankopt.errors import MissingExtraError as MissingExtraError
 from rankopt.errors import ModelError as ModelError
 from rankopt.errors import PlanError as PlanError
 from rankopt.errors import ProfileError as ProfileError
 from rankopt.errors import RankoptError as RankoptError
 from rankopt.layers import Layer as Layer
+from rankopt.plan.budget import Budget as Budget
+from rankopt.plan.compare import ComparedPlan as ComparedPlan
+from rankopt.plan.compare import Strategy as Strategy
+from rankopt.plan.compare import compare as compare
 from rankopt.plan.plan import Plan as Plan
 from rankopt.plan.planner import make_plan as make_plan
+from rankopt.plan.stability import Stability as Stability
 from rankopt.profile.profile import Profile as Profile
+from rankopt.profile.spilled import SpilledArrays as SpilledArrays
 
 if TYPE_CHECKING:
     from rankopt.apply.apply import applied as applied
@@ -28,25 +35,68 @@ if TYPE_CHECKING:
     from rankopt.apply.saving import save_model as save_model
     from rankopt.data.batches import load_batches as load_batches
     from rankopt.data.batches import text_batches as text_batches
+    from rankopt.data.rows import Columns as Columns
     from rankopt.evaluation.evaluation import Evaluation as Evaluation
     from rankopt.evaluation.evaluation import evaluate as evaluate
+    from rankopt.evaluation.plans import measure_rows as measure_rows
+    from rankopt.evaluation.search import SearchedPlan as SearchedPlan
     from rankopt.evaluation.search import search_plan as search_plan
     from rankopt.measure.measure import profile_model as profile_model
     from rankopt.model.lowrank import LowRankLinear as LowRankLinear
+    from rankopt.model.tasks import LossFunction as LossFunction
 
 #: Public names that need torch, and the module each lives in.
 _TORCH = {
+    "Columns": "rankopt.data.rows",
     "Evaluation": "rankopt.evaluation.evaluation",
+    "LossFunction": "rankopt.model.tasks",
     "LowRankLinear": "rankopt.model.lowrank",
+    "SearchedPlan": "rankopt.evaluation.search",
     "applied": "rankopt.apply.apply",
     "apply_plan": "rankopt.apply.apply",
     "evaluate": "rankopt.evaluation.evaluation",
     "load_batches": "rankopt.data.batches",
+    "measure_rows": "rankopt.evaluation.plans",
     "profile_model": "rankopt.measure.measure",
     "save_model": "rankopt.apply.saving",
     "search_plan": "rankopt.evaluation.search",
     "text_batches": "rankopt.data.batches",
 }
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "Columns",
+    "ComparedPlan",
+    "DataError",
+    "Evaluation",
+    "InfeasibleBudgetError",
+    "Layer",
+    "LossFunction",
+    "LowRankLinear",
+    "MissingExtraError",
+    "ModelError",
+    "Plan",
+    "PlanError",
+    "Profile",
+    "ProfileError",
+    "RankoptError",
+    "SearchedPlan",
+    "SpilledArrays",
+    "Stability",
+    "Strategy",
+    "applied",
+    "apply_plan",
+    "compare",
+    "evaluate",
+    "load_batches",
+    "make_plan",
+    "measure_rows",
+    "profile_model",
+    "save_model",
+    "search_plan",
+    "text_batches",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,11 @@
-"""Files that rankopt 0.1 wrote before it had packages load for ever, and mean the same.
+"""Files that rankopt 0.1 wrote before it had packages, and names that it had, work for ever.
 
 ``golden/`` holds a profile of format 2, a plan of format 1 and a compressed model, all of
 ``tiny.llama()``, and what was true of them when they were written.
 """
 
 import hashlib
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,33 @@ def test_compressed_model_has_its_weights_and_its_loss() -> None:
     assert digest.hexdigest() == FACTS["weights"]
     loss = evaluate(model, tiny.batches(model, count=3)).loss
     assert loss == pytest.approx(FACTS["loss"], rel=1e-5)
+
+
+#: What could be imported before there were packages, and is documented: module -> names.
+DOCUMENTED = {
+    "rankopt": """BudgetError DataError Evaluation InfeasibleBudgetError Layer LowRankLinear
+        ModelError Plan PlanError Profile ProfileError RankoptError __version__ applied apply_plan
+        evaluate load_batches make_plan profile_model save_model search_plan text_batches""",
+    "rankopt.backends": "find_backend known_backends",
+    "rankopt.backends.base": "Backend ClosedForm Decomposition Scale",
+    "rankopt.cli": "main",
+    "rankopt.data": "Columns Row load_batches read_rows require_columns spread text_batches",
+    "rankopt.plan": "Certificate Plan PlannedLayer Size",
+    "rankopt.profile": "BackendInfo Profile ProfileInfo ScaleInfo",
+    "rankopt.testing": "ConformanceError check_backend",
+    "rankopt_solvers": """Frontier Group InfeasibleError NoChoiceFoundError Objective Problem
+        ProblemError SOLVERS SideBudget Solution SolutionError UnknownSolverError certify frontier
+        margins shared_choice solve solve_with_level verify within_level""",
+    "rankopt_solvers.exact": "solve_exact",
+    "rankopt_solvers.knapsack": "solve_knapsack",
+    "rankopt_solvers.registry": "find_solver",
+    "rankopt_solvers.search": "SAMPLERS Choice Measured SearchError SearchResult StudyError search",
+    "rankopt_solvers.testing": "ConformanceError check_solver parametrize_with_checks",
+}
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_documented_names_are_where_they_were(module: str) -> None:
+    found = importlib.import_module(module)
+    missing = [name for name in DOCUMENTED[module].split() if not hasattr(found, name)]
+    assert not missing

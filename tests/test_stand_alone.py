@@ -86,8 +86,10 @@ assert "torch" not in sys.modules and "transformers" not in sys.modules
 
 def test_every_public_name_resolves() -> None:
     import rankopt
+    import rankopt_solvers
 
-    for name in dir(rankopt):
-        assert getattr(rankopt, name) is not None
+    for package in (rankopt, rankopt_solvers):
+        for name in {*dir(package), *package.__all__}:
+            assert getattr(package, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = rankopt.nonsense

@@ -25,3 +25,26 @@ from rankopt_solvers.solution import SolutionError as SolutionError
 from rankopt_solvers.solution import certify as certify
 from rankopt_solvers.solution import margins as margins
 from rankopt_solvers.verify import verify as verify
+
+__all__ = [
+    "SOLVERS",
+    "Frontier",
+    "Group",
+    "InfeasibleError",
+    "NoChoiceFoundError",
+    "Objective",
+    "Problem",
+    "ProblemError",
+    "SideBudget",
+    "Solution",
+    "SolutionError",
+    "UnknownSolverError",
+    "certify",
+    "frontier",
+    "margins",
+    "shared_choice",
+    "solve",
+    "solve_with_level",
+    "verify",
+    "within_level",
+]
