@@ -1,4 +1,4 @@
-"""One kind of progress bar: on stderr, and only where somebody is looking."""
+"""One kind of progress bar: on stderr, and only where stderr is a terminal."""
 
 from collections.abc import Iterable
 from typing import TypeVar

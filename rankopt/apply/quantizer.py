@@ -58,7 +58,7 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unknown.pop("quant_method", None)
         if format_version != FORMAT_VERSION or unknown:
             raise ValueError(
-                f"this checkpoint is in rankopt format {format_version} "
+                f"this model folder is in rankopt format {format_version} "
                 f"(unknown entries: {sorted(unknown)}); this rankopt reads {FORMAT_VERSION}"
             )
         self.quant_method = METHOD
@@ -81,7 +81,7 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
         prefix = f"{model.base_model_prefix}."
         guards = []
         for saved_name, rank in self.quantization_config.ranks.items():
-            # A base model loaded from a checkpoint with a head, or the other way round.
+            # A base model loaded from a folder with a head, or the other way round.
             candidates = (saved_name, saved_name.removeprefix(prefix), prefix + saved_name)
             name = next((c for c in candidates if c in modules), None)
             if name is None and type(model).__name__ not in (model.config.architectures or ()):

@@ -1,7 +1,7 @@
 """Search for the ranks with the smallest measured loss of the model itself.
 
 The torch shell around rankopt_solvers.search: a choice becomes a plan, the plan is applied, the
-model evaluated and restored. The strategies that only look at the profile are measured first, so
+model evaluated and restored. The strategies that only use the profile are measured first, so
 that the search ends no worse than the best of them, on the data it was given. That data is what the
 ranks are fitted to: measure the result on other data.
 """

@@ -210,7 +210,10 @@ def _passes(
     if part < 1:
         raise DataError(f"layers_at_a_time must be at least 1, got {part}")
     if part < len(layers) and stop is not None:
-        raise DataError("until_stable looks at all layers: it does not go with layers_at_a_time")
+        raise DataError(
+            "a stop (--until-stable) is asked about all layers: it does not go with "
+            "layers_at_a_time"
+        )
     if part < len(layers) and checkpoint is not None:
         raise DataError("a checkpoint holds one pass: it does not go with layers_at_a_time")
     return [layers[k : k + part] for k in range(0, len(layers), part)]

@@ -22,7 +22,7 @@ def masks_of(task: str, batch: Batch) -> list[Tensor]:
 def separated(model: nn.Module, task: str, batch: Batch) -> Batch:
     """Encoder and decoder positions of different number: masks are recognised by their shape.
 
-    The decoder gets one more position, ignored, that none before it can look at.
+    The decoder gets one more position, ignored, that none before it attends to.
 
     Raises:
         DataError: it has as many as it can have.
@@ -37,7 +37,8 @@ def separated(model: nn.Module, task: str, batch: Batch) -> Batch:
     if positions == most:
         raise DataError(
             f"input and labels are padded to {positions} positions, the most that the model takes: "
-            "whose padding is whose cannot be told apart; make the labels one position shorter"
+            "their padding masks have one shape and cannot be distinguished; make the labels one "
+            "position shorter"
         )
     ends = {"labels": IGNORED, "decoder_input_ids": 0, "decoder_attention_mask": 0}
     longer = {

@@ -33,7 +33,7 @@ class LowRank(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # The zero-size guard that checkpoint.py writes is not a parameter.
+        # The zero-size guard that quantizer.py writes is not a parameter.
         state_dict.pop(prefix + "weight", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

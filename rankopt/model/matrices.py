@@ -28,7 +28,7 @@ class Matrix:
         inside: whether it is inside the transformer blocks.
         tied: other modules with the same weight.
         pair: if the weight is that of a head and an embedding and of nothing else: those two.
-        obstacle: why it cannot be planned.
+        unsupported: why it cannot be planned.
         default: whether it is planned if nothing is said: plain matrices inside the blocks; all
             plain ones if the model has no blocks.
     """
@@ -37,25 +37,25 @@ class Matrix:
     inside: bool
     tied: tuple[str, ...]
     pair: tuple[str, ...] = ()
-    obstacle: str | None = None
+    unsupported: str | None = None
     default: bool = False
 
-    def hindrance(self, untie: bool) -> str | None:
-        """Why it is not planned although it was asked for."""
-        if self.obstacle is not None or not self.tied or (self.pair and untie):
-            return self.obstacle
+    def skip_reason(self, untie: bool) -> str | None:
+        """Why it is skipped although it was asked for, or None."""
+        if self.unsupported is not None or not self.tied or (self.pair and untie):
+            return self.unsupported
         reason = f"its weight is tied to {', '.join(self.tied)}"
         if self.pair:
             return f"{reason}: pass untie=True (--untie) to give each its own factors"
         return reason
 
     def reason(self) -> str:
-        """Why it is not planned by default, or left out of a selection."""
-        if self.obstacle is not None:
-            return self.obstacle
+        """Why it is skipped by default, or in a selection."""
+        if self.unsupported is not None:
+            return self.unsupported
         embedding = type(self.module) is nn.Embedding
         if self.inside:
-            return self.hindrance(False) or ("an embedding" if embedding else NOT_SELECTED)
+            return self.skip_reason(False) or ("an embedding" if embedding else NOT_SELECTED)
         if self.default:
             return NOT_SELECTED
         kind = "embedding" if embedding else "head or projection"
@@ -83,17 +83,19 @@ def matrices_of(model: nn.Module) -> dict[str, Matrix]:
         sharing = owners.get(owned.get((name, "weight")), [name])
         tied = tuple(sorted(set(sharing) - {name}))
         pair = _pair(sharing, modules)
-        obstacle = _obstacle(module, inside, len(pair) or 1)
+        unsupported = _unsupported(module, inside, len(pair) or 1)
         if any(isinstance(modules[x], nn.MultiheadAttention) for x in (name, *_parents(name))):
-            obstacle = "nn.MultiheadAttention uses its weights where no hook sees it: not covered"
+            unsupported = (
+                "nn.MultiheadAttention uses its weights where no hook sees it: not covered"
+            )
         if not name:
-            obstacle = "it is the whole model: put it into an nn.Sequential"
-        matrices[name] = Matrix(module, inside, tied, pair, obstacle)
+            unsupported = "it is the whole model: put it into an nn.Sequential"
+        matrices[name] = Matrix(module, inside, tied, pair, unsupported)
     return {
         name: dataclasses.replace(
             x,
             default=type(x.module) is not nn.Embedding
-            and x.hindrance(False) is None
+            and x.skip_reason(False) is None
             and (x.inside or not has_blocks),
         )
         for name, x in matrices.items()
@@ -121,7 +123,7 @@ def _pair(names: Sequence[str], modules: dict[str, nn.Module]) -> tuple[str, ...
     return tuple(ordered) if types == [nn.Linear, nn.Embedding] else ()
 
 
-def _obstacle(module: nn.Module, inside: bool, members: int) -> str | None:
+def _unsupported(module: nn.Module, inside: bool, members: int) -> str | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "a convolution"
     if type(module) not in (nn.Linear, nn.Embedding) and not is_conv1d(module):

@@ -96,7 +96,7 @@ def find_planned(model: nn.Module, layers: Sequence[Layer]) -> Selection:
     chosen = [
         name
         for name, partners in wanted.items()
-        if matrices[name].hindrance(True) is None and matrices[name].pair[1:] == partners
+        if matrices[name].skip_reason(True) is None and matrices[name].pair[1:] == partners
     ]
     return _found(matrices, chosen, ())
 
@@ -135,11 +135,11 @@ def _matching(pattern: str, matrices: dict[str, Matrix]) -> list[str]:
 
 def _included(pattern: str, matrices: dict[str, Matrix], untie: bool) -> list[str]:
     hits = _matching(pattern, matrices)
-    usable = [name for name in hits if matrices[name].hindrance(untie) is None]
+    usable = [name for name in hits if matrices[name].skip_reason(untie) is None]
     if not usable:
         first = hits[0]
         more = f" (and {len(hits) - 1} more)" if len(hits) > 1 else ""
-        raise ModelError(f"{first} cannot be planned: {matrices[first].hindrance(untie)}{more}")
+        raise ModelError(f"{first} cannot be planned: {matrices[first].skip_reason(untie)}{more}")
     # Of a pair it is the head that stands for both.
     return [(matrices[name].pair or (name,))[0] for name in usable]
 

@@ -1,8 +1,8 @@
-"""Allocation strategies that look at layers, not at the whole: the thesis' first two and uniform.
+"""Allocation strategies that go layer by layer: the thesis' first two, and uniform.
 
 Each returns one option for every layer, within the budget. All three first say how many parameters
 a layer *should* get, take the largest option below, and hand out what rounding left over, one
-option at a time, to the layers that are furthest below what they should get.
+option at a time, to the layers that have least of what they should get.
 
 ``uniform``       the same share of its parameters for every layer: the FWSVD baseline (Hsu et al.,
                   ICLR 2022).
@@ -34,7 +34,7 @@ def _largest_within(group: Group, target: float) -> int:
 
 
 def _hand_out(problem: Problem, choice: list[int], targets: FloatArray) -> None:
-    """Spend what is left on next options, the layer furthest below its target first, in place.
+    """Spend what is left on next options, in place: the layer that lags most comes first.
 
     A layer that has reached its target gets nothing more: what is left over is less than the next
     option of any layer that has not, and must not pile up in the small layers.

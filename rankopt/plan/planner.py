@@ -22,7 +22,7 @@ from rankopt_solvers import (
 )
 from rankopt_solvers.registry import Solver, find_solver, installed_solvers, is_solver_name
 
-#: Strategies that look at layers; all other names are solvers of rankopt_solvers.
+#: Strategies that go layer by layer; all other names are solvers of rankopt_solvers.
 STRATEGIES: dict[str, Callable[[Profile, Allocation, int], list[int]]] = {
     "uniform": heuristics.uniform,
     "proportional": heuristics.proportional,
@@ -65,7 +65,7 @@ def make_plan(
         solver: ``uniform``, ``proportional``, ``threshold``; ``exact``, ``greedy``, ``density``,
             ``knapsack``, or any other solver that rankopt_solvers.solve takes.
         objective: ``total``, ``layerwise`` or ``maxmin`` retained Fisher information. The first
-            three strategies do not look at it; it is what their bound and gap refer to.
+            three strategies do not use it; it is what their bound and gap refer to.
         rank_multiple: offer only multiples of it (and dense).
         backend: whose losses to use; by default the profile's first.
         scale: how layers compare, one of the backend's; by default its first.
@@ -182,7 +182,7 @@ def _at_share(offered: Allocation, share: float, budget: Budget | None) -> Solut
 
 def _require_floor(min_retained: float | str, solver: str | Solver, objective: Objective) -> None:
     if isinstance(solver, str) and solver in STRATEGIES:
-        raise BudgetError(f"min_retained is for solvers; {solver} does not look at a problem")
+        raise BudgetError(f"min_retained is for solvers; {solver} goes layer by layer")
     if objective == "maxmin":
         raise BudgetError("objective maxmin has the best min_retained already")
     number = isinstance(min_retained, int | float) and not isinstance(min_retained, bool)

@@ -204,7 +204,7 @@ def relax(table: Table, hulls: Hulls, budget: int) -> Relaxation:
     room = budget - int(table.cost[position].sum())
     edge = None
     if lam > 0:
-        # Last rows first: identical groups are told apart by choosing dearer options later.
+        # Last rows first: of identical groups the later ones take the dearer options.
         for g in np.flatnonzero(hulls.slope[index] == lam)[::-1].tolist():
             target = int(hulls.vertex[index[g] + 1])
             extra = int(table.cost[target] - table.cost[position[g]])

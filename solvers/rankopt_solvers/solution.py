@@ -33,7 +33,7 @@ class Case:
 
     Attributes:
         multiplier: for a leaf, the lam at which its Lagrangian function is evaluated.
-        group: for a split, the group whose options are told apart; -1 for a leaf.
+        group: for a split, the group whose options are divided; -1 for a leaf.
         cost: the cases are: the group's option costs less than this, or at least this.
         below: index of the first case in ``Proof.cases``.
         above: index of the second.

@@ -213,7 +213,7 @@ def test_layers_that_share_an_input_share_its_moment_and_nothing_changes(kind: s
 
 
 class Twin(nn.Module):
-    """Two layers that are given the same input, until they are told apart."""
+    """Two layers that are given the same input, until they are given different ones."""
 
     def __init__(self) -> None:
         super().__init__()
