@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+# One thread a process, as many processes as cores.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) $(VENV)/bin/python -m pytest -n auto --dist worksteal
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-all lint clean
@@ -11,10 +13,10 @@ demo: $(VENV)/.demo
 	$(RUN) $(VENV)/bin/rankopt demo --output demo
 
 test: $(VENV)/.test
-	$(RUN) $(VENV)/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.test
-	$(RUN) $(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
