@@ -117,8 +117,8 @@ def _answers(task: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]
     if labels.is_floating_point():
         return labels.reshape(-1).long(), (logits.reshape(-1) > 0).long()
     guess = logits.argmax(-1)
-    kept = labels != IGNORED
-    return labels[kept], guess[kept]
+    counted = labels != IGNORED
+    return labels[counted], guess[counted]
 
 
 def _metrics(task: str, truth: Tensor, guess: Tensor) -> dict[str, float]:

@@ -78,8 +78,8 @@ def save(
     if seen.totals:
         plain["seen.totals"] = torch.stack(seen.totals)
     plain["seen.units"] = torch.tensor(seen.units, dtype=torch.float64)
-    kept = ("batches", "examples", "targets", "chain", "numbers", "last_check")
-    counts = {name: getattr(seen, name) for name in kept}
+    counters = ("batches", "examples", "targets", "chain", "numbers", "last_check")
+    counts = {name: getattr(seen, name) for name in counters}
     about = json.dumps({"seen": counts, "layers": dict(layers), "settings": dict(settings)})
     header = {"format": "rankopt-checkpoint", "about": about, "sha256": _digest(about, plain)}
     with whole_file(path) as temporary:

@@ -168,10 +168,10 @@ def draw_labels(task: str, logits: Tensor, labels: Tensor, generator: torch.Gene
     if labels.is_floating_point():
         drawn = torch.bernoulli(logits.sigmoid(), generator=generator)
         return drawn.to(labels.dtype)
-    aligned, kept = _aligned(task, logits, labels)
+    aligned, targets = _aligned(task, logits, labels)
     chances = aligned.flatten(0, -2).softmax(-1)
-    drawn = torch.multinomial(chances, 1, generator=generator).reshape(kept.shape)
-    drawn = torch.where(kept == IGNORED, kept, drawn)
+    drawn = torch.multinomial(chances, 1, generator=generator).reshape(targets.shape)
+    drawn = torch.where(targets == IGNORED, targets, drawn)
     return torch.cat([labels[:, :1], drawn], 1) if task == "causal-lm" else drawn
 
 

@@ -89,15 +89,15 @@ class Allocation:
             InfeasibleError: the budget does not reach the cheapest options.
         """
         level = None if share is None else 1.0 - share
-        _, kept, level = within_level(self.problem(budget), level, self.lost_shares)
+        _, options, level = within_level(self.problem(budget), level, self.lost_shares)
         return dataclasses.replace(
             self,
-            ranks=tuple(ranks[k] for ranks, k in zip(self.ranks, kept, strict=True)),
+            ranks=tuple(ranks[k] for ranks, k in zip(self.ranks, options, strict=True)),
             groups=tuple(
                 Group(group.name, group.cost[k], group.loss[k])
-                for group, k in zip(self.groups, kept, strict=True)
+                for group, k in zip(self.groups, options, strict=True)
             ),
-            lost_shares=tuple(lost[k] for lost, k in zip(self.lost_shares, kept, strict=True)),
+            lost_shares=tuple(lost[k] for lost, k in zip(self.lost_shares, options, strict=True)),
             min_retained=1.0 - level,
         )
 

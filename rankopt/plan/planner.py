@@ -240,10 +240,10 @@ def plan_of(
             layer=layer,
             rank=rank,
             parameters=layer.cost(rank),
-            retained=kept,
+            retained=share,
             margin=margin if priced and math.isfinite(margin) else None,
         )
-        for layer, rank, kept, margin in zip(offered.layers, ranks, retained, sure, strict=True)
+        for layer, rank, share, margin in zip(offered.layers, ranks, retained, sure, strict=True)
     )
     saved = info.planned_parameters - solution.cost
     saved_bytes = info.planned_bytes - sum(e.parameters * e.layer.itemsize for e in entries)
