@@ -9,7 +9,7 @@ import importlib
 from importlib.metadata import entry_points
 
 from rankopt.backends.base import Backend
-from rankopt.errors import BudgetError
+from rankopt.errors import OptionError
 
 GROUP = "rankopt.backends"
 BUILT_IN = ("fwsvd", "fwsvd_two_sided", "kronecker", "svd", "tfwsvd", "whitened")
@@ -25,20 +25,20 @@ def find_backend(name: str) -> Backend:
     """A backend by name.
 
     Raises:
-        BudgetError: no such backend (lists those that exist), or it cannot be loaded.
+        OptionError: no such backend (lists those that exist), or it cannot be loaded.
     """
     if name in BUILT_IN:
         found: Backend = importlib.import_module(f"rankopt.backends.{name}").BACKEND
         return found
     point = next(iter(entry_points(group=GROUP, name=name)), None)
     if point is None:
-        raise BudgetError(f"unknown backend {name!r}; known: {', '.join(known_backends())}")
+        raise OptionError(f"unknown backend {name!r}; known: {', '.join(known_backends())}")
     try:
         loaded = point.load()
     except Exception as error:
-        raise BudgetError(f"the backend {name!r} ({point.value}) does not load: {error}") from error
+        raise OptionError(f"the backend {name!r} ({point.value}) does not load: {error}") from error
     if not isinstance(loaded, Backend):
-        raise BudgetError(
+        raise OptionError(
             f"the backend {name!r} ({point.value}) is a {type(loaded).__name__} without the "
             "attributes of rankopt.backends.base.Backend"
         )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, recomputable
-from rankopt.errors import DataError
+from rankopt.errors import OptionError
 from rankopt.layers import Layer
 from rankopt.measure.accumulate import Gathered, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
@@ -95,13 +95,14 @@ def profile_model(
 
     Raises:
         ModelError: no plannable layers, an unknown kind of loss, or a layer that saw no gradient.
-        DataError: no batches, no labels or targets, or options that do not go together.
-        BudgetError: an unknown backend.
+        DataError: no batches, no labels or targets.
+        OptionError: an unknown backend, estimator or unit, a number below 1, or options that do not
+            go together.
     """
     if not backends:
-        raise DataError("at least one backend is needed")
+        raise OptionError("at least one backend is needed")
     if checkpoint_every < 1:
-        raise DataError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+        raise OptionError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     chosen = {name: find_backend(name) for name in backends}
     model = unwrapped(model)
     loss = find_loss(model, loss_fn, Estimator(estimator, unit, draws, seed))
@@ -208,11 +209,11 @@ def _passes(
     if part is None or part >= len(layers):
         part = len(layers)
     if part < 1:
-        raise DataError(f"layers_at_a_time must be at least 1, got {part}")
+        raise OptionError(f"layers_at_a_time must be at least 1, got {part}")
     if part < len(layers) and stop is not None:
-        raise DataError("until_stable looks at all layers: it does not go with layers_at_a_time")
+        raise OptionError("until_stable looks at all layers: it does not go with layers_at_a_time")
     if part < len(layers) and checkpoint is not None:
-        raise DataError("a checkpoint holds one pass: it does not go with layers_at_a_time")
+        raise OptionError("a checkpoint holds one pass: it does not go with layers_at_a_time")
     return [layers[k : k + part] for k in range(0, len(layers), part)]
 
 
@@ -235,7 +236,7 @@ def _warn_of_memory(
 def _workers(model: nn.Module, workers: int | None) -> int:
     if workers is not None:
         if workers < 1:
-            raise DataError(f"workers must be at least 1, got {workers}")
+            raise OptionError(f"workers must be at least 1, got {workers}")
         return workers
     if device_of(model).type != "cpu":
         return 1

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from rankopt._version import __version__
-from rankopt.errors import BudgetError, InfeasibleBudgetError
+from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError
 from rankopt.plan import heuristics as strategies
 from rankopt.plan.allocation import Allocation, Objective, allocation
 from rankopt.plan.budget import AskedBudget, Budget, at_least, find_budget
@@ -78,17 +78,18 @@ def make_plan(
         options: passed to the solver, ``time_limit`` for ``exact`` and ``knapsack``.
 
     Raises:
-        BudgetError: no or two budgets, an unknown solver, objective, scale or option, or no layer
-            with a rank that is a multiple.
+        BudgetError: no or two budgets, or a bad share or min_retained.
         InfeasibleBudgetError: no ranks fit; names the smallest reachable budget.
+        OptionError: an unknown solver, objective, scale or option, or no layer with a rank that is
+            a multiple.
         ProfileError: the profile lacks the backend.
     """
     if solver == "search":
-        raise BudgetError(
+        raise OptionError(
             "search measures a model: use rankopt.search_plan, or --solver search with --model"
         )
     if isinstance(solver, str) and not is_known_solver(solver):
-        raise BudgetError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
+        raise OptionError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
     if share is not None and solver != "threshold":
         raise BudgetError(f"share belongs to the threshold strategy, not to {solver}")
     found = profile.backend(backend)
@@ -99,7 +100,7 @@ def make_plan(
         _require_floor(min_retained, solver, objective)
     if share is not None:
         if options:
-            raise BudgetError(f"threshold takes no options, got {', '.join(options)}")
+            raise OptionError(f"threshold takes no options, got {', '.join(options)}")
         choice = strategies.share_level(offered, share)
         spent = sum(int(group.cost[j]) for group, j in zip(offered.groups, choice, strict=True))
         if budget is None:
@@ -187,7 +188,7 @@ def _solve(
 ) -> Solution:
     if isinstance(solver, str) and solver in STRATEGIES:
         if options:
-            raise BudgetError(f"{solver} takes no options, got {', '.join(options)}")
+            raise OptionError(f"{solver} takes no options, got {', '.join(options)}")
         problem.require_feasible()
         choice = STRATEGIES[solver](profile, offered, problem.budget)
         return certify(problem, choice, solver)
@@ -197,10 +198,10 @@ def _solve(
     except InfeasibleError:
         raise
     except (ValueError, ImportError) as error:
-        raise BudgetError(f"solver {name}: {error}") from error
+        raise OptionError(f"solver {name}: {error}") from error
     except TypeError as error:
         if options and "unexpected keyword" in str(error):
-            raise BudgetError(f"solver {name}: {error}") from error
+            raise OptionError(f"solver {name}: {error}") from error
         raise
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from rankopt.errors import BudgetError, ProfileError
+from rankopt.errors import OptionError, ProfileError
 from rankopt.layers import Layer, LeftAlone
 from rankopt.schema import STRICT, Count
 
@@ -54,7 +54,7 @@ class BackendInfo(BaseModel):
         """The scale by name, or the default.
 
         Raises:
-            BudgetError: the backend has no such scale; lists those it has.
+            OptionError: the backend has no such scale; lists those it has.
         """
         if name is None:
             return self.scales[0]
@@ -62,7 +62,7 @@ class BackendInfo(BaseModel):
             if scale.name == name:
                 return scale
         known = ", ".join(scale.name for scale in self.scales)
-        raise BudgetError(f"backend {self.name!r} has no scale {name!r}; known: {known}")
+        raise OptionError(f"backend {self.name!r} has no scale {name!r}; known: {known}")
 
 
 class ProfileInfo(BaseModel):

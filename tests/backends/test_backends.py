@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankopt import BudgetError, ProfileError, make_plan, profile_model
+from rankopt import OptionError, ProfileError, make_plan, profile_model
 from rankopt.backends import BUILT_IN, find_backend, known_backends, projection
 from rankopt.backends.base import Backend, ClosedForm, Decomposition
 from rankopt.backends.statistics import Statistics
@@ -370,7 +370,7 @@ def test_what_was_not_collected_is_asked_for_by_name(name: str) -> None:
 
 
 def test_an_unknown_backend_lists_those_that_exist() -> None:
-    with pytest.raises(BudgetError, match="'pca'; known: fwsvd, fwsvd_two_sided, kronecker, svd"):
+    with pytest.raises(OptionError, match="'pca'; known: fwsvd, fwsvd_two_sided, kronecker, svd"):
         find_backend("pca")
 
 
@@ -414,7 +414,7 @@ def test_another_distributions_backend_is_loaded_when_named_and_planned_with(plu
 
 
 def test_a_plugin_that_is_no_backend_is_refused_by_name(plugin: str) -> None:
-    with pytest.raises(BudgetError, match=rf"'number' \({plugin}:NUMBER\) is a int without"):
+    with pytest.raises(OptionError, match=rf"'number' \({plugin}:NUMBER\) is a int without"):
         find_backend("number")
-    with pytest.raises(BudgetError, match=r"'broken' .* does not load: no licence found"):
+    with pytest.raises(OptionError, match=r"'broken' .* does not load: no licence found"):
         find_backend("broken")

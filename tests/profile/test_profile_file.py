@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 
-from rankopt.errors import BudgetError, ProfileError, RankoptError
+from rankopt.errors import OptionError, ProfileError, RankoptError
 from rankopt.layers import DENSE, Layer, LeftAlone
 from rankopt.profile.curves import LossCurve, tails
 from rankopt.profile.info import BackendInfo, ProfileInfo, ScaleInfo
@@ -544,7 +544,7 @@ def test_backend_that_was_not_measured_names_those_that_were() -> None:
             ask("svd")
     assert made.backend().name == "fwsvd"
     assert made.backend().find_scale().name == "nats"
-    with pytest.raises(BudgetError, match="no scale 'metric'; known: nats, sum"):
+    with pytest.raises(OptionError, match="no scale 'metric'; known: nats, sum"):
         made.backend().find_scale("metric")
 
 
