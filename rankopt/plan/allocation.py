@@ -18,9 +18,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from rankopt.errors import OptionError
-from rankopt.layers import DENSE, IntArray, Layer
+from rankopt.layers import DENSE, FloatArray, IntArray, Layer
 from rankopt.plan.budget import whole_number
-from rankopt.profile.curves import FloatArray
 from rankopt.profile.profile import Profile
 from rankopt_solvers import Group, Problem
 

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from rankopt.errors import ProfileError
-from rankopt.layers import Layer
-from rankopt.profile.curves import FloatArray, LossCurve
+from rankopt.layers import FloatArray, Layer
+from rankopt.profile.curves import LossCurve
 from rankopt.profile.info import BackendInfo as BackendInfo
 from rankopt.profile.info import ProfileInfo as ProfileInfo
 from rankopt.profile.info import ScaleInfo as ScaleInfo

@@ -263,6 +263,13 @@ def test_even_fisher_is_plain_svd(shape: str) -> None:
     assert torch.allclose(plain.losses[:-1] - plain.losses[1:], energies, rtol=1e-10)
 
 
+def test_small_losses_keep_their_digits() -> None:
+    weight = torch.diag(torch.tensor([1.0, 1e-9, 3e-10], dtype=torch.float64))
+    losses = find_backend("svd").decompose(weight, Statistics(1.0), 3).losses
+    # Exactly so: what is left of 1 - 1 would be off by far more.
+    assert losses.tolist() == pytest.approx([1.0, 1.09e-18, 9e-20, 0.0], rel=1e-12, abs=0.0)
+
+
 @pytest.mark.parametrize("unit", [1e-12, 1e12])
 @pytest.mark.parametrize("what", ["inputs", "gradients", "weights"])
 @pytest.mark.parametrize("shape", SHAPES)

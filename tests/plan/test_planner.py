@@ -19,10 +19,10 @@ from rankopt.plan.budget import at_least, find_budget
 from rankopt.plan.compare import Strategy, compare
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import known_solvers
-from rankopt.profile.curves import LossCurve, tails
+from rankopt.profile.curves import LossCurve
 from rankopt.profile.info import BackendInfo, ScaleInfo
 from rankopt_solvers import Problem, certify
-from tests.profile.test_profile_file import SHAPES, synthetic_profile
+from tests.profile.test_profile_file import SHAPES, synthetic_profile, tails
 
 OBJECTIVES = ("total", "layerwise", "maxmin")
 FAST = ("uniform", "proportional", "threshold", "greedy")
