@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 from unittest import SkipTest
@@ -27,6 +28,7 @@ from torch import Tensor
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, Decomposition, Scale
 from rankopt.backends.statistics import STATISTICS, Statistics
+from rankopt.profile.info import NAME
 from rankopt_solvers.testing.kit import CheckResult as CheckResult
 from rankopt_solvers.testing.kit import ConformanceError as ConformanceError
 from rankopt_solvers.testing.kit import Kit
@@ -101,7 +103,7 @@ def check_protocol(backend: Backend, layer: Made) -> None:
     _require(isinstance(backend, Backend), "attributes or methods of Backend are missing")
     for text in (backend.name, backend.source):
         _require(isinstance(text, str) and text.strip(), f"{text!r} says nothing")
-    _require(not set(backend.name) & set("/. "), f"{backend.name!r} is not one plain word")
+    _require(re.fullmatch(NAME, backend.name), f"{backend.name!r} is not one plain word")
     _require(isinstance(backend.needs, frozenset), f"needs is a {type(backend.needs).__name__}")
     unknown = ", ".join(sorted(set(backend.needs) - set(STATISTICS)))
     _require(not unknown, f"needs {unknown}; there are {', '.join(STATISTICS)}")

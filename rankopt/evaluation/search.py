@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from rankopt.backends import find_backend
 from rankopt.data.digest import data_digest
 from rankopt.errors import BudgetError, MissingExtraError, OptionError, RankoptError
 from rankopt.evaluation.evaluation import Evaluation
@@ -120,6 +121,8 @@ def search_plan(
     if isinstance(sampler, str) and sampler not in SAMPLERS:
         raise OptionError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
     measured_with = profile.backend(backend)
+    if backend is not None and ":" in backend:
+        find_backend(backend)
     backend, scale = measured_with.name, measured_with.find_scale(scale).name
     budget = find_budget(profile.info, keep, keep_total, max_params)
     if budget is None:
@@ -129,7 +132,7 @@ def search_plan(
     named: dict[str, Choice] = {}
     for text in plans:
         strategy = Strategy.parse(text)
-        if strategy.backend not in (None, backend):
+        if strategy.backend not in (None, backend, measured_with.loaded_from):
             raise OptionError(f"plan {text}: every trial of a search has the backend {backend}")
         made = make_plan(
             profile,

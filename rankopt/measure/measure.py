@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from rankopt.backends import find_backend
+from rankopt.backends import find_backends
 from rankopt.backends.base import Backend, recomputable
 from rankopt.errors import OptionError
 from rankopt.layers import Layer
@@ -72,7 +72,7 @@ def profile_model(
             Causal language models shift labels themselves: give ``labels`` equal to ``input_ids``,
             or leave them out. Labels of padding are ignored. With ``loss_fn``, anything.
         backends: ``fwsvd``, ``fwsvd_two_sided``, ``kronecker``, ``svd``, ``tfwsvd``, ``whitened``,
-            or any that is installed; only what they need is measured.
+            any that is installed, or ``module:object``; only what they need is measured.
         loss_fn: (model, batch) -> the loss of each example, summed over its terms, ``(B,)``.
         include: globs of the layers to plan, instead of those inside the transformer blocks.
         exclude: globs of layers to leave alone.
@@ -103,7 +103,8 @@ def profile_model(
         raise OptionError("at least one backend is needed")
     if checkpoint_every < 1:
         raise OptionError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    chosen = {name: find_backend(name) for name in backends}
+    chosen = find_backends(backends)
+    backends = tuple(chosen)
     model = unwrapped(model)
     loss = find_loss(model, loss_fn, Estimator(estimator, unit, draws, seed))
     selection = find_layers(model, include=include, exclude=exclude, untie=untie)

@@ -78,6 +78,11 @@ def fails(*checks: str) -> Callable[[Callable[[], Backend]], Callable[[], Backen
 
 
 @fails("check_protocol")
+def of_a_name_that_no_file_takes() -> Backend:
+    return Own(name="own:best")
+
+
+@fails("check_protocol")
 def without_scales() -> Backend:
     return Own(scales={})
 
