@@ -15,6 +15,7 @@ from rankopt.errors import DataError as DataError
 from rankopt.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from rankopt.errors import MissingExtraError as MissingExtraError
 from rankopt.errors import ModelError as ModelError
+from rankopt.errors import OptionError as OptionError
 from rankopt.errors import PlanError as PlanError
 from rankopt.errors import ProfileError as ProfileError
 from rankopt.errors import RankoptError as RankoptError

@@ -28,7 +28,11 @@ class PlanError(RankoptError):
 
 
 class BudgetError(RankoptError):
-    """The budget is not one: out of range, or asked for in two ways at once."""
+    """The budget is not one: out of range, missing, or asked for in two ways at once."""
+
+
+class OptionError(RankoptError, ValueError):
+    """An unknown name, a number out of range, or options that do not go together."""
 
 
 class InfeasibleBudgetError(RankoptError):

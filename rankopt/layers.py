@@ -18,6 +18,7 @@ from pydantic import BaseModel, PositiveInt
 
 from rankopt.schema import STRICT
 
+FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 #: The rank that stands for "not factorised" in arrays of ranks.

@@ -1,18 +1,26 @@
 """The conformance kit of backends: the promises of ``rankopt.backends.base``, checked on any.
 
-    from rankopt.testing import check_backend
+    from rankopt.testing import check_backend, parametrize_with_checks
 
-    check_backend(my_backend)          # runs every check; raises with all that failed
+    check_backend(my_backend)                    # everywhere; raises with all that failed
 
-The docstring of a check is the promise. Layers are made up: W, inputs x and output gradients g, one
-position a unit, wide, tall and square, seeded, so that a failure repeats.
+    @parametrize_with_checks([my_backend])       # with pytest: one test for each promise
+    def test_conformance(backend, check):
+        check(backend)
+
+The shape is that of ``rankopt_solvers.testing``. The docstring of a check is the promise. Layers
+are made up: W, inputs x and output gradients g, one position a unit, wide, tall and square, seeded,
+so that a failure repeats.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+from unittest import SkipTest
 
 import torch
 from torch import Tensor
@@ -20,13 +28,16 @@ from torch import Tensor
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, Decomposition, Scale
 from rankopt.backends.statistics import STATISTICS, Statistics
+from rankopt.profile.info import NAME
+from rankopt_solvers.testing.kit import CheckResult as CheckResult
+from rankopt_solvers.testing.kit import ConformanceError as ConformanceError
+from rankopt_solvers.testing.kit import Kit
+
+if TYPE_CHECKING:
+    import pytest
 
 SHAPES = {"wide": (6, 11), "tall": (11, 6), "square": (8, 8)}
 _UNITS = 48.0
-
-
-class ConformanceError(AssertionError):
-    """A promise is not kept; the message has the promise, what happened and with which layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +103,7 @@ def check_protocol(backend: Backend, layer: Made) -> None:
     _require(isinstance(backend, Backend), "attributes or methods of Backend are missing")
     for text in (backend.name, backend.source):
         _require(isinstance(text, str) and text.strip(), f"{text!r} says nothing")
-    _require(not set(backend.name) & set("/. "), f"{backend.name!r} is not one plain word")
+    _require(re.fullmatch(NAME, backend.name), f"{backend.name!r} is not one plain word")
     _require(isinstance(backend.needs, frozenset), f"needs is a {type(backend.needs).__name__}")
     unknown = ", ".join(sorted(set(backend.needs) - set(STATISTICS)))
     _require(not unknown, f"needs {unknown}; there are {', '.join(STATISTICS)}")
@@ -234,43 +245,79 @@ CHECKS: dict[str, Callable[[Backend, Made], None]] = {
 }
 
 
+def _everywhere(check: Callable[[Backend, Made], None]) -> Callable[[Backend], None]:
+    """The check with a layer of every shape; a failure says with which."""
+
+    @functools.wraps(check)
+    def on_all(backend: Backend) -> None:
+        for kind, shape in SHAPES.items():
+            try:
+                check(backend, made_up(kind))
+            except SkipTest:
+                raise
+            except Exception as error:
+                what = "" if type(error) is AssertionError else f"{type(error).__name__}: "
+                raise AssertionError(f"{kind} {shape}: {what}{error}") from error
+
+    return on_all
+
+
+def _found(backend: str | Backend) -> tuple[str, Backend]:
+    found = find_backend(backend) if isinstance(backend, str) else backend
+    return str(getattr(found, "name", type(found).__name__)), found
+
+
+_KIT: Kit[Backend] = Kit(
+    "backend",
+    {name: _everywhere(check) for name, check in CHECKS.items()},
+    _found,
+    names_each=False,
+)
+
+
+def run_check(check: str, backend: str | Backend) -> None:
+    """Run one check of CHECKS, with a layer of every shape.
+
+    Raises:
+        ConformanceError: the promise is not kept, or the backend raised; names the layer.
+    """
+    _KIT.run(check, backend)
+
+
 def check_backend(
-    backend: str | Backend, *, expected_failed_checks: Mapping[str, str] | None = None
-) -> None:
+    backend: str | Backend,
+    *,
+    expected_failed_checks: Mapping[str, str] | None = None,
+    on_fail: Literal["raise", "warn"] | None = "raise",
+    callback: Callable[[CheckResult], None] | None = None,
+) -> list[CheckResult]:
     """Run all checks on a backend.
 
     Args:
-        backend: the object, or the name of an installed one.
+        backend: the object, or a name that find_backend takes.
         expected_failed_checks: check name -> reason; these may not pass.
+        on_fail: after all checks, raise one error with every failure, or warn, or neither.
+        callback: called with each result as it comes.
+
+    Returns:
+        One result for each check.
 
     Raises:
-        ConformanceError: a check failed, or one that was expected to fail passed; names all.
+        ConformanceError: with ``on_fail="raise"``, when a check failed or one that was expected to
+            fail passed.
         ValueError: an expected failure that is not the name of a check.
     """
-    expected = expected_failed_checks or {}
-    unknown = sorted(set(expected) - set(CHECKS))
-    if unknown:
-        raise ValueError(f"no such checks: {', '.join(unknown)}; there are: {', '.join(CHECKS)}")
-    chosen = find_backend(backend) if isinstance(backend, str) else backend
-    bad = []
-    for name, check in CHECKS.items():
-        failure = _failure(check, chosen)
-        if failure and name not in expected:
-            bad.append(f"{name}\n  promise: {check.__doc__}\n  {failure}")
-        elif not failure and name in expected:
-            bad.append(f"{name} was expected to fail ({expected[name]}) but passes")
-    if bad:
-        who = getattr(chosen, "name", type(chosen).__name__)
-        raise ConformanceError(
-            f"{who}: {len(bad)} of {len(CHECKS)} checks failed\n" + "\n".join(bad)
-        )
+    return _KIT.run_all(backend, expected_failed_checks, on_fail, callback)
 
 
-def _failure(check: Callable[[Backend, Made], None], backend: Backend) -> str | None:
-    for kind in SHAPES:
-        try:
-            check(backend, made_up(kind))
-        except Exception as error:
-            what = "" if type(error) is AssertionError else f"{type(error).__name__}: "
-            return f"{kind} {SHAPES[kind]}: {what}{error}"
-    return None
+def parametrize_with_checks(
+    backends: Iterable[str | Backend], *, expected_failed_checks: Mapping[str, str] | None = None
+) -> "pytest.MarkDecorator":
+    """A pytest decorator: the test's arguments ``backend`` and ``check`` take all combinations.
+
+    Args:
+        backends: as for check_backend; a name is looked up when its test runs.
+        expected_failed_checks: check name -> reason, for every backend of the list; becomes a
+            strict xfail.
+    """
+    return _KIT.parametrize(backends, expected_failed_checks)

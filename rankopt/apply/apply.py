@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from rankopt.apply.marking import attach, detach, require_unquantised
 from rankopt.backends import find_backend
-from rankopt.backends.base import recomputable
+from rankopt.backends.base import Backend, recomputable
 from rankopt.backends.statistics import Statistics
-from rankopt.errors import ModelError, PlanError
+from rankopt.errors import ModelError, OptionError, PlanError
 from rankopt.model.lowrank import low_rank, replace
 from rankopt.model.matrices import NOT_SELECTED
 from rankopt.model.selection import Selection, find_planned
@@ -50,6 +50,7 @@ def apply_plan(
         PlanError: the plan is of another profile, or of another model; names the first layers that
             differ.
         ModelError: the model cannot be factorised (already low rank, quantised, not loaded).
+        OptionError: the plan's backend is not installed, and was not named in this process.
     """
     inner = unwrapped(model)
     if any(isinstance(each, nn.parallel.DistributedDataParallel) for each in model.modules()):
@@ -120,7 +121,7 @@ def _replacements(
         if cache is not None:
             cache[key] = kept
         with torch.no_grad():
-            up, down = find_backend(plan.backend).factors(weight, kept, rank)
+            up, down = _backend_of(plan.backend, profile).factors(weight, kept, rank)
         bias = getattr(module, "bias", None)
         if bias is not None and bias.is_meta:
             bias = tensor_of(module, "bias")
@@ -129,12 +130,28 @@ def _replacements(
     return replacements
 
 
+def _backend_of(name: str, profile: Profile) -> Backend:
+    """The plan's backend; if it is not found, the error says where the profile's came from."""
+    try:
+        return find_backend(name)
+    except OptionError as error:
+        where = profile.backend(name).loaded_from
+        if where is None:
+            raise
+        raise OptionError(
+            f"the profile's backend {name!r} was {where}, which is not loaded because a file says "
+            f"so: name it, with rankopt.backends.find_backend({where!r}) before, or --backend "
+            f"{where} on the command line; or install it under the entry point group "
+            f"rankopt.backends ({error})"
+        ) from error
+
+
 @torch.no_grad()
 def _kept(
     member: str, weight: Tensor, backend: str, profile: Profile, largest: int, same: bool
 ) -> Mapping[str, Tensor]:
     """What the backend's factors need: from the profile, or decomposed again."""
-    chosen = find_backend(backend)
+    chosen = _backend_of(backend, profile)
     stored = profile.kept(backend, member)
     if same and len(stored):
         return {kind: torch.from_numpy(array).to(weight.device) for kind, array in stored.items()}

@@ -1,18 +1,23 @@
 """Backends: which error of a layer counts, and so which loss a rank has and which factors are best.
 
 Built in are svd, fwsvd, fwsvd_two_sided, tfwsvd, whitened and kronecker, each a module whose text
-is its mathematics. Backends of others come through the entry point group ``rankopt.backends``, and
-are loaded only when they are named.
+is its mathematics. Backends of others come through the entry point group ``rankopt.backends``, or
+as ``module:object``, and are loaded only when they are named: never because a file names them.
 """
 
 import importlib
+import re
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 
 from rankopt.backends.base import Backend
-from rankopt.errors import BudgetError
+from rankopt.errors import OptionError
+from rankopt.profile.info import NAME
 
 GROUP = "rankopt.backends"
 BUILT_IN = ("fwsvd", "fwsvd_two_sided", "kronecker", "svd", "tfwsvd", "whitened")
+#: Name -> module:object, and what was loaded from there in this process.
+_LOADED: dict[str, tuple[str, Backend]] = {}
 
 
 def known_backends() -> tuple[str, ...]:
@@ -24,22 +29,94 @@ def known_backends() -> tuple[str, ...]:
 def find_backend(name: str) -> Backend:
     """A backend by name.
 
+    Args:
+        name: a built-in, an entry point of group ``rankopt.backends``, or ``module:object``. What
+            was loaded as ``module:object`` has its own name from then on, in this process: that
+            is the name that profiles and plans record.
+
     Raises:
-        BudgetError: no such backend (lists those that exist), or it cannot be loaded.
+        OptionError: no such backend (lists those that exist), it cannot be loaded, or its name is
+            another backend's.
     """
+    if ":" in name:
+        return _load_object(name)
     if name in BUILT_IN:
-        found: Backend = importlib.import_module(f"rankopt.backends.{name}").BACKEND
-        return found
+        return _built_in(name)
+    if name in _LOADED:
+        return _LOADED[name][1]
     point = next(iter(entry_points(group=GROUP, name=name)), None)
     if point is None:
-        raise BudgetError(f"unknown backend {name!r}; known: {', '.join(known_backends())}")
+        known = ", ".join(dict.fromkeys([*known_backends(), *_LOADED]))
+        raise OptionError(f"unknown backend {name!r}; known: {known}, or module:object of your own")
     try:
         loaded = point.load()
     except Exception as error:
-        raise BudgetError(f"the backend {name!r} ({point.value}) does not load: {error}") from error
+        raise OptionError(f"the backend {name!r} ({point.value}) does not load: {error}") from error
+    return _checked(loaded, f"the backend {name!r} ({point.value})")
+
+
+def find_backends(names: Iterable[str]) -> dict[str, Backend]:
+    """Backends by the names that a profile records: of ``module:object`` the object's own.
+
+    Raises:
+        OptionError: see find_backend.
+    """
+    found = {}
+    for name in names:
+        backend = find_backend(name)
+        found[backend.name if ":" in name else name] = backend
+    return found
+
+
+def loaded_from(name: str) -> str | None:
+    """The ``module:object`` that a backend was loaded from in this process, if it was."""
+    return _LOADED[name][0] if name in _LOADED else None
+
+
+def _built_in(name: str) -> Backend:
+    found: Backend = importlib.import_module(f"rankopt.backends.{name}").BACKEND
+    return found
+
+
+def _checked(loaded: object, what: str) -> Backend:
+    if isinstance(loaded, type):
+        raise OptionError(f"{what} is the class {loaded.__name__}: name an object of it")
     if not isinstance(loaded, Backend):
-        raise BudgetError(
-            f"the backend {name!r} ({point.value}) is a {type(loaded).__name__} without the "
+        raise OptionError(
+            f"{what} is a {type(loaded).__name__} without the "
             "attributes of rankopt.backends.base.Backend"
         )
     return loaded
+
+
+def _load_object(where: str) -> Backend:
+    module, _, path = where.partition(":")
+    what = f"the backend {where!r}"
+    try:
+        loaded: object = importlib.import_module(module)
+        for part in path.split("."):
+            loaded = getattr(loaded, part)
+    except Exception as error:  # whatever a module of others does when it is imported
+        raise OptionError(
+            f"{what} does not load: {error}; wanted is module:object, of a module that Python finds"
+        ) from error
+    backend = _checked(loaded, what)
+    name = backend.name
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
+        raise OptionError(
+            f"{what} has the name {name!r}, which becomes part of names in files: use letters, "
+            "digits, _, + and -"
+        )
+    if name in BUILT_IN:
+        if backend is _built_in(name):
+            return backend
+        raise OptionError(f"{what} has the name of the built-in {name!r}: give it another name")
+    others = {point.value for point in entry_points(group=GROUP, name=name)}
+    others |= {_LOADED[name][0]} if name in _LOADED else set()
+    if others - {where}:
+        raise OptionError(
+            f"{what} has the name {name!r}, as {', '.join(sorted(others - {where}))} has: give it "
+            "another name"
+        )
+    _LOADED[name] = where, backend
+    return backend

@@ -1,9 +1,9 @@
 """What a backend is: a weighting of a layer's error, and the factors that minimise it.
 
-A backend of your own is an object with the attributes and methods of ``Backend``, installed under
-the entry point group ``rankopt.backends``; ``rankopt.testing.check_backend`` says whether it keeps
-its promises. The chief one: the loss it reports for a rank is the error of the factors that it
-gives for that rank.
+A backend of your own is an object with the attributes and methods of ``Backend``. It is named
+``module:object``, or installed under the entry point group ``rankopt.backends``;
+``rankopt.testing.check_backend`` says whether it keeps its promises. The chief one: the loss it
+reports for a rank is the error of the factors that it gives for that rank.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ class Backend(Protocol):
     """The protocol.
 
     Attributes:
-        name: in profiles, plans and on the command line.
+        name: in profiles, plans and on the command line; letters, digits, ``_``, ``+`` and ``-``.
         source: paper and equation.
         needs: statistics that it reads (see rankopt.backends.statistics).
         scales: by name; the first is the default.

@@ -39,7 +39,7 @@ from torch import Tensor
 from rankopt.backends import projection
 from rankopt.backends.base import Decomposition, Scale
 from rankopt.backends.statistics import Statistics
-from rankopt.errors import BudgetError
+from rankopt.errors import OptionError
 
 #: Alternations; see the module's text.
 ITERATIONS = 3
@@ -327,11 +327,11 @@ class ElementWise:
         """See Backend.
 
         Raises:
-            BudgetError: a rank that is not on the grid.
+            OptionError: a rank that is not on the grid.
         """
         ranks, origins, starts = (part.int().tolist() for part in kept["origins"])
         if rank not in ranks:
-            raise BudgetError(
+            raise OptionError(
                 f"tfwsvd has factors at ranks {', '.join(map(str, ranks))}, not at {rank}: plan "
                 "with the profile's ranks"
             )

@@ -11,7 +11,7 @@ from rankopt.cli.options import (
     ModelArgument,
     note,
 )
-from rankopt.errors import RankoptError
+from rankopt.errors import OptionError, RankoptError
 from rankopt.files import require_free
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
@@ -32,6 +32,10 @@ def apply(
     allow_other_weights: Annotated[
         bool, typer.Option(help="Accept the same layers with other weights (fine-tuned since).")
     ] = False,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="module:object of the plan's backend, if it is not an installed one."),
+    ] = None,
     force: ForceOption = False,
 ) -> None:
     """Factorise the planned layers and save the smaller model."""
@@ -39,8 +43,14 @@ def apply(
     loaded_plan, loaded_profile = Plan.load(plan), Profile.load(profile)
     from rankopt.apply.apply import apply_plan
     from rankopt.apply.saving import save_model
+    from rankopt.backends import find_backend
     from rankopt.model.loading import load_model, load_tokenizer
 
+    if backend is not None and find_backend(backend).name != loaded_plan.backend:
+        raise OptionError(
+            f"--backend {backend} is {find_backend(backend).name!r}, the plan has the backend "
+            f"{loaded_plan.backend!r}"
+        )
     loaded = load_model(model, dtype)
     apply_plan(loaded, loaded_plan, loaded_profile, allow_other_weights=allow_other_weights)
     try:

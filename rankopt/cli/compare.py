@@ -91,9 +91,12 @@ def compare(
     measured: list[Evaluation] = []
     dense = None
     if model is not None and source is not None:
+        from rankopt.backends import find_backends
         from rankopt.evaluation.evaluation import evaluate
         from rankopt.evaluation.plans import measure_rows, measured_dict
 
+        named = (backend, *(each.backend for each in strategies))
+        find_backends(name for name in named if name is not None and ":" in name)
         loaded, batches = source.load(model, dtype)
         dense = evaluate(loaded, batches, layers=loaded_profile.info.layers)
         pairs = list(measure_rows(loaded, loaded_profile, rows, batches))

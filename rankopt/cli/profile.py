@@ -54,7 +54,8 @@ def profile(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            help="fwsvd (default), fwsvd_two_sided, kronecker, svd, tfwsvd, whitened; or several."
+            help="fwsvd (default), fwsvd_two_sided, kronecker, svd, tfwsvd, whitened, "
+            "module:object of your own; or several."
         ),
     ] = None,
     include: Annotated[

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from rankopt.errors import BudgetError, MissingExtraError, RankoptError
+from rankopt.errors import MissingExtraError, OptionError, RankoptError
 from rankopt_solvers.search import SearchError
 
 
@@ -38,16 +38,16 @@ def with_workers(count: int, storage: str | None) -> Iterator[None]:
     """Run this very command line in ``count - 1`` more processes that join the search.
 
     Raises:
-        BudgetError: fewer than one worker, or more than one without a storage to share.
+        OptionError: fewer than one worker, or more than one without a storage to share.
         RankoptError: the storage cannot be opened, or a worker failed.
     """
     if count < 1:
-        raise BudgetError(f"workers must be at least 1, got {count}")
+        raise OptionError(f"workers must be at least 1, got {count}")
     if count == 1:
         yield
         return
     if storage is None:
-        raise BudgetError("several workers need a storage to share: give --storage or --output")
+        raise OptionError("several workers need a storage to share: give --storage or --output")
     try:
         from rankopt_solvers.search.studies import open_storage
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rankopt.data.rows import Columns, Row, column, read_rows, texts_of
-from rankopt.errors import DataError
+from rankopt.errors import DataError, OptionError
 from rankopt.model.tasks import IGNORED, Batch
 
 
@@ -54,9 +54,10 @@ def load_batches(
 
     Raises:
         DataError: missing file or column, unknown label, too little text.
+        OptionError: a max_length below 2, or a batch_size or examples below 1.
     """
     if max_length < 2 or batch_size < 1 or (examples is not None and examples < 1):
-        raise DataError(
+        raise OptionError(
             "max_length must be at least 2, batch_size and examples at least 1; got "
             f"{max_length}, {batch_size}, {examples}"
         )

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from rankopt.backends import find_backend
 from rankopt.data.digest import data_digest
-from rankopt.errors import BudgetError, MissingExtraError, RankoptError
+from rankopt.errors import BudgetError, MissingExtraError, OptionError, RankoptError
 from rankopt.evaluation.evaluation import Evaluation
 from rankopt.evaluation.plans import PlanEvaluator
 from rankopt.model.tasks import Batch
@@ -27,7 +28,7 @@ from rankopt.progress import bar
 from rankopt_solvers import certify
 from rankopt_solvers.problem import ProblemError
 from rankopt_solvers.registry import Solver
-from rankopt_solvers.search import Choice, Measured, SearchError, SearchResult, search
+from rankopt_solvers.search import SAMPLERS, Choice, Measured, SearchError, SearchResult, search
 
 #: Measured before anything is searched; the search cannot end worse than the best of them.
 PLANS = ("uniform", "proportional", "threshold", "greedy", "exact", "exact/layerwise")
@@ -108,12 +109,18 @@ def search_plan(
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
-        BudgetError: see make_plan; too few trials; ``maxmin``, which is no sum.
+        BudgetError: see make_plan.
         InfeasibleBudgetError: no ranks fit.
-        RankoptError: the storage is damaged or holds a study of another model, data or budget.
+        OptionError: see make_plan; an unknown sampler; ``maxmin``, which is no sum.
+        RankoptError: too few trials, or the storage is damaged or holds a study of another model,
+            data or budget.
         MissingExtraError: Optuna is not installed.
         DataError: no batches.
     """
+    if isinstance(sampler, str) and sampler not in SAMPLERS:
+        raise OptionError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if backend is not None and ":" in backend:
+        find_backend(backend)
     budget = find_budget(profile.info, keep, keep_total, max_params)
     if budget is None:
         raise BudgetError("a budget is needed: keep, keep_total or max_params")
@@ -121,8 +128,8 @@ def search_plan(
     named: dict[str, Choice] = {}
     for text in plans:
         strategy = Strategy.parse(text)
-        if strategy.backend not in (None, offered.backend):
-            raise BudgetError(
+        if strategy.backend not in (None, offered.backend, profile.backend(backend).loaded_from):
+            raise OptionError(
                 f"plan {text}: every trial of a search has the backend {offered.backend}"
             )
         _, chosen = choose(
@@ -170,7 +177,7 @@ def search_plan(
                 progress=show,
             )
         except ProblemError as error:
-            raise BudgetError(f"objective {objective!r}: {error}") from error
+            raise OptionError(f"objective {objective!r}: {error}") from error
         except SearchError as error:
             raise RankoptError(str(error)) from error
         except ImportError as error:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rankopt._version import __version__
-from rankopt.backends import find_backend
+from rankopt.backends import find_backend, loaded_from
 from rankopt.layers import Layer, fingerprint
 from rankopt.measure.accumulate import Gathered
 from rankopt.measure.decompose import ScaledCurve, Store
@@ -142,4 +142,6 @@ def _described(
         )
         for scale, value in backend.scales.items()
     )
-    return BackendInfo(name=name, source=backend.source, scales=scales)
+    return BackendInfo(
+        name=name, source=backend.source, loaded_from=loaded_from(name), scales=scales
+    )

@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from rankopt.errors import DataError
+from rankopt.errors import OptionError
 from rankopt.model.tasks import Batch, draw_labels, loss_terms, mean_loss, term_losses
 
 Kind = Literal["empirical", "sampled"]
@@ -42,7 +42,7 @@ class Estimator:
         seed: of everything random.
 
     Raises:
-        DataError: an unknown kind or unit, or draws where nothing is random.
+        OptionError: an unknown kind or unit, or draws where nothing is random.
     """
 
     kind: Kind = "empirical"
@@ -56,11 +56,11 @@ class Estimator:
             ("unit", self.unit, get_args(Unit)),
         ):
             if value not in known:
-                raise DataError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+                raise OptionError(f"unknown {name} {value!r}; known: {', '.join(known)}")
         if self.draws < 1:
-            raise DataError(f"draws must be at least 1, got {self.draws}")
+            raise OptionError(f"draws must be at least 1, got {self.draws}")
         if self.draws > 1 and not self.random:
-            raise DataError(
+            raise OptionError(
                 f"draws={self.draws} with given labels would measure the same again: draws are for "
                 "the sampled estimator, or the token unit"
             )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankopt.errors import DataError
+from rankopt.errors import DataError, OptionError
 from rankopt.measure.checks import check_examples, check_loss, check_terms
 from rankopt.measure.collector import Collector
 from rankopt.measure.estimators import EMPIRICAL, Estimator
@@ -102,7 +102,7 @@ class GivenLoss:
     """A loss_fn: (model, batch) -> the loss of each example, ``(B,)``. Nothing of it is known.
 
     Raises:
-        DataError: an estimator that draws labels, or takes tokens apart.
+        OptionError: an estimator that draws labels, or takes tokens apart.
     """
 
     function: LossFunction
@@ -111,7 +111,7 @@ class GivenLoss:
 
     def __post_init__(self) -> None:
         if self.estimator.random:
-            raise DataError(
+            raise OptionError(
                 "loss_fn gives one loss for an example: labels cannot be drawn from it, nor tokens "
                 "taken apart; use the empirical estimator per example"
             )
@@ -160,7 +160,7 @@ def find_loss(
 
     Raises:
         ModelError: none is given, and the model has none that is known.
-        DataError: see GivenLoss.
+        OptionError: see GivenLoss.
     """
     if loss_fn is not None:
         return GivenLoss(loss_fn, estimator)

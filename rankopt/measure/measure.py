@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from rankopt.backends import find_backend
+from rankopt.backends import find_backends
 from rankopt.backends.base import Backend, recomputable
-from rankopt.errors import DataError
+from rankopt.errors import OptionError
 from rankopt.layers import Layer
 from rankopt.measure.accumulate import Gathered, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
@@ -72,7 +72,7 @@ def profile_model(
             Causal language models shift labels themselves: give ``labels`` equal to ``input_ids``,
             or leave them out. Labels of padding are ignored. With ``loss_fn``, anything.
         backends: ``fwsvd``, ``fwsvd_two_sided``, ``kronecker``, ``svd``, ``tfwsvd``, ``whitened``,
-            or any that is installed; only what they need is measured.
+            any that is installed, or ``module:object``; only what they need is measured.
         loss_fn: (model, batch) -> the loss of each example, summed over its terms, ``(B,)``.
         include: globs of the layers to plan, instead of those inside the transformer blocks.
         exclude: globs of layers to leave alone.
@@ -95,14 +95,16 @@ def profile_model(
 
     Raises:
         ModelError: no plannable layers, an unknown kind of loss, or a layer that saw no gradient.
-        DataError: no batches, no labels or targets, or options that do not go together.
-        BudgetError: an unknown backend.
+        DataError: no batches, no labels or targets.
+        OptionError: an unknown backend, estimator or unit, a number below 1, or options that do not
+            go together.
     """
     if not backends:
-        raise DataError("at least one backend is needed")
+        raise OptionError("at least one backend is needed")
     if checkpoint_every < 1:
-        raise DataError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    chosen = {name: find_backend(name) for name in backends}
+        raise OptionError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    chosen = find_backends(backends)
+    backends = tuple(chosen)
     model = unwrapped(model)
     loss = find_loss(model, loss_fn, Estimator(estimator, unit, draws, seed))
     selection = find_layers(model, include=include, exclude=exclude, untie=untie)
@@ -208,14 +210,14 @@ def _passes(
     if part is None or part >= len(layers):
         part = len(layers)
     if part < 1:
-        raise DataError(f"layers_at_a_time must be at least 1, got {part}")
+        raise OptionError(f"layers_at_a_time must be at least 1, got {part}")
     if part < len(layers) and stop is not None:
-        raise DataError(
+        raise OptionError(
             "a stop (--until-stable) is asked about all layers: it does not go with "
             "layers_at_a_time"
         )
     if part < len(layers) and checkpoint is not None:
-        raise DataError("a checkpoint holds one pass: it does not go with layers_at_a_time")
+        raise OptionError("a checkpoint holds one pass: it does not go with layers_at_a_time")
     return [layers[k : k + part] for k in range(0, len(layers), part)]
 
 
@@ -238,7 +240,7 @@ def _warn_of_memory(
 def _workers(model: nn.Module, workers: int | None) -> int:
     if workers is not None:
         if workers < 1:
-            raise DataError(f"workers must be at least 1, got {workers}")
+            raise OptionError(f"workers must be at least 1, got {workers}")
         return workers
     if device_of(model).type != "cpu":
         return 1

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, OptionError
 from rankopt.model.tasks import task_of_architecture
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,9 +24,10 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
 
     Raises:
         ModelError: not found, or without a head whose loss is known.
+        OptionError: an unknown dtype.
     """
     if dtype not in DTYPES:
-        raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        raise OptionError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     import transformers
 
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():

@@ -17,10 +17,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from rankopt.errors import BudgetError
-from rankopt.layers import DENSE, IntArray, Layer
+from rankopt.errors import OptionError
+from rankopt.layers import DENSE, FloatArray, IntArray, Layer
 from rankopt.plan.budget import whole_number
-from rankopt.profile.curves import FloatArray
 from rankopt.profile.profile import Profile
 from rankopt_solvers import Group, Problem, within_level
 
@@ -143,15 +142,15 @@ def allocation(
         rank_multiple: ranks on offer are multiples of it.
 
     Raises:
-        BudgetError: unknown objective or scale, a multiple below 1, or one that leaves no layer any
+        OptionError: unknown objective or scale, a multiple below 1, or one that leaves no layer any
             rank.
         ProfileError: the profile lacks the backend.
     """
     if objective not in get_args(Objective):
         known = ", ".join(get_args(Objective))
-        raise BudgetError(f"unknown objective {objective!r}; known: {known}")
+        raise OptionError(f"unknown objective {objective!r}; known: {known}")
     measured = profile.backend(backend)
-    multiple = whole_number("rank_multiple", rank_multiple)
+    multiple = whole_number("rank_multiple", rank_multiple, OptionError)
     key = (measured.name, measured.find_scale(scale).name, objective, multiple)
     tabulated = _TABULATED.setdefault(profile, {})
     if key not in tabulated:
@@ -180,7 +179,7 @@ def _tabulate(
         shares.append(lost_share)
         full.append(curve.full * factor)
     if all(offered.size == 1 for offered in ranks):
-        raise BudgetError(
+        raise OptionError(
             f"no layer can be given a rank: of the ranks that {backend} was measured at and that "
             f"save parameters, none is a multiple of rank_multiple={rank_multiple}"
         )

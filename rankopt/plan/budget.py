@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from rankopt.errors import BudgetError
+from rankopt.errors import BudgetError, RankoptError
 from rankopt.profile.info import ProfileInfo
 from rankopt.schema import STRICT, Count
 
@@ -73,15 +73,15 @@ def find_budget(
     return Budget(kind="keep_total", asked=keep_total, parameters=allowed)
 
 
-def whole_number(name: str, value: object) -> int:
+def whole_number(name: str, value: object, error: type[RankoptError] = BudgetError) -> int:
     """The value as an int.
 
     Raises:
-        BudgetError: it is not a whole number above 0.
+        RankoptError: of the type ``error``; it is not a whole number above 0.
     """
     number = value if isinstance(value, int | float | np.integer) else math.nan
     if isinstance(value, bool) or not (math.isfinite(number) and number >= 1 and number % 1 == 0):
-        raise BudgetError(f"{name} must be a whole number above 0, got {value!r}")
+        raise error(f"{name} must be a whole number above 0, got {value!r}")
     return int(number)
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rankopt.errors import BudgetError
+from rankopt.errors import OptionError
 from rankopt.plan.allocation import Objective
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import is_known_solver, known_solvers, make_plan
@@ -31,20 +31,20 @@ class Strategy:
         """From ``SOLVER[/OBJECTIVE][@BACKEND]``; whether a profile has the backend shows later.
 
         Raises:
-            BudgetError: unknown solver or objective, or no backend after the @.
+            OptionError: unknown solver or objective, or no backend after the @.
         """
         chooser, at, backend = text.partition("@")
         if at and (not backend or "/" in backend or "@" in backend):
-            raise BudgetError(
+            raise OptionError(
                 f"strategy {text!r} names no backend after the @: SOLVER[/OBJECTIVE][@BACKEND]"
             )
         solver, _, objective = chooser.partition("/")
         if not is_known_solver(solver):
-            raise BudgetError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
+            raise OptionError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
         for known in ("total", "layerwise", "maxmin"):
             if objective in (known, ""):
                 return cls(solver, known if objective else "total", backend or None)
-        raise BudgetError(f"unknown objective {objective!r}; known: total, layerwise, maxmin")
+        raise OptionError(f"unknown objective {objective!r}; known: total, layerwise, maxmin")
 
     def __str__(self) -> str:
         objective = "" if self.objective == "total" else f"/{self.objective}"
@@ -121,7 +121,7 @@ def compare(
             rank_multiple.
 
     Raises:
-        BudgetError, InfeasibleBudgetError, ProfileError: as make_plan.
+        BudgetError, InfeasibleBudgetError, OptionError, ProfileError: as make_plan.
     """
     backend = options.pop("backend", None)
     for keep in keeps:

@@ -17,15 +17,13 @@ The thesis' text was not available, only its abstract: the formulas are our read
 """
 
 import numpy as np
-import numpy.typing as npt
 
 from rankopt.errors import BudgetError
+from rankopt.layers import FloatArray
 from rankopt.plan.allocation import Allocation
 from rankopt.profile.profile import Profile
 from rankopt_solvers import Group, Problem
 from rankopt_solvers.maxmin import choice_within, smallest_level
-
-FloatArray = npt.NDArray[np.float64]
 
 
 def _largest_within(group: Group, target: float) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from rankopt._version import __version__
-from rankopt.errors import BudgetError, InfeasibleBudgetError
+from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError
 from rankopt.plan import heuristics
 from rankopt.plan.allocation import Allocation, Objective, allocation
 from rankopt.plan.budget import Budget, at_least, find_budget
@@ -76,9 +76,10 @@ def make_plan(
         options: passed to the solver, ``time_limit`` for ``exact`` and ``knapsack``.
 
     Raises:
-        BudgetError: no or two budgets, an unknown solver, objective, scale or option, or no layer
-            with a rank that is a multiple.
+        BudgetError: no or two budgets, or a share or min_retained out of range.
         InfeasibleBudgetError: no ranks fit; names the smallest reachable budget.
+        OptionError: an unknown solver, objective or scale, an option that the solver does not take,
+            or no layer with a rank that is a multiple.
         ProfileError: the profile lacks the backend.
     """
     budget = find_budget(profile.info, keep, keep_total, max_params)
@@ -136,7 +137,7 @@ def choose(
         _require_floor(min_retained, solver, objective)
     if share is not None:
         if options:
-            raise BudgetError(f"threshold takes no options, got {', '.join(options)}")
+            raise OptionError(f"threshold takes no options, got {', '.join(options)}")
         return offered, _at_share(offered, share, budget)
     if budget is None:
         raise BudgetError("a budget is needed: keep, keep_total or max_params")
@@ -159,13 +160,13 @@ def choose(
 
 def _require_solver(solver: str | Solver, share: float | None) -> None:
     if solver == "search":
-        raise BudgetError(
+        raise OptionError(
             "search measures a model: use rankopt.search_plan, or --solver search with --model"
         )
     if isinstance(solver, str) and not is_known_solver(solver):
-        raise BudgetError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
+        raise OptionError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
     if share is not None and solver != "threshold":
-        raise BudgetError(f"share belongs to the threshold strategy, not to {solver}")
+        raise OptionError(f"share belongs to the threshold strategy, not to {solver}")
 
 
 def _at_share(offered: Allocation, share: float, budget: Budget | None) -> Solution:
@@ -182,9 +183,9 @@ def _at_share(offered: Allocation, share: float, budget: Budget | None) -> Solut
 
 def _require_floor(min_retained: float | str, solver: str | Solver, objective: Objective) -> None:
     if isinstance(solver, str) and solver in STRATEGIES:
-        raise BudgetError(f"min_retained is for solvers; {solver} goes layer by layer")
+        raise OptionError(f"min_retained is for solvers; {solver} goes layer by layer")
     if objective == "maxmin":
-        raise BudgetError("objective maxmin has the best min_retained already")
+        raise OptionError("objective maxmin has the best min_retained already")
     number = isinstance(min_retained, int | float) and not isinstance(min_retained, bool)
     if min_retained != "best" and not (number and 0.0 <= float(min_retained) <= 1.0):
         raise BudgetError(f"min_retained must be between 0 and 1, or 'best', got {min_retained!r}")
@@ -199,7 +200,7 @@ def _solve(
 ) -> Solution:
     if isinstance(solver, str) and solver in STRATEGIES:
         if options:
-            raise BudgetError(f"{solver} takes no options, got {', '.join(options)}")
+            raise OptionError(f"{solver} takes no options, got {', '.join(options)}")
         problem.require_feasible()
         choice = STRATEGIES[solver](profile, offered, problem.budget)
         return certify(problem, choice, solver)
@@ -209,10 +210,10 @@ def _solve(
     except InfeasibleError:
         raise
     except (ValueError, ImportError) as error:
-        raise BudgetError(f"solver {name}: {error}") from error
+        raise OptionError(f"solver {name}: {error}") from error
     except TypeError as error:
         if options and "unexpected keyword" in str(error):
-            raise BudgetError(f"solver {name}: {error}") from error
+            raise OptionError(f"solver {name}: {error}") from error
         raise
 
 

@@ -13,17 +13,9 @@ different layers comparable.
 import dataclasses
 
 import numpy as np
-import numpy.typing as npt
 
 from rankopt.errors import ProfileError
-from rankopt.layers import DENSE, IntArray, Layer
-
-FloatArray = npt.NDArray[np.float64]
-
-
-def tails(energies: FloatArray) -> FloatArray:
-    """Energy lost at every rank 0..K, shape ``(K,)`` -> ``(K+1,)``; summed from the small end."""
-    return np.append(np.cumsum(energies[::-1])[::-1], 0.0)
+from rankopt.layers import DENSE, FloatArray, IntArray, Layer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,16 +7,23 @@ backend that made it, perhaps somebody else's, is not installed.
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from rankopt.errors import BudgetError, ProfileError
+from rankopt.errors import OptionError, ProfileError
 from rankopt.layers import Layer, LeftAlone
 from rankopt.schema import STRICT, Count
 
 FORMAT_VERSION = 2
 
-#: Names appear in the names of tensors, where / and . separate.
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_+-]+$")]
+#: Names of backends and scales appear in the names of tensors, where / and . separate.
+NAME = r"^[A-Za-z0-9_+-]+$"
+_Name = Annotated[str, Field(pattern=NAME)]
 
 
 class ScaleInfo(BaseModel):
@@ -41,6 +48,8 @@ class BackendInfo(BaseModel):
     Attributes:
         name: as in the names of the profile's tensors and on the command line.
         source: the paper.
+        loaded_from: the ``module:object`` that was named, if it was no installed backend. Planning
+            finds the backend by it too; nothing is imported because it is written here.
         scales: at least one; the first is the default.
     """
 
@@ -48,13 +57,22 @@ class BackendInfo(BaseModel):
 
     name: _Name
     source: str
+    loaded_from: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")] | None = None
     scales: Annotated[tuple[ScaleInfo, ...], Field(min_length=1)]
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Profiles of installed backends stay, to the byte, what they were without the field.
+        content: dict[str, Any] = handler(self)
+        if self.loaded_from is None:
+            content.pop("loaded_from", None)
+        return content
 
     def find_scale(self, name: str | None = None) -> ScaleInfo:
         """The scale by name, or the default.
 
         Raises:
-            BudgetError: the backend has no such scale; lists those it has.
+            OptionError: the backend has no such scale; lists those it has.
         """
         if name is None:
             return self.scales[0]
@@ -62,7 +80,7 @@ class BackendInfo(BaseModel):
             if scale.name == name:
                 return scale
         known = ", ".join(scale.name for scale in self.scales)
-        raise BudgetError(f"backend {self.name!r} has no scale {name!r}; known: {known}")
+        raise OptionError(f"backend {self.name!r} has no scale {name!r}; known: {known}")
 
 
 class ProfileInfo(BaseModel):

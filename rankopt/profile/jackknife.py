@@ -17,9 +17,8 @@ rough where there are few batches: with n of them, its own relative error is abo
 import math
 
 import numpy as np
-import numpy.typing as npt
 
-FloatArray = npt.NDArray[np.float64]
+from rankopt.layers import FloatArray
 
 
 def relative_standard_errors(sums: FloatArray, units: FloatArray) -> FloatArray:

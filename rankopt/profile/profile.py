@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from rankopt.errors import ProfileError
-from rankopt.layers import Layer
-from rankopt.profile.curves import FloatArray, LossCurve
+from rankopt.layers import FloatArray, Layer
+from rankopt.profile.curves import LossCurve
 from rankopt.profile.info import BackendInfo as BackendInfo
 from rankopt.profile.info import ProfileInfo as ProfileInfo
 from rankopt.profile.info import ScaleInfo as ScaleInfo
@@ -114,13 +114,13 @@ class Profile:
         return self.info.units
 
     def backend(self, name: str | None = None) -> BackendInfo:
-        """A backend by name, or the default.
+        """A backend by name, by the ``module:object`` that was named for it, or the default.
 
         Raises:
             ProfileError: it was not measured; lists those that were.
         """
         for backend in self.info.backends:
-            if name in (None, backend.name):
+            if name in (None, backend.name, backend.loaded_from):
                 return backend
         raise ProfileError(
             f"the profile has no losses for backend {name!r}, only for "
@@ -133,8 +133,7 @@ class Profile:
         Raises:
             ProfileError: there is no such backend or layer.
         """
-        self.backend(backend)
-        curve = self.curves[backend].get(layer)
+        curve = self.curves[self.backend(backend).name].get(layer)
         if curve is None:
             raise ProfileError(f"layer {layer}: no {backend} losses")
         return curve

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankopt import BudgetError, ProfileError, make_plan, profile_model
+from rankopt import OptionError, ProfileError, make_plan, profile_model
 from rankopt.backends import BUILT_IN, find_backend, known_backends, projection
 from rankopt.backends.base import Backend, ClosedForm, Decomposition
 from rankopt.backends.statistics import Statistics
@@ -263,6 +263,13 @@ def test_even_fisher_is_plain_svd(shape: str) -> None:
     assert torch.allclose(plain.losses[:-1] - plain.losses[1:], energies, rtol=1e-10)
 
 
+def test_small_losses_keep_their_digits() -> None:
+    weight = torch.diag(torch.tensor([1.0, 1e-9, 3e-10], dtype=torch.float64))
+    losses = find_backend("svd").decompose(weight, Statistics(1.0), 3).losses
+    # Exactly so: what is left of 1 - 1 would be off by far more.
+    assert losses.tolist() == pytest.approx([1.0, 1.09e-18, 9e-20, 0.0], rel=1e-12, abs=0.0)
+
+
 @pytest.mark.parametrize("unit", [1e-12, 1e12])
 @pytest.mark.parametrize("what", ["inputs", "gradients", "weights"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -370,7 +377,7 @@ def test_what_was_not_collected_is_asked_for_by_name(name: str) -> None:
 
 
 def test_an_unknown_backend_lists_those_that_exist() -> None:
-    with pytest.raises(BudgetError, match="'pca'; known: fwsvd, fwsvd_two_sided, kronecker, svd"):
+    with pytest.raises(OptionError, match="'pca'; known: fwsvd, fwsvd_two_sided, kronecker, svd"):
         find_backend("pca")
 
 
@@ -414,7 +421,7 @@ def test_another_distributions_backend_is_loaded_when_named_and_planned_with(plu
 
 
 def test_a_plugin_that_is_no_backend_is_refused_by_name(plugin: str) -> None:
-    with pytest.raises(BudgetError, match=rf"'number' \({plugin}:NUMBER\) is a int without"):
+    with pytest.raises(OptionError, match=rf"'number' \({plugin}:NUMBER\) is a int without"):
         find_backend("number")
-    with pytest.raises(BudgetError, match=r"'broken' .* does not load: no licence found"):
+    with pytest.raises(OptionError, match=r"'broken' .* does not load: no licence found"):
         find_backend("broken")

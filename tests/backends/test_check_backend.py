@@ -10,10 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from rankopt import OptionError
 from rankopt.backends import BUILT_IN, find_backend
 from rankopt.backends.base import Backend, ClosedForm, Decomposition, Scale
 from rankopt.backends.statistics import Statistics
-from rankopt.testing import CHECKS, ConformanceError, check_backend
+from rankopt.testing import (
+    CHECKS,
+    CheckResult,
+    ConformanceError,
+    check_backend,
+    parametrize_with_checks,
+    run_check,
+)
+from rankopt_solvers import testing as solver_kit
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -66,6 +75,11 @@ def fails(*checks: str) -> Callable[[Callable[[], Backend]], Callable[[], Backen
         return made
 
     return register
+
+
+@fails("check_protocol")
+def of_a_name_that_no_file_takes() -> Backend:
+    return Own(name="own:best")
 
 
 @fails("check_protocol")
@@ -251,6 +265,65 @@ def test_failures_can_be_expected_but_not_for_nothing() -> None:
         check_backend(Own(), expected_failed_checks={"check_units": "no reason"})
     with pytest.raises(ValueError, match="no such checks: check_speed; there are: check_protocol"):
         check_backend(Own(), expected_failed_checks={"check_speed": "slow"})
+
+
+@parametrize_with_checks(["fwsvd", Own()])
+def test_every_promise_is_a_test_of_its_own(
+    backend: str | Backend, check: Callable[[str | Backend], None]
+) -> None:
+    check(backend)
+
+
+@parametrize_with_checks([WithEpsilon()], expected_failed_checks={"check_units": "by design"})
+def test_expected_failures_are_strict_xfails(
+    backend: Backend, check: Callable[[Backend], None]
+) -> None:
+    check(backend)
+
+
+def test_parameters_are_named_after_backend_and_check_and_names_looked_up_late() -> None:
+    mark = parametrize_with_checks(["not_installed", Own()])
+    arguments, parameters = mark.args
+    assert arguments == ("backend", "check")
+    wanted = [f"{name}-{check}" for name in ("not_installed", "own") for check in CHECKS]
+    assert [parameter.id for parameter in parameters] == wanted
+    with pytest.raises(OptionError, match="unknown backend 'not_installed'"):
+        parameters[0].values[1](parameters[0].values[0])
+    with pytest.raises(ValueError, match="check_speed"):
+        parametrize_with_checks([Own()], expected_failed_checks={"check_speed": "slow"})
+
+
+def test_a_failure_can_be_expected_warned_of_or_only_returned() -> None:
+    def outcomes(results: list[CheckResult]) -> dict[str, str]:
+        assert [result.check for result in results] == list(CHECKS)
+        assert {result.subject for result in results} == {"own"}
+        return {r.check: r.outcome for r in results if r.outcome != "passed"}
+
+    fault, seen = "check_units", list[CheckResult]()
+    found = check_backend(WithEpsilon(), on_fail=None, callback=seen.append)
+    assert found == seen and outcomes(found) == {fault: "failed"}
+    (failed,) = (result for result in found if result.bad)
+    assert failed.reason == str(failed.error) and "own: check_units\n  promise: " in failed.reason
+    with pytest.warns(UserWarning, match=fault) as warned:
+        assert outcomes(check_backend(WithEpsilon(), on_fail="warn")) == {fault: "failed"}
+    assert warned[0].filename == __file__
+    expected = check_backend(WithEpsilon(), expected_failed_checks={fault: "by design"})
+    assert outcomes(expected) == {fault: "expected_failure"}
+    passing = check_backend(Own(), on_fail=None, expected_failed_checks={fault: "no reason"})
+    assert outcomes(passing) == {fault: "unexpected_pass"}
+
+
+def test_one_check_can_be_run_alone() -> None:
+    run_check("check_units", "svd")
+    with pytest.raises(
+        ConformanceError, match=r"^own: check_units\n  promise: .*\n  wide \(6, 11\)"
+    ):
+        run_check("check_units", WithEpsilon())
+
+
+def test_both_kits_raise_the_same_error() -> None:
+    assert ConformanceError is solver_kit.ConformanceError
+    assert CheckResult is solver_kit.CheckResult
 
 
 def test_a_closed_form_of_ours_with_a_wrong_declaration_is_found() -> None:

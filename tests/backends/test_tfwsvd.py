@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankopt import BudgetError
+from rankopt import OptionError
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend
 from rankopt.backends.statistics import Statistics
@@ -269,5 +269,5 @@ def test_the_backend_keeps_its_protocol() -> None:
         assert backend.error(weight, up @ down, statistics) == pytest.approx(loss, rel=1e-9)
         plain = (sums / 30.0 * (weight - up @ down).square()).sum()
         assert float(plain) == pytest.approx(loss, rel=1e-6)
-    with pytest.raises(BudgetError, match="0, 2, 4, 6, 8, not at 5"):
+    with pytest.raises(OptionError, match="0, 2, 4, 6, 8, not at 5"):
         backend.factors(weight, kept, 5)

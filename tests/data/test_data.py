@@ -11,7 +11,7 @@ import torch
 
 from rankopt.data.batches import load_batches, spread, text_batches
 from rankopt.data.rows import Columns, read_rows, require_columns
-from rankopt.errors import DataError
+from rankopt.errors import DataError, OptionError
 from rankopt.model.tasks import IGNORED
 from tests import tiny
 
@@ -302,5 +302,5 @@ def test_tasks_without_a_reader_say_what_to_do_instead(tmp_path: Path, task: str
 @pytest.mark.parametrize("change", [{"max_length": 1}, {"batch_size": 0}, {"examples": 0}])
 def test_sizes_that_make_no_batch_are_refused(tmp_path: Path, change: dict[str, int]) -> None:
     source = write(tmp_path / "a.csv", ROWS)
-    with pytest.raises(DataError, match="at least"):
+    with pytest.raises(OptionError, match="at least"):
         load_batches(source, tiny.tokenizer(), "regression", **change)  # type: ignore[arg-type]

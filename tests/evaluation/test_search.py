@@ -8,10 +8,11 @@ import torch
 
 from rankopt import Plan, profile_model
 from rankopt.apply.apply import applied
-from rankopt.cli.workers import copies
-from rankopt.errors import BudgetError, InfeasibleBudgetError, RankoptError
+from rankopt.cli.workers import copies, with_workers
+from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError, RankoptError
 from rankopt.evaluation.evaluation import evaluate
 from rankopt.evaluation.search import PLANS, search_plan
+from rankopt.model.loading import load_model
 from rankopt.plan.allocation import allocation
 from rankopt.plan.budget import find_budget
 from rankopt.plan.planner import choose, make_plan
@@ -89,13 +90,13 @@ def test_what_cannot_be_searched_is_refused(made: Any, tmp_path: Path) -> None:
     model, profile, batches = made
     with pytest.raises(BudgetError, match="a budget is needed"):
         search_plan(model, profile, batches)
-    with pytest.raises(BudgetError, match="'maxmin': search reweights the losses of a sum"):
+    with pytest.raises(OptionError, match="'maxmin': search reweights the losses of a sum"):
         search_plan(model, profile, batches, keep=0.6, objective="maxmin")
     with pytest.raises(RankoptError, match="1 trials are too few"):
         search_plan(model, profile, batches, keep=0.6, trials=1)
     with pytest.raises(InfeasibleBudgetError, match="smallest reachable"):
         search_plan(model, profile, batches, keep=0.001)
-    with pytest.raises(RankoptError, match="unknown sampler 'tea'"):
+    with pytest.raises(OptionError, match="unknown sampler 'tea'"):
         search_plan(model, profile, batches, keep=0.6, sampler="tea")
     (tmp_path / "s").write_text("no journal\n")
     with pytest.raises(RankoptError, match=r"line 1: the journal is damaged"):
@@ -110,3 +111,14 @@ def test_copies_are_waited_for_and_their_failure_is_told(tmp_path: Path) -> None
         pass
     with pytest.raises(KeyError), copies(["sleep", "100"], 1):
         raise KeyError
+
+
+@pytest.mark.parametrize(("count", "storage"), [(0, "s"), (2, None)])
+def test_workers_that_cannot_share_a_search_are_refused(count: int, storage: str | None) -> None:
+    with pytest.raises(OptionError, match="worker"), with_workers(count, storage):
+        pass
+
+
+def test_an_unknown_dtype_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(OptionError, match="unknown dtype 'int4'; known: auto"):
+        load_model("nowhere", "int4")

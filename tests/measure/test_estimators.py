@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import BertForSequenceClassification
 
-from rankopt import DataError, ModelError, profile_model
+from rankopt import DataError, ModelError, OptionError, profile_model
 from rankopt.measure.accumulate import gather
 from rankopt.measure.estimators import Estimator
 from rankopt.measure.loss import ModelLoss
@@ -377,7 +377,7 @@ def test_options_that_do_not_go_together_are_refused(
     options: dict[str, Any], complaint: str
 ) -> None:
     model = tiny.bert()
-    with pytest.raises(DataError, match=complaint):
+    with pytest.raises(OptionError, match=complaint):
         profile_model(model, tiny.batches(model), **options)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rankopt import BudgetError, DataError, ModelError, Profile, make_plan, profile_model
+from rankopt import DataError, ModelError, OptionError, Profile, make_plan, profile_model
 from rankopt.backends import BUILT_IN, find_backend
 from rankopt.backends.base import ClosedForm, Decomposition
 from rankopt.measure import measure
@@ -275,10 +275,10 @@ def test_losses_that_are_none_are_refused_naming_layer_and_backend(
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], complaint: str) -> None:
     model = tiny.bert()
-    with pytest.raises(DataError, match=complaint):
+    with pytest.raises(OptionError, match=complaint):
         profile_model(model, tiny.batches(model), **options)
 
 
 def test_an_unknown_backend_is_refused_before_anything_is_measured() -> None:
-    with pytest.raises(BudgetError, match="unknown backend 'pca'"):
+    with pytest.raises(OptionError, match="unknown backend 'pca'"):
         profile_model(tiny.bert(), iter(()), backends=["fwsvd", "pca"])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from rankopt import DataError, Profile, profile_model
+from rankopt import DataError, OptionError, Profile, profile_model
 from rankopt.measure.collector import Collector
 from rankopt.measure.resume import Seen, load, save
 from rankopt.plan.stability import Stability
@@ -313,5 +313,5 @@ def dataclass_equal(a: Seen, b: Seen) -> bool:
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(DataError, match=complaint):
+    with pytest.raises(OptionError, match=complaint):
         measured(**options)

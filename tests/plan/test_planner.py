@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankopt import Profile, make_plan
-from rankopt.errors import BudgetError, InfeasibleBudgetError, ProfileError
+from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError, ProfileError
 from rankopt.layers import DENSE
 from rankopt.plan.allocation import allocation
 from rankopt.plan.budget import at_least, find_budget
 from rankopt.plan.compare import Strategy, compare
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import known_solvers
-from rankopt.profile.curves import LossCurve, tails
+from rankopt.profile.curves import LossCurve
 from rankopt.profile.info import BackendInfo, ScaleInfo
 from rankopt_solvers import Problem, certify
-from tests.profile.test_profile_file import SHAPES, synthetic_profile
+from tests.profile.test_profile_file import SHAPES, synthetic_profile, tails
 
 OBJECTIVES = ("total", "layerwise", "maxmin")
 FAST = ("uniform", "proportional", "threshold", "greedy")
@@ -302,7 +302,7 @@ def test_rank_multiple_that_no_rank_of_a_layer_reaches_leaves_it_dense() -> None
 @pytest.mark.parametrize("profile", [PROFILE, synthetic_profile(grids={"fwsvd": (0, 1, 2, 3)})])
 def test_rank_multiple_that_leaves_no_layer_a_rank_is_an_error(profile: Profile) -> None:
     multiple = 500 if profile is PROFILE else 4
-    with pytest.raises(BudgetError, match=f"no layer can .*rank_multiple={multiple}"):
+    with pytest.raises(OptionError, match=f"no layer can .*rank_multiple={multiple}"):
         make_plan(profile, keep=1.0, rank_multiple=multiple)
 
 
@@ -380,7 +380,7 @@ def test_unit_and_factors_are_those_that_the_profile_says() -> None:
     assert plan.ranks["block.1.proj"] == 1
     shares = make_plan(profile, keep=0.5, objective="layerwise")
     assert shares.certificate.unit == "lost share of a layer's Fisher"
-    with pytest.raises(BudgetError, match="no scale 'nats'; known: joules"):
+    with pytest.raises(OptionError, match="no scale 'nats'; known: joules"):
         make_plan(profile, keep=0.5, scale="nats")
 
 
@@ -404,7 +404,7 @@ def test_strategies_are_read_as_they_are_written(text: str, wanted: Strategy) ->
 
 @pytest.mark.parametrize("text", ["exact@", "@svd", "exact@svd/maxmin@", "exact/@"])
 def test_strategies_that_say_less_than_they_should_are_refused(text: str) -> None:
-    with pytest.raises(BudgetError):
+    with pytest.raises(OptionError):
         Strategy.parse(text)
 
 
@@ -465,7 +465,7 @@ def test_solver_may_be_any_callable_and_is_recounted() -> None:
     def liar(problem: Problem) -> Any:
         return dataclasses.replace(cheapest(problem), choice=(-1,) * len(problem.groups))
 
-    with pytest.raises(BudgetError, match="has no option -1"):
+    with pytest.raises(OptionError, match="has no option -1"):
         make_plan(PROFILE, keep=0.5, solver=liar)
 
 
@@ -486,6 +486,23 @@ def test_solver_may_be_any_callable_and_is_recounted() -> None:
         ({"max_params": math.nan}, "whole number above 0"),
         ({"max_params": math.inf}, "whole number above 0"),
         ({"max_params": "many"}, "whole number above 0"),
+        ({"solver": "threshold", "share": 0.0}, "share must be above 0 and at most 1"),
+        ({"solver": "threshold", "share": 1.1}, "share must be above 0 and at most 1"),
+        ({"solver": "threshold", "share": math.nan}, "share must be above 0 and at most 1"),
+    ],
+)
+def test_mistakes_are_budget_errors_that_say_what_is_wanted(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BudgetError, match=message) as caught:
+        make_plan(PROFILE, **arguments)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": 0.5, "share": 0.9}, "share belongs to the threshold strategy, not to exact"),
         ({"keep": 0.5, "rank_multiple": 0}, "rank_multiple"),
         ({"keep": 0.5, "rank_multiple": 1.5}, "rank_multiple"),
         ({"keep": 0.5, "rank_multiple": True}, "rank_multiple"),
@@ -494,20 +511,16 @@ def test_solver_may_be_any_callable_and_is_recounted() -> None:
         ({"keep": 0.5, "objective": "fame"}, "'fame'; known: total, layerwise, maxmin"),
         ({"keep": 0.5, "scale": "metric"}, "no scale 'metric'; known: nats, sum"),
         ({"keep": 0.5, "backend": "svd", "scale": "nats"}, "known: frobenius"),
-        ({"keep": 0.5, "share": 0.9}, "share belongs to the threshold strategy, not to exact"),
-        ({"solver": "threshold", "share": 0.0}, "share must be above 0 and at most 1"),
-        ({"solver": "threshold", "share": 1.1}, "share must be above 0 and at most 1"),
-        ({"solver": "threshold", "share": math.nan}, "share must be above 0 and at most 1"),
         ({"solver": "threshold", "share": 0.9, "depth": 3}, "no options, got depth"),
         ({"keep": 0.5, "solver": "uniform", "depth": 3}, "no options, got depth"),
         ({"keep": 0.5, "solver": "greedy", "depth": 3}, "unexpected keyword argument 'depth'"),
         ({"keep": 0.5, "solver": "knapsack", "time_limit": 0.0}, "time_limit must be a positive"),
     ],
 )
-def test_mistakes_are_budget_errors_that_say_what_is_wanted(
+def test_mistakes_are_option_errors_that_say_what_is_wanted(
     arguments: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(BudgetError, match=message) as caught:
+    with pytest.raises(OptionError, match=message) as caught:
         make_plan(PROFILE, **arguments)
     assert caught.value.exit_code == 2
 
@@ -577,7 +590,7 @@ def test_any_strategy_makes_a_valid_plan_of_any_profile(
     except InfeasibleBudgetError:
         assert smallest > keep * profile.info.planned_parameters - 1
         return
-    except BudgetError:
+    except OptionError:
         assert not ranks
         return
     assert ranks
@@ -651,3 +664,8 @@ def test_floor_beyond_the_budget_names_the_smallest_that_keeps_it() -> None:
 def test_solver_of_a_module_plans() -> None:
     plan = make_plan(SMOOTH, keep=0.6, solver="rankopt_solvers.greedy:solve_density")
     assert plan.layers == make_plan(SMOOTH, keep=0.6, solver="density").layers
+
+
+def test_an_option_error_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="unknown solver"):
+        make_plan(PROFILE, keep=0.5, solver="magic")

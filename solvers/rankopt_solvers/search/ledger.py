@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import numpy.typing as npt
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import Study
@@ -19,8 +18,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from rankopt_solvers.problem import Problem
 from rankopt_solvers.search.records import Choice, Measured
 from rankopt_solvers.search.studies import heartbeat, open_study, owner, quiet, requeue_dead
-
-FloatArray = npt.NDArray[np.float64]
+from rankopt_solvers.table import FloatArray
 
 _FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
 

@@ -9,11 +9,9 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from rankopt_solvers.problem import Group, Problem, ProblemError
-
-FloatArray = npt.NDArray[np.float64]
+from rankopt_solvers.table import FloatArray
 
 LARGEST = 2.0
 _LINEAR, _QUADRATIC = "depth: linear", "depth: quadratic"

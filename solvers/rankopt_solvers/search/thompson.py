@@ -28,13 +28,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-FloatArray = npt.NDArray[np.float64]
+from rankopt_solvers.table import FloatArray
 
 #: Variances of what a kind, a depth and a single group add to the weight, relative to one.
 KIND, DEPTH, OWN = 0.5, 0.4, 0.15

@@ -13,13 +13,9 @@ The shape is scikit-learn's ``check_estimator`` and ``parametrize_with_checks``;
 ``solve``, so what it claims itself is what is checked. Problems are seeded: a failure repeats.
 """
 
-import dataclasses
-import functools
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
-from unittest import SkipTest
 
 from rankopt_solvers.registry import Solver, find_solver
 from rankopt_solvers.testing import answers, conduct
@@ -29,12 +25,15 @@ from rankopt_solvers.testing.instances import million_options as million_options
 from rankopt_solvers.testing.instances import optimum as optimum
 from rankopt_solvers.testing.instances import random_problem as random_problem
 from rankopt_solvers.testing.instances import two_budgets as two_budgets
+from rankopt_solvers.testing.kit import CheckResult as CheckResult
+from rankopt_solvers.testing.kit import ConformanceError as ConformanceError
+from rankopt_solvers.testing.kit import Kit
+from rankopt_solvers.testing.kit import Outcome as Outcome
 
 if TYPE_CHECKING:
     import pytest
 
 Check = Callable[[Solver], None]
-Outcome = Literal["passed", "failed", "skipped", "expected_failure", "unexpected_pass"]
 
 
 def _checks(module: ModuleType) -> dict[str, Check]:
@@ -45,33 +44,7 @@ def _checks(module: ModuleType) -> dict[str, Check]:
 CHECKS: dict[str, Check] = _checks(answers) | _checks(conduct)
 
 
-class ConformanceError(AssertionError):
-    """A promise is not kept; the message has the promise, what happened and how to repeat it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckResult:
-    """What became of one check.
-
-    Attributes:
-        solver: name of the solver.
-        check: name of the check.
-        outcome: ``passed``, ``failed``, ``skipped`` (an option that the solver has not),
-            ``expected_failure`` or ``unexpected_pass``; the second and the last are failures.
-        reason: the failure's message, or why it was skipped or expected.
-        error: the ConformanceError of a failure, expected or not.
-    """
-
-    solver: str
-    check: str
-    outcome: Outcome
-    reason: str = ""
-    error: ConformanceError | None = None
-
-    @property
-    def bad(self) -> bool:
-        """Whether this should stop a release."""
-        return self.outcome in ("failed", "unexpected_pass")
+_KIT: Kit[Solver] = Kit("solver", CHECKS, find_solver)
 
 
 def run_check(check: str, solver: str | Solver) -> None:
@@ -81,39 +54,7 @@ def run_check(check: str, solver: str | Solver) -> None:
         ConformanceError: the promise is not kept, or the solver raised.
         unittest.SkipTest: the check is about an option that the solver does not have.
     """
-    name, call = find_solver(solver)
-    try:
-        CHECKS[check](call)
-    except SkipTest:
-        raise
-    except Exception as error:
-        promise = (CHECKS[check].__doc__ or "").strip()
-        kind = "" if type(error) is AssertionError else f"{type(error).__name__}: "
-        happened = "\n  ".join([f"{kind}{error}", *getattr(error, "__notes__", [])])
-        raise ConformanceError(f"{name}: {check}\n  promise: {promise}\n  {happened}") from error
-
-
-def _known(expected: Mapping[str, str] | None) -> Mapping[str, str]:
-    unknown = sorted(set(expected or {}) - set(CHECKS))
-    if unknown:
-        raise ValueError(f"no such checks: {', '.join(unknown)}; there are: {', '.join(CHECKS)}")
-    return expected or {}
-
-
-def _result(solver: str | Solver, check: str, expected: str | None) -> CheckResult:
-    name = find_solver(solver)[0]
-    try:
-        run_check(check, solver)
-    except SkipTest as skip:
-        return CheckResult(name, check, "skipped", str(skip))
-    except ConformanceError as error:
-        if expected is not None:
-            return CheckResult(name, check, "expected_failure", expected, error)
-        return CheckResult(name, check, "failed", str(error), error)
-    if expected is not None:
-        reason = f"{name}: {check} was expected to fail ({expected}) but passes"
-        return CheckResult(name, check, "unexpected_pass", reason)
-    return CheckResult(name, check, "passed")
+    _KIT.run(check, solver)
 
 
 def check_solver(
@@ -139,20 +80,7 @@ def check_solver(
             fail passed.
         ValueError: an expected failure that is not the name of a check.
     """
-    expected = _known(expected_failed_checks)
-    results = []
-    for check in CHECKS:
-        results.append(_result(solver, check, expected.get(check)))
-        if callback is not None:
-            callback(results[-1])
-    bad = [result.reason for result in results if result.bad]
-    if bad:
-        message = f"{len(bad)} of {len(results)} checks failed\n" + "\n".join(bad)
-        if on_fail == "raise":
-            raise ConformanceError(message)
-        if on_fail == "warn":
-            warnings.warn(message, stacklevel=2)
-    return results
+    return _KIT.run_all(solver, expected_failed_checks, on_fail, callback)
 
 
 def parametrize_with_checks(
@@ -165,15 +93,4 @@ def parametrize_with_checks(
         expected_failed_checks: check name -> reason, for every solver of the list; becomes a
             strict xfail.
     """
-    import pytest
-
-    expected = _known(expected_failed_checks)
-    parameters = []
-    for solver in solvers:
-        name = solver if isinstance(solver, str) else find_solver(solver)[0]
-        for check in CHECKS:
-            reason = expected.get(check)
-            marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
-            call = functools.partial(run_check, check)
-            parameters.append(pytest.param(solver, call, id=f"{name}-{check}", marks=marks))
-    return pytest.mark.parametrize(("solver", "check"), parameters)
+    return _KIT.parametrize(solvers, expected_failed_checks)
