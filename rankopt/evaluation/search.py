@@ -27,7 +27,7 @@ from rankopt.profile.profile import Profile
 from rankopt.progress import bar
 from rankopt_solvers import certify
 from rankopt_solvers.problem import ProblemError
-from rankopt_solvers.registry import Solver
+from rankopt_solvers.registry import Solver, UnknownSolverError
 from rankopt_solvers.search import SAMPLERS, Choice, Measured, SearchError, SearchResult, search
 
 #: Measured before anything is searched; the search cannot end worse than the best of them.
@@ -111,7 +111,7 @@ def search_plan(
     Raises:
         BudgetError: see make_plan.
         InfeasibleBudgetError: no ranks fit.
-        OptionError: see make_plan; an unknown sampler; ``maxmin``, which is no sum.
+        OptionError: see make_plan; an unknown sampler or solver; ``maxmin``, which is no sum.
         RankoptError: too few trials, or the storage is damaged or holds a study of another model,
             data or budget.
         MissingExtraError: Optuna is not installed.
@@ -178,6 +178,8 @@ def search_plan(
             )
         except ProblemError as error:
             raise OptionError(f"objective {objective!r}: {error}") from error
+        except UnknownSolverError as error:
+            raise OptionError(str(error)) from error
         except SearchError as error:
             raise RankoptError(str(error)) from error
         except ImportError as error:

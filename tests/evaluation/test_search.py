@@ -98,6 +98,8 @@ def test_what_cannot_be_searched_is_refused(made: Any, tmp_path: Path) -> None:
         search_plan(model, profile, batches, keep=0.001)
     with pytest.raises(OptionError, match="unknown sampler 'tea'"):
         search_plan(model, profile, batches, keep=0.6, sampler="tea")
+    with pytest.raises(OptionError, match="unknown solver 'magic'; known: exact"):
+        search_plan(model, profile, batches, keep=0.6, solver="magic")
     (tmp_path / "s").write_text("no journal\n")
     with pytest.raises(RankoptError, match=r"line 1: the journal is damaged"):
         search_plan(model, profile, batches, keep=0.6, storage=tmp_path / "s")
