@@ -21,6 +21,7 @@ from rankopt.cli.options import (
     Source,
     SplitOption,
     TextOption,
+    WideOption,
 )
 from rankopt.errors import RankoptError
 from rankopt.plan.compare import DEFAULT_STRATEGIES, Strategy
@@ -63,6 +64,7 @@ def compare(
     max_length: LengthOption = None,
     batch_size: BatchOption = 4,
     dtype: DtypeOption = "float32",
+    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show strategies side by side: retained Fisher information, size, gap, and measured loss."""
@@ -103,6 +105,6 @@ def compare(
     if as_json:
         typer.echo(json.dumps(printed, indent=1))
     else:
-        from rankopt.cli.report import comparison, print_table
+        from rankopt.cli.report import print_comparison
 
-        print_table(comparison(rows, measured, dense))
+        print_comparison(rows, measured, dense, wide=wide)

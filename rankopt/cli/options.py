@@ -69,6 +69,9 @@ LengthOption = Annotated[
 BatchOption = Annotated[int, typer.Option(help="Windows or rows at a time.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+WideOption = Annotated[
+    bool, typer.Option("--wide", help="All columns of the table, however narrow the terminal.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 BackendOption = Annotated[str | None, typer.Option(help="Whose spectra; the profile's first.")]
 ScaleOption = Annotated[str | None, typer.Option(help="How layers compare; the backend's first.")]
