@@ -39,8 +39,9 @@ def apply(
     loaded_plan, loaded_profile = Plan.load(plan), Profile.load(profile)
     from rankopt.apply.apply import apply_plan
     from rankopt.apply.saving import save_model
-    from rankopt.model.loading import load_model, load_tokenizer
+    from rankopt.model.loading import hide_bars, load_model, load_tokenizer
 
+    hide_bars()
     loaded = load_model(model, dtype)
     apply_plan(loaded, loaded_plan, loaded_profile, allow_other_weights=allow_other_weights)
     try:

@@ -31,7 +31,9 @@ def demo(
     """Run the whole job on SmolLM2-135M and Python's own help texts."""
     from rankopt.cli.report import print_comparison
     from rankopt.demo import run_demo
+    from rankopt.model.loading import hide_bars
 
+    hide_bars()
     result = run_demo(
         output,
         model_folder=model,

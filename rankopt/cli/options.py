@@ -129,9 +129,10 @@ class Source:
         from rankopt.data.batches import load_batches
         from rankopt.data.rows import Columns
         from rankopt.errors import DataError
-        from rankopt.model.loading import load_model, load_tokenizer, longest_input
+        from rankopt.model.loading import hide_bars, load_model, load_tokenizer, longest_input
         from rankopt.model.tasks import task_of
 
+        hide_bars()
         model = load_model(name, dtype, device_map)
         longest, max_length = longest_input(model), self.max_length
         if max_length is None:

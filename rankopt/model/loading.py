@@ -13,6 +13,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def hide_bars() -> None:
+    """Hide transformers' own bars in this process ("Loading weights"); downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    silent = are_progress_bars_disabled()
+    logging.disable_progress_bar()  # hides those of downloads, too
+    if not silent:
+        enable_progress_bars()
+
+
 def load_model(name: str, dtype: str = "auto", device_map: str | None = None) -> Any:
     """The model with its head, as the checkpoint's ``architectures`` says.
 
