@@ -35,7 +35,10 @@ def apply(
     force: ForceOption = False,
 ) -> None:
     """Factorise the planned layers and save the smaller model."""
+    from rankopt.model.loading import require_model
+
     require_free(output, force)
+    require_model(model)
     loaded_plan, loaded_profile = Plan.load(plan), Profile.load(profile)
     from rankopt.apply.apply import apply_plan
     from rankopt.apply.saving import save_model

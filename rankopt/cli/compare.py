@@ -72,9 +72,15 @@ def compare(
         raise RankoptError("measuring the loss needs both --model and --data")
     source = (
         None
-        if data is None
+        if model is None or data is None
         else Source.read(
-            data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+            model,
+            data,
+            split,
+            (text_column, pair_column, label_column),
+            examples,
+            max_length,
+            batch_size,
         )
     )
     strategies = [Strategy.parse(text) for text in strategy] if strategy else DEFAULT_STRATEGIES

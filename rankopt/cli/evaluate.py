@@ -42,7 +42,13 @@ def evaluate(
 ) -> None:
     """Measure loss, the task's metric and size of a dense or compressed model."""
     source = Source.read(
-        data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+        model,
+        data,
+        split,
+        (text_column, pair_column, label_column),
+        examples,
+        max_length,
+        batch_size,
     )
     from rankopt.cli.report import evaluation, print_table
     from rankopt.evaluation.evaluation import evaluate as evaluated

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from rankopt.errors import RankoptError
 
@@ -14,39 +13,6 @@ if TYPE_CHECKING:
 
     from rankopt.data.rows import Row as DataRow
     from rankopt.model.tasks import Batch
-
-
-class SpreadOptions(TyperCommand):
-    """Lets a repeatable option take several values: ``--keep 0.9 0.8`` is two of it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option before each of its values."""
-        repeatable = {
-            name
-            for param in self.params
-            if isinstance(param, TyperOption) and param.multiple
-            for name in param.opts
-        }
-        spread: list[str] = []
-        current: str | None = None
-        for position, arg in enumerate(args):
-            if current is not None and not arg.startswith("-") and self._fits(current, arg):
-                if args[position - 1] != current:
-                    spread.append(current)
-            else:
-                current = arg if arg in repeatable else None
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
-
-    @staticmethod
-    def _fits(option: str, value: str) -> bool:
-        if option != "--keep":
-            return not Path(value).exists()
-        try:
-            float(value)
-        except ValueError:
-            return False
-        return True
 
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder or a hub name.")]
@@ -99,6 +65,7 @@ class Source:
     @classmethod
     def read(
         cls,
+        model: str,
         data: str,
         split: str | None,
         columns: tuple[str, str | None, str],
@@ -106,13 +73,17 @@ class Source:
         max_length: int | None,
         batch_size: int,
     ) -> "Source":
-        """Read the rows and look for the columns of the texts.
+        """Read the rows and look for the columns of the texts, if there may be such a model.
 
         Raises:
+            ModelError: there cannot.
             DataError: no such data, split or column.
         """
         from rankopt.data.rows import read_rows, require_columns
+        from rankopt.model.loading import require_model
 
+        # Before the data: where the two are swapped, it is this that tells.
+        require_model(model)
         rows = read_rows(data, split)
         require_columns(data, rows, *columns[:2])
         return cls(data, rows, columns, examples, max_length, batch_size)

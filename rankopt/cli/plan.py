@@ -125,27 +125,38 @@ def plan(
         if share is not None or min_retained is not None:
             raise RankoptError("--share and --min-retained do not go with --solver search")
         source = Source.read(
-            data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+            model,
+            data,
+            split,
+            (text_column, pair_column, label_column),
+            examples,
+            max_length,
+            batch_size,
         )
         loaded_profile = Profile.load(profile)
         from rankopt.cli.workers import with_workers
-        from rankopt.evaluation.search import search_plan
+        from rankopt.evaluation.search import OtherSearchError, search_plan
 
         loaded, batches = source.load(model, dtype)
         kept = storage or (None if output is None else f"{output}.journal")
-        with with_workers(workers, kept):
-            searched = search_plan(
-                loaded,
-                loaded_profile,
-                batches,
-                **limits,
-                **how,
-                trials=trials,
-                sampler=sampler,
-                storage=kept,
-                seed=seed,
-                solver_options=timed,
-            )
+        try:
+            with with_workers(workers, kept):
+                searched = search_plan(
+                    loaded,
+                    loaded_profile,
+                    batches,
+                    **limits,
+                    **how,
+                    trials=trials,
+                    sampler=sampler,
+                    storage=kept,
+                    seed=seed,
+                    solver_options=timed,
+                )
+        except OtherSearchError as error:
+            raise RankoptError(
+                f"{error.found}: another --storage or -o starts a new one"
+            ) from error
         made = searched.plan
         note(str(searched))
     if output is not None:

@@ -107,7 +107,13 @@ def profile(
     """Measure what every rank of every layer retains."""
     require_writable(output, force)
     source = Source.read(
-        data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
+        model,
+        data,
+        split,
+        (text_column, pair_column, label_column),
+        examples,
+        max_length,
+        batch_size,
     )
     from rankopt.cli.report import profile_summary
     from rankopt.measure.measure import profile_model

@@ -26,9 +26,15 @@ from rankopt.plan.planner import asked_budget, make_plan, plan_of
 from rankopt.profile.profile import Profile
 from rankopt.progress import bar
 from rankopt_solvers import certify
-from rankopt_solvers.problem import ProblemError
 from rankopt_solvers.registry import Solver
-from rankopt_solvers.search import Choice, Measured, SearchError, SearchResult, search
+from rankopt_solvers.search import (
+    Choice,
+    Measured,
+    OtherStudyError,
+    SearchError,
+    SearchResult,
+    search,
+)
 
 #: Measured before anything is searched; the search cannot end worse than the best of them.
 PLANS = ("uniform", "proportional", "threshold", "greedy", "exact", "exact/layerwise")
@@ -59,6 +65,18 @@ class SearchedPlan:
             f"({found.best_plan}, {found.plan_loss:.6g}){share}; "
             f"{len(found.trials)} trials{early}"
         )
+
+
+class OtherSearchError(RankoptError):
+    """The storage holds a search with another profile, data or budget.
+
+    Attributes:
+        found: where, and what differs.
+    """
+
+    def __init__(self, storage: Any, difference: str) -> None:
+        self.found = f"{storage} holds a search with {difference}"
+        super().__init__(f"{self.found}: another storage or study_name starts a new one")
 
 
 def search_plan(
@@ -111,12 +129,18 @@ def search_plan(
     Raises:
         BudgetError: see make_plan; too few trials; ``maxmin``, which is no sum.
         InfeasibleBudgetError: no ranks fit.
-        RankoptError: the storage is damaged or holds a study of another model, data or budget.
+        OtherSearchError: the storage holds a search with another profile, data or budget.
+        RankoptError: the storage is damaged.
         MissingExtraError: Optuna is not installed.
         DataError: no batches.
     """
     measured_with = profile.backend(backend)
     backend, scale = measured_with.name, measured_with.find_scale(scale).name
+    if objective == "maxmin":
+        raise BudgetError(
+            "a search reweights losses that are added up: it takes the objective total or "
+            "layerwise, not maxmin"
+        )
     budget = find_budget(profile.info, keep, keep_total, max_params)
     if budget is None:
         raise BudgetError("a budget is needed: keep, keep_total or max_params")
@@ -145,7 +169,14 @@ def search_plan(
 
     measure = PlanEvaluator(model, profile, batches, progress=False)
     dense = measure.dense()
-    label = f"profile {profile.digest()[:16]}, data {data_digest(model, batches)[:16]}"
+    # The problem's digest covers the last of them, too: here they are named.
+    about = {
+        "profile": profile.digest()[:16],
+        "data set": data_digest(model, batches)[:16],
+        "budget": f"{budget.kind}={budget.asked:g}",
+        "objective": objective,
+        "rank multiple": str(rank_multiple),
+    }
     last = max(len(offered.layers) - 1, 1)
     with bar(range(trials), "Search", "trial", progress) as shown:
 
@@ -165,14 +196,14 @@ def search_plan(
                 origin=dense.loss,
                 storage=storage,
                 study_name=study_name,
-                label=label,
+                label=about,
                 seed=seed,
                 solver=solver,
                 solver_options=solver_options,
                 progress=show,
             )
-        except ProblemError as error:
-            raise BudgetError(f"objective {objective!r}: {error}") from error
+        except OtherStudyError as error:
+            raise OtherSearchError(storage, error.difference) from error
         except SearchError as error:
             raise RankoptError(str(error)) from error
         except ImportError as error:

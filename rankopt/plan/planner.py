@@ -199,8 +199,9 @@ def _solve(
     except (ValueError, ImportError) as error:
         raise BudgetError(f"solver {name}: {error}") from error
     except TypeError as error:
-        if options and "unexpected keyword" in str(error):
-            raise BudgetError(f"solver {name}: {error}") from error
+        refused = [option for option in options if f"keyword argument '{option}'" in str(error)]
+        if refused:
+            raise BudgetError(f"solver {name} takes no option {refused[0]}") from error
         raise
 
 

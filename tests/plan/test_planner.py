@@ -500,7 +500,7 @@ def test_solver_may_be_any_callable_and_is_recounted() -> None:
         ({"solver": "threshold", "share": math.nan}, "share must be above 0 and at most 1"),
         ({"solver": "threshold", "share": 0.9, "depth": 3}, "no options, got depth"),
         ({"keep": 0.5, "solver": "uniform", "depth": 3}, "no options, got depth"),
-        ({"keep": 0.5, "solver": "greedy", "depth": 3}, "unexpected keyword argument 'depth'"),
+        ({"keep": 0.5, "solver": "greedy", "depth": 3}, "solver greedy takes no option depth"),
         ({"keep": 0.5, "solver": "knapsack", "time_limit": 0.0}, "time_limit must be a positive"),
     ],
 )
