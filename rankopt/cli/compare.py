@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankopt.cli.given import require_with
 from rankopt.cli.options import (
+    READING,
     BackendOption,
     BatchOption,
     DtypeOption,
@@ -40,6 +42,7 @@ EXAMPLES = (
 
 
 def compare(
+    ctx: typer.Context,
     profile: ProfileArgument,
     keep: Annotated[
         list[float], typer.Option(help="Shares of the planned layers' parameters to keep.")
@@ -70,6 +73,8 @@ def compare(
     """Show strategies side by side: retained Fisher information, size, gap, and measured loss."""
     if (model is None) != (data is None):
         raise RankoptError("measuring the loss needs both --model and --data")
+    if model is None:
+        require_with(ctx, [*READING, "dtype"], "--model and --data")
     source = (
         None
         if model is None or data is None

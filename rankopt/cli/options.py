@@ -35,6 +35,16 @@ LengthOption = Annotated[
 BatchOption = Annotated[int, typer.Option(help="Windows or rows at a time.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+#: Parameters that say how data is read: they do nothing without data.
+READING = (
+    "split",
+    "text_column",
+    "pair_column",
+    "label_column",
+    "examples",
+    "max_length",
+    "batch_size",
+)
 WideOption = Annotated[
     bool, typer.Option("--wide", help="All columns of the table, however narrow the terminal.")
 ]

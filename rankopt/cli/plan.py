@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from rankopt.cli.given import refuse_with, require_with
 from rankopt.cli.options import (
+    READING,
     BackendOption,
     BatchOption,
     DtypeOption,
@@ -26,7 +28,7 @@ from rankopt.cli.options import (
     require_writable,
 )
 from rankopt.errors import RankoptError
-from rankopt.plan.planner import known_solvers, make_plan
+from rankopt.plan.planner import STRATEGIES, known_solvers, make_plan
 from rankopt.profile.profile import Profile
 
 SOLVERS = ", ".join([*known_solvers(), "search"])
@@ -40,9 +42,11 @@ EXAMPLES = (
     "Without -o the plan is printed. Solvers: " + SOLVERS + ", or "
     "module:function of your own. A search goes on where it was stopped when it is called again."
 )
+SEARCH = ("trials", "sampler", "storage", "seed", "workers", "model", "data", *READING, "dtype")
 
 
 def plan(
+    ctx: typer.Context,
     profile: ProfileArgument,
     keep: Annotated[
         float | None, typer.Option(help="Share of the planned layers' parameters to keep.")
@@ -99,8 +103,7 @@ def plan(
     """Decide the rank of every layer under a budget."""
     if output is not None:
         require_writable(output, force)
-    if solver != "search" and (model is not None or data is not None):
-        raise RankoptError("--model and --data are for --solver search")
+    _refuse_idle(ctx, solver)
     limits: dict[str, Any] = {"keep": keep, "keep_total": keep_total, "max_params": max_params}
     how: dict[str, Any] = {
         "objective": objective,
@@ -122,8 +125,6 @@ def plan(
     else:
         if model is None or data is None:
             raise RankoptError("--solver search measures a model: it needs --model and --data")
-        if share is not None or min_retained is not None:
-            raise RankoptError("--share and --min-retained do not go with --solver search")
         source = Source.read(
             model,
             data,
@@ -163,3 +164,15 @@ def plan(
         made.save(output)
         note(f"plan written to {output}")
     typer.echo(made.to_json() if as_json else str(made))
+
+
+def _refuse_idle(ctx: typer.Context, solver: str) -> None:
+    """Refuse options of other solvers; what one of somebody else's takes is for it to say."""
+    if solver != "search":
+        require_with(ctx, SEARCH, "--solver search")
+    if solver != "threshold":
+        require_with(ctx, ["share"], "--solver threshold")
+    if solver in (*STRATEGIES, "greedy", "density"):
+        require_with(ctx, ["time_limit"], "--solver exact, knapsack or search")
+    if solver in (*STRATEGIES, "search"):
+        refuse_with(ctx, "min_retained", f"--solver {solver}", "but is for solvers such as exact")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from rankopt.cli.given import refuse_with, require_with
 from rankopt.cli.options import (
     BatchOption,
     DataOption,
@@ -41,6 +42,7 @@ EXAMPLES = (
 
 
 def profile(
+    ctx: typer.Context,
     model: ModelArgument,
     data: DataOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
@@ -106,6 +108,12 @@ def profile(
 ) -> None:
     """Measure what every rank of every layer retains."""
     require_writable(output, force)
+    if (estimator, unit) == ("empirical", "example"):
+        require_with(ctx, ["draws", "seed"], "--estimator sampled or --unit token")
+    if not until_stable:
+        require_with(ctx, ["stable_keep", "stable_tolerance"], "--until-stable")
+    if layers_at_a_time is not None and checkpoint_every > 0:
+        refuse_with(ctx, "checkpoint_every", "--layers-at-a-time", "which saves no checkpoints")
     source = Source.read(
         model,
         data,
