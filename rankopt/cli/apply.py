@@ -16,11 +16,12 @@ from rankopt.files import require_free
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 
-EXAMPLES = (
-    "Examples:\n\n"
-    "rankopt apply ./model plan.json --profile profile.safetensors -o ./smaller\n\n"
-    "Load the result with transformers, after `import rankopt`."
-)
+EXAMPLES = """\b
+Examples:
+  rankopt apply ./model plan.json --profile profile.safetensors -o ./smaller
+
+Load the result with transformers, after `import rankopt`.
+"""
 
 
 def apply(

@@ -33,12 +33,14 @@ from rankopt.profile.profile import Profile
 if TYPE_CHECKING:
     from rankopt.evaluation.evaluation import Evaluation
 
-EXAMPLES = (
-    "Examples:\n\n"
-    "rankopt compare profile.safetensors --keep 0.9 0.8 0.6\n\n"
-    "rankopt compare profile.safetensors --keep 0.8 --strategy uniform greedy/layerwise\n\n"
-    "rankopt compare profile.safetensors --keep 0.9 --model ./model --data heldout.txt"
-)
+EXAMPLES = """\b
+Examples:
+  rankopt compare profile.safetensors --keep 0.9 0.8 0.6
+  rankopt compare profile.safetensors --keep 0.8 \\
+    --strategy uniform greedy/layerwise
+  rankopt compare profile.safetensors --keep 0.9 \\
+    --model ./model --data heldout.txt
+"""
 
 
 def compare(

@@ -9,9 +9,11 @@ import typer
 
 from rankopt.cli.options import JsonOption, WideOption
 
-EXAMPLES = (
-    "Examples:\n\nrankopt demo\n\nrankopt demo --output /tmp/demo --model ./another-causal-lm"
-)
+EXAMPLES = """\b
+Examples:
+  rankopt demo
+  rankopt demo --output /tmp/demo --model ./another-causal-lm
+"""
 
 
 def demo(

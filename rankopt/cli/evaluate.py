@@ -20,11 +20,11 @@ from rankopt.cli.options import (
     TextOption,
 )
 
-EXAMPLES = (
-    "Examples:\n\n"
-    "rankopt evaluate ./smaller --data heldout.txt\n\n"
-    "rankopt evaluate ./bert-sst2 --data dev.tsv --text-column sentence --json"
-)
+EXAMPLES = """\b
+Examples:
+  rankopt evaluate ./smaller --data heldout.txt
+  rankopt evaluate ./bert-sst2 --data dev.tsv --text-column sentence --json
+"""
 
 
 def evaluate(

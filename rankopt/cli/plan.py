@@ -32,16 +32,18 @@ from rankopt.plan.planner import STRATEGIES, known_solvers, make_plan
 from rankopt.profile.profile import Profile
 
 SOLVERS = ", ".join([*known_solvers(), "search"])
-EXAMPLES = (
-    "Examples:\n\n"
-    "rankopt plan profile.safetensors --keep 0.8 -o plan.json\n\n"
-    "rankopt plan profile.safetensors --keep-total 0.7 --min-retained 0.5 --rank-multiple 8\n\n"
-    "rankopt plan profile.safetensors --solver threshold --share 0.95\n\n"
-    "rankopt plan profile.safetensors --keep 0.9 -o plan.json --solver search "
-    "--model ./model --data validation.txt --trials 40\n\n"
-    "Without -o the plan is printed. Solvers: " + SOLVERS + ", or "
-    "module:function of your own. A search goes on where it was stopped when it is called again."
-)
+EXAMPLES = f"""\b
+Examples:
+  rankopt plan profile.safetensors --keep 0.8 -o plan.json
+  rankopt plan profile.safetensors --keep-total 0.7 --rank-multiple 8
+  rankopt plan profile.safetensors --keep 0.8 --min-retained 0.5
+  rankopt plan profile.safetensors --solver threshold --share 0.95
+  rankopt plan profile.safetensors --keep 0.9 -o plan.json \\
+    --solver search --model ./model --data validation.txt --trials 40
+
+Without -o the plan is printed. Solvers: {SOLVERS}, or module:function of your own. A search goes on
+where it was stopped when it is called again.
+"""
 SEARCH = ("trials", "sampler", "storage", "seed", "workers", "model", "data", *READING, "dtype")
 
 

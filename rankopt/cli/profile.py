@@ -30,15 +30,19 @@ from rankopt.errors import RankoptError
 if TYPE_CHECKING:
     from rankopt.measure.estimators import Kind, Unit
 
-EXAMPLES = (
-    "Examples:\n\n"
-    "rankopt profile ./model --data train.txt -o profile.safetensors\n\n"
-    "rankopt profile ./model --data train.txt --backend kronecker fwsvd --until-stable -o p.st\n\n"
-    "rankopt profile ./bert-sst2 --data train.tsv --text-column sentence --examples 512 -o p.st\n\n"
-    "rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 --examples 64 -o p.st\n\n"
-    "torchrun --nproc-per-node 4 -m rankopt profile ./model --data train.txt -o p.st\n\n"
-    "A profile that was interrupted goes on where it was when the same command is called again."
-)
+EXAMPLES = """\b
+Examples:
+  rankopt profile ./model --data train.txt -o profile.safetensors
+  rankopt profile ./model --data train.txt --backend kronecker fwsvd -o p.st
+  rankopt profile ./model --data train.txt --until-stable -o p.st
+  rankopt profile ./bert-sst2 --data train.tsv --text-column sentence -o p.st
+  rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 \\
+    --examples 64 -o p.st
+  torchrun --nproc-per-node 4 -m rankopt profile ./model \\
+    --data train.txt -o p.st
+
+A profile that was interrupted goes on where it was when the same command is called again.
+"""
 
 
 def profile(
