@@ -6,23 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankopt.cli.data import READING, DataOptions, with_data
 from rankopt.cli.given import require_with
 from rankopt.cli.options import (
-    READING,
     BackendOption,
-    BatchOption,
     DtypeOption,
-    ExamplesOption,
     JsonOption,
-    LabelOption,
-    LengthOption,
     MultipleOption,
-    PairOption,
     ProfileArgument,
     ScaleOption,
-    Source,
-    SplitOption,
-    TextOption,
     WideOption,
 )
 from rankopt.errors import RankoptError
@@ -43,9 +35,11 @@ Examples:
 """
 
 
+@with_data(needed=False, about="Held-out data, as for evaluate.")
 def compare(
     ctx: typer.Context,
     profile: ProfileArgument,
+    *,
     keep: Annotated[
         list[float], typer.Option(help="Shares of the planned layers' parameters to keep.")
     ],
@@ -60,36 +54,17 @@ def compare(
     backend: BackendOption = None,
     scale: ScaleOption = None,
     model: Annotated[str | None, typer.Option(help="Also measure the loss of this model.")] = None,
-    data: Annotated[str | None, typer.Option(help="Held-out data, as for evaluate.")] = None,
-    split: SplitOption = None,
-    text_column: TextOption = "text",
-    pair_column: PairOption = None,
-    label_column: LabelOption = "label",
-    examples: ExamplesOption = None,
-    max_length: LengthOption = None,
-    batch_size: BatchOption = 4,
+    asked: DataOptions,
     dtype: DtypeOption = "float32",
     wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show strategies side by side: retained Fisher information, size, gap, and measured loss."""
-    if (model is None) != (data is None):
+    if (model is None) != (asked.data is None):
         raise RankoptError("measuring the loss needs both --model and --data")
     if model is None:
         require_with(ctx, [*READING, "dtype"], "--model and --data")
-    source = (
-        None
-        if model is None or data is None
-        else Source.read(
-            model,
-            data,
-            split,
-            (text_column, pair_column, label_column),
-            examples,
-            max_length,
-            batch_size,
-        )
-    )
+    source = None if model is None else asked.read(model)
     strategies = [Strategy.parse(text) for text in strategy] if strategy else DEFAULT_STRATEGIES
     loaded_profile = Profile.load(profile)
     rows = list(
@@ -105,11 +80,11 @@ def compare(
     printed: dict[str, Any] = {"rows": [row.to_dict() for row in rows]}
     measured: list[Evaluation] = []
     dense = None
-    if model is not None and source is not None:
+    if source is not None:
         from rankopt.evaluation.evaluation import evaluate
         from rankopt.evaluation.plans import measure_rows, measured_dict
 
-        loaded, batches = source.load(model, dtype)
+        loaded, batches = source.load(dtype)
         dense = evaluate(loaded, batches, layers=loaded_profile.info.layers)
         pairs = list(measure_rows(loaded, loaded_profile, rows, batches))
         measured = [evaluation for _, evaluation in pairs]

@@ -5,24 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
+from rankopt.cli.data import READING, DataOptions, with_data
 from rankopt.cli.given import refuse_with, require_with
 from rankopt.cli.options import (
-    READING,
     BackendOption,
-    BatchOption,
     DtypeOption,
-    ExamplesOption,
     ForceOption,
     JsonOption,
-    LabelOption,
-    LengthOption,
     MultipleOption,
-    PairOption,
     ProfileArgument,
     ScaleOption,
-    Source,
-    SplitOption,
-    TextOption,
     floor_of,
     note,
     require_writable,
@@ -47,9 +39,11 @@ where it was stopped when it is called again.
 SEARCH = ("trials", "sampler", "storage", "seed", "workers", "model", "data", *READING, "dtype")
 
 
+@with_data(needed=False, about="search: validation data, as for evaluate.")
 def plan(
     ctx: typer.Context,
     profile: ProfileArgument,
+    *,
     keep: Annotated[
         float | None, typer.Option(help="Share of the planned layers' parameters to keep.")
     ] = None,
@@ -76,10 +70,6 @@ def plan(
     time_limit: Annotated[
         float | None, typer.Option(help="exact (60) or knapsack (30): seconds.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="search: the model to measure.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="search: validation data, as for evaluate.")
-    ] = None,
     trials: Annotated[int, typer.Option(help="search: plans to measure in all.")] = 40,
     sampler: Annotated[
         str, typer.Option(help="search: cmaes, tpe, thompson, gp or random.")
@@ -90,13 +80,8 @@ def plan(
     ] = None,
     seed: Annotated[int, typer.Option(help="search: of the sampler.")] = 0,
     workers: Annotated[int, typer.Option(help="search: processes that share the trials.")] = 1,
-    split: SplitOption = None,
-    text_column: TextOption = "text",
-    pair_column: PairOption = None,
-    label_column: LabelOption = "label",
-    examples: ExamplesOption = None,
-    max_length: LengthOption = None,
-    batch_size: BatchOption = 4,
+    model: Annotated[str | None, typer.Option(help="search: the model to measure.")] = None,
+    asked: DataOptions,
     dtype: DtypeOption = "float32",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan to write.")] = None,
     force: ForceOption = False,
@@ -125,22 +110,14 @@ def plan(
             **timed,
         )
     else:
-        if model is None or data is None:
+        if model is None or asked.data is None:
             raise RankoptError("--solver search measures a model: it needs --model and --data")
-        source = Source.read(
-            model,
-            data,
-            split,
-            (text_column, pair_column, label_column),
-            examples,
-            max_length,
-            batch_size,
-        )
+        source = asked.read(model)
         loaded_profile = Profile.load(profile)
         from rankopt.cli.workers import with_workers
         from rankopt.evaluation.search import OtherSearchError, search_plan
 
-        loaded, batches = source.load(model, dtype)
+        loaded, batches = source.load(dtype)
         kept = storage or (None if output is None else f"{output}.journal")
         try:
             with with_workers(workers, kept):

@@ -8,21 +8,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from rankopt.cli.data import DataOptions, with_data
 from rankopt.cli.given import refuse_with, require_with
 from rankopt.cli.options import (
-    BatchOption,
-    DataOption,
     DtypeOption,
-    ExamplesOption,
     ForceOption,
     JsonOption,
-    LabelOption,
-    LengthOption,
     ModelArgument,
-    PairOption,
-    Source,
-    SplitOption,
-    TextOption,
     require_writable,
 )
 from rankopt.errors import RankoptError
@@ -45,18 +37,12 @@ A profile that was interrupted goes on where it was when the same command is cal
 """
 
 
+@with_data(examples=256)
 def profile(
     ctx: typer.Context,
     model: ModelArgument,
-    data: DataOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
-    split: SplitOption = None,
-    text_column: TextOption = "text",
-    pair_column: PairOption = None,
-    label_column: LabelOption = "label",
-    examples: ExamplesOption = 256,
-    max_length: LengthOption = None,
-    batch_size: BatchOption = 4,
+    asked: DataOptions,
     backend: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,15 +104,7 @@ def profile(
         require_with(ctx, ["stable_keep", "stable_tolerance"], "--until-stable")
     if layers_at_a_time is not None and checkpoint_every > 0:
         refuse_with(ctx, "checkpoint_every", "--layers-at-a-time", "which saves no checkpoints")
-    source = Source.read(
-        model,
-        data,
-        split,
-        (text_column, pair_column, label_column),
-        examples,
-        max_length,
-        batch_size,
-    )
+    source = asked.read(model)
     from rankopt.cli.report import profile_summary
     from rankopt.measure.measure import profile_model
     from rankopt.measure.processes import Processes
@@ -138,7 +116,7 @@ def profile(
     processes = Processes.join()
     partial = output.with_name(f"{output.name}.partial")
     resumable = checkpoint_every > 0 and layers_at_a_time is None
-    loaded, batches = source.load(model, dtype, device_map)
+    loaded, batches = source.load(dtype, device_map)
     with SpilledArrays(output.absolute().parent) as store:
         found = profile_model(
             loaded,

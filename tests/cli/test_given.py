@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rankopt.cli.options import READING
+from rankopt.cli.data import READING
 from rankopt.cli.plan import SEARCH
 from tests.cli.test_cli import Run, done, run
 from tests.profile.test_profile_file import synthetic_profile
