@@ -71,7 +71,7 @@ SAID = {
     "window": ("evaluate {m} --data {t} --batch-size 0", "--batch-size"),
     "passes": (
         "profile {m} --data {t} -o {new} --until-stable --layers-at-a-time 3",
-        "--until-stable looks at all layers: it does not go with --layers-at-a-time",
+        "it does not go with --layers-at-a-time",
     ),
     "swapped": ("profile {t} --data {m} -o {new}", "that is a file; give a model folder or a hub"),
     "swapped in evaluate": ("evaluate {t} --data {m}", "train.txt': that is a file"),
