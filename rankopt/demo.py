@@ -24,7 +24,7 @@ from rankopt.data.batches import text_batches
 from rankopt.data.digest import data_digest
 from rankopt.errors import MissingExtraError, ProfileError
 from rankopt.evaluation.evaluation import Evaluation, evaluate
-from rankopt.evaluation.plans import measure_rows, measured_dict
+from rankopt.evaluation.plans import measure_comparison, measured_dict
 from rankopt.files import whole_file
 from rankopt.layers import fingerprint
 from rankopt.measure.measure import profile_model
@@ -189,9 +189,9 @@ def run_demo(
     held_batches = text_batches(held_out_texts, tokenizer, max_length, 4, held_out)
     profile = cached_profile(model, batches, folder / "profile.safetensors")
 
-    dense, before = evaluate(model, held_batches), generate(model, tokenizer)
+    before = generate(model, tokenizer)
     planned = list(compare(profile, keeps, [Strategy.parse(text) for text in STRATEGIES]))
-    rows = list(measure_rows(model, profile, planned, held_batches))
+    dense, rows = measure_comparison(model, profile, planned, held_batches)
 
     plan = next(row.plan for row, _ in rows if str(row.strategy) == "exact@kronecker")
     plan.save(folder / "plan.json")

@@ -66,7 +66,12 @@ def apply_plan(
 
 @contextmanager
 def applied(
-    model: nn.Module, plan: Plan, profile: Profile, cache: FactorCache | None = None
+    model: nn.Module,
+    plan: Plan,
+    profile: Profile,
+    cache: FactorCache | None = None,
+    *,
+    progress: bool | None = None,
 ) -> Iterator[nn.Module]:
     """The model under a plan inside the ``with``, the dense model again after it.
 
@@ -75,9 +80,10 @@ def applied(
         plan: made from the profile.
         profile: see apply_plan.
         cache: pass one dictionary to several calls to decompose every layer only once.
+        progress: a bar on stderr; by default if it is a terminal.
     """
     inner = unwrapped(model)
-    replacements = _replacements(inner, plan, profile, False, cache, None)
+    replacements = _replacements(inner, plan, profile, False, cache, progress)
     dense = replace(inner, replacements)
     ties = attach(inner, plan)
     try:

@@ -13,7 +13,8 @@ import typer
 
 from rankopt._version import __version__
 from rankopt.cli import apply, compare, demo, evaluate, plan, profile
-from rankopt.cli.options import SpreadOptions, note
+from rankopt.cli.command import Command
+from rankopt.cli.options import note
 from rankopt.errors import RankoptError
 
 app = typer.Typer(
@@ -25,12 +26,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command(cls=SpreadOptions, epilog=profile.EXAMPLES)(profile.profile)
-app.command(epilog=plan.EXAMPLES)(plan.plan)
-app.command(cls=SpreadOptions, epilog=compare.EXAMPLES)(compare.compare)
-app.command(epilog=apply.EXAMPLES)(apply.apply)
-app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
-app.command(cls=SpreadOptions, epilog=demo.EXAMPLES)(demo.demo)
+app.command(cls=Command, epilog=profile.EXAMPLES)(profile.profile)
+app.command(cls=Command, epilog=plan.EXAMPLES)(plan.plan)
+app.command(cls=Command, epilog=compare.EXAMPLES)(compare.compare)
+app.command(cls=Command, epilog=apply.EXAMPLES)(apply.apply)
+app.command(cls=Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(cls=Command, epilog=demo.EXAMPLES)(demo.demo)
 
 
 def _print_version(wanted: bool) -> None:

@@ -16,11 +16,12 @@ from rankopt.files import require_free
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 
-EXAMPLES = (
-    "Examples:\n\n"
-    "rankopt apply ./model plan.json --profile profile.safetensors -o ./smaller\n\n"
-    "Load the result with transformers, after `import rankopt`."
-)
+EXAMPLES = """\b
+Examples:
+  rankopt apply ./model plan.json --profile profile.safetensors -o ./smaller
+
+Load the result with transformers, after `import rankopt`.
+"""
 
 
 def apply(
@@ -39,18 +40,22 @@ def apply(
     force: ForceOption = False,
 ) -> None:
     """Factorise the planned layers and save the smaller model."""
+    from rankopt.model.loading import require_model
+
     require_free(output, force)
+    require_model(model)
     loaded_plan, loaded_profile = Plan.load(plan), Profile.load(profile)
     from rankopt.apply.apply import apply_plan
     from rankopt.apply.saving import save_model
     from rankopt.backends import find_backend
-    from rankopt.model.loading import load_model, load_tokenizer
+    from rankopt.model.loading import hide_bars, load_model, load_tokenizer
 
     if backend is not None and find_backend(backend).name != loaded_plan.backend:
         raise OptionError(
             f"--backend {backend} is {find_backend(backend).name!r}, the plan has the backend "
             f"{loaded_plan.backend!r}"
         )
+    hide_bars()
     loaded = load_model(model, dtype)
     apply_plan(loaded, loaded_plan, loaded_profile, allow_other_weights=allow_other_weights)
     try:

@@ -6,21 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rankopt.cli.data import READING, DataOptions, with_data
+from rankopt.cli.given import require_with
 from rankopt.cli.options import (
     BackendOption,
-    BatchOption,
     DtypeOption,
-    ExamplesOption,
     JsonOption,
-    LabelOption,
-    LengthOption,
     MultipleOption,
-    PairOption,
     ProfileArgument,
     ScaleOption,
-    Source,
-    SplitOption,
-    TextOption,
+    WideOption,
 )
 from rankopt.errors import RankoptError
 from rankopt.plan.compare import DEFAULT_STRATEGIES, Strategy
@@ -30,16 +25,21 @@ from rankopt.profile.profile import Profile
 if TYPE_CHECKING:
     from rankopt.evaluation.evaluation import Evaluation
 
-EXAMPLES = (
-    "Examples:\n\n"
-    "rankopt compare profile.safetensors --keep 0.9 0.8 0.6\n\n"
-    "rankopt compare profile.safetensors --keep 0.8 --strategy uniform greedy/layerwise\n\n"
-    "rankopt compare profile.safetensors --keep 0.9 --model ./model --data heldout.txt"
-)
+EXAMPLES = """\b
+Examples:
+  rankopt compare profile.safetensors --keep 0.9 0.8 0.6
+  rankopt compare profile.safetensors --keep 0.8 \\
+    --strategy uniform greedy/layerwise
+  rankopt compare profile.safetensors --keep 0.9 \\
+    --model ./model --data heldout.txt
+"""
 
 
+@with_data(needed=False, about="Held-out data, as for evaluate.")
 def compare(
+    ctx: typer.Context,
     profile: ProfileArgument,
+    *,
     keep: Annotated[
         list[float], typer.Option(help="Shares of the planned layers' parameters to keep.")
     ],
@@ -54,27 +54,17 @@ def compare(
     backend: BackendOption = None,
     scale: ScaleOption = None,
     model: Annotated[str | None, typer.Option(help="Also measure the loss of this model.")] = None,
-    data: Annotated[str | None, typer.Option(help="Held-out data, as for evaluate.")] = None,
-    split: SplitOption = None,
-    text_column: TextOption = "text",
-    pair_column: PairOption = None,
-    label_column: LabelOption = "label",
-    examples: ExamplesOption = None,
-    max_length: LengthOption = None,
-    batch_size: BatchOption = 4,
+    asked: DataOptions,
     dtype: DtypeOption = "float32",
+    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show strategies side by side: retained Fisher information, size, gap, and measured loss."""
-    if (model is None) != (data is None):
+    if (model is None) != (asked.data is None):
         raise RankoptError("measuring the loss needs both --model and --data")
-    source = (
-        None
-        if data is None
-        else Source.read(
-            data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
-        )
-    )
+    if model is None:
+        require_with(ctx, [*READING, "dtype"], "--model and --data")
+    source = None if model is None else asked.read(model)
     strategies = [Strategy.parse(text) for text in strategy] if strategy else DEFAULT_STRATEGIES
     loaded_profile = Profile.load(profile)
     rows = list(
@@ -90,22 +80,20 @@ def compare(
     printed: dict[str, Any] = {"rows": [row.to_dict() for row in rows]}
     measured: list[Evaluation] = []
     dense = None
-    if model is not None and source is not None:
+    if source is not None:
         from rankopt.backends import find_backends
-        from rankopt.evaluation.evaluation import evaluate
-        from rankopt.evaluation.plans import measure_rows, measured_dict
+        from rankopt.evaluation.plans import measure_comparison, measured_dict
 
         named = (backend, *(each.backend for each in strategies))
         find_backends(name for name in named if name is not None and ":" in name)
-        loaded, batches = source.load(model, dtype)
-        dense = evaluate(loaded, batches, layers=loaded_profile.info.layers)
-        pairs = list(measure_rows(loaded, loaded_profile, rows, batches))
+        loaded, batches = source.load(dtype)
+        dense, pairs = measure_comparison(loaded, loaded_profile, rows, batches)
         measured = [evaluation for _, evaluation in pairs]
         printed["rows"] = [measured_dict(*pair) for pair in pairs]
         printed["dense"] = dataclasses.asdict(dense)
     if as_json:
         typer.echo(json.dumps(printed, indent=1))
     else:
-        from rankopt.cli.report import comparison, print_table
+        from rankopt.cli.report import print_comparison
 
-        print_table(comparison(rows, measured, dense))
+        print_comparison(rows, measured, dense, wide=wide)

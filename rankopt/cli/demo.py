@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from rankopt.cli.options import (
-    JsonOption,
-)
+from rankopt.cli.options import JsonOption, WideOption
 
-EXAMPLES = (
-    "Examples:\n\nrankopt demo\n\nrankopt demo --output /tmp/demo --model ./another-causal-lm"
-)
+EXAMPLES = """\b
+Examples:
+  rankopt demo
+  rankopt demo --output /tmp/demo --model ./another-causal-lm
+"""
 
 
 def demo(
@@ -27,12 +27,15 @@ def demo(
     calibration: Annotated[int, typer.Option(help="Windows for the profile.")] = 32,
     held_out: Annotated[int, typer.Option(help="Windows for the measured loss.")] = 16,
     max_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run the whole job on SmolLM2-135M and Python's own help texts."""
-    from rankopt.cli.report import comparison, print_table
+    from rankopt.cli.report import print_comparison
     from rankopt.demo import run_demo
+    from rankopt.model.loading import hide_bars
 
+    hide_bars()
     result = run_demo(
         output,
         model_folder=model,
@@ -45,7 +48,7 @@ def demo(
         typer.echo(json.dumps(result.to_dict(), indent=1))
         return
     rows, measured = zip(*result.rows, strict=True)
-    print_table(comparison(rows, measured, result.dense))
+    print_comparison(rows, measured, result.dense, wide=wide)
     typer.echo(f"\n{result.plan}")
     typer.echo(f"  reloaded        loss {result.reloaded.loss:.4f} (dense {result.dense.loss:.4f})")
     typer.echo(f"\nbefore: {result.before}\n\nafter:  {result.after}\n")

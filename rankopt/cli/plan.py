@@ -5,45 +5,45 @@ from typing import Annotated, Any
 
 import typer
 
+from rankopt.cli.data import READING, DataOptions, with_data
+from rankopt.cli.given import refuse_with, require_with
 from rankopt.cli.options import (
     BackendOption,
-    BatchOption,
     DtypeOption,
-    ExamplesOption,
     ForceOption,
     JsonOption,
-    LabelOption,
-    LengthOption,
     MultipleOption,
-    PairOption,
     ProfileArgument,
     ScaleOption,
-    Source,
-    SplitOption,
-    TextOption,
     floor_of,
     note,
     require_writable,
 )
 from rankopt.errors import RankoptError
-from rankopt.plan.planner import known_solvers, make_plan
+from rankopt.plan.planner import STRATEGIES, known_solvers, make_plan
 from rankopt.profile.profile import Profile
 
 SOLVERS = ", ".join([*known_solvers(), "search"])
-EXAMPLES = (
-    "Examples:\n\n"
-    "rankopt plan profile.safetensors --keep 0.8 -o plan.json\n\n"
-    "rankopt plan profile.safetensors --keep-total 0.7 --min-retained 0.5 --rank-multiple 8\n\n"
-    "rankopt plan profile.safetensors --solver threshold --share 0.95\n\n"
-    "rankopt plan profile.safetensors --keep 0.9 -o plan.json --solver search "
-    "--model ./model --data validation.txt --trials 40\n\n"
-    "Without -o the plan is printed. Solvers: " + SOLVERS + ", or "
-    "module:function of your own. A search goes on where it was stopped when it is called again."
-)
+EXAMPLES = f"""\b
+Examples:
+  rankopt plan profile.safetensors --keep 0.8 -o plan.json
+  rankopt plan profile.safetensors --keep-total 0.7 --rank-multiple 8
+  rankopt plan profile.safetensors --keep 0.8 --min-retained 0.5
+  rankopt plan profile.safetensors --solver threshold --share 0.95
+  rankopt plan profile.safetensors --keep 0.9 -o plan.json \\
+    --solver search --model ./model --data validation.txt --trials 40
+
+Without -o the plan is printed. Solvers: {SOLVERS}, or module:function of your own. A search goes on
+where it was stopped when it is called again.
+"""
+SEARCH = ("trials", "sampler", "storage", "seed", "workers", "model", "data", *READING, "dtype")
 
 
+@with_data(needed=False, about="search: validation data, as for evaluate.")
 def plan(
+    ctx: typer.Context,
     profile: ProfileArgument,
+    *,
     keep: Annotated[
         float | None, typer.Option(help="Share of the planned layers' parameters to keep.")
     ] = None,
@@ -70,10 +70,6 @@ def plan(
     time_limit: Annotated[
         float | None, typer.Option(help="exact (60) or knapsack (30): seconds.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="search: the model to measure.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="search: validation data, as for evaluate.")
-    ] = None,
     trials: Annotated[int, typer.Option(help="search: plans to measure in all.")] = 40,
     sampler: Annotated[
         str, typer.Option(help="search: cmaes, tpe, thompson, gp or random.")
@@ -84,13 +80,8 @@ def plan(
     ] = None,
     seed: Annotated[int, typer.Option(help="search: of the sampler.")] = 0,
     workers: Annotated[int, typer.Option(help="search: processes that share the trials.")] = 1,
-    split: SplitOption = None,
-    text_column: TextOption = "text",
-    pair_column: PairOption = None,
-    label_column: LabelOption = "label",
-    examples: ExamplesOption = None,
-    max_length: LengthOption = None,
-    batch_size: BatchOption = 4,
+    model: Annotated[str | None, typer.Option(help="search: the model to measure.")] = None,
+    asked: DataOptions,
     dtype: DtypeOption = "float32",
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan to write.")] = None,
     force: ForceOption = False,
@@ -99,8 +90,7 @@ def plan(
     """Decide the rank of every layer under a budget."""
     if output is not None:
         require_writable(output, force)
-    if solver != "search" and (model is not None or data is not None):
-        raise RankoptError("--model and --data are for --solver search")
+    _refuse_idle(ctx, solver)
     limits: dict[str, Any] = {"keep": keep, "keep_total": keep_total, "max_params": max_params}
     how: dict[str, Any] = {
         "objective": objective,
@@ -120,35 +110,48 @@ def plan(
             **timed,
         )
     else:
-        if model is None or data is None:
+        if model is None or asked.data is None:
             raise RankoptError("--solver search measures a model: it needs --model and --data")
-        if share is not None or min_retained is not None:
-            raise RankoptError("--share and --min-retained do not go with --solver search")
-        source = Source.read(
-            data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
-        )
+        source = asked.read(model)
         loaded_profile = Profile.load(profile)
         from rankopt.cli.workers import with_workers
-        from rankopt.evaluation.search import search_plan
+        from rankopt.evaluation.search import OtherSearchError, search_plan
 
-        loaded, batches = source.load(model, dtype)
+        loaded, batches = source.load(dtype)
         kept = storage or (None if output is None else f"{output}.journal")
-        with with_workers(workers, kept):
-            searched = search_plan(
-                loaded,
-                loaded_profile,
-                batches,
-                **limits,
-                **how,
-                trials=trials,
-                sampler=sampler,
-                storage=kept,
-                seed=seed,
-                solver_options=timed,
-            )
+        try:
+            with with_workers(workers, kept):
+                searched = search_plan(
+                    loaded,
+                    loaded_profile,
+                    batches,
+                    **limits,
+                    **how,
+                    trials=trials,
+                    sampler=sampler,
+                    storage=kept,
+                    seed=seed,
+                    solver_options=timed,
+                )
+        except OtherSearchError as error:
+            raise RankoptError(
+                f"{error.found}: another --storage or -o starts a new one"
+            ) from error
         made = searched.plan
         note(str(searched))
     if output is not None:
         made.save(output)
         note(f"plan written to {output}")
     typer.echo(made.to_json() if as_json else str(made))
+
+
+def _refuse_idle(ctx: typer.Context, solver: str) -> None:
+    """Refuse options of other solvers; what one of somebody else's takes is for it to say."""
+    if solver != "search":
+        require_with(ctx, SEARCH, "--solver search")
+    if solver != "threshold":
+        require_with(ctx, ["share"], "--solver threshold")
+    if solver in (*STRATEGIES, "greedy", "density"):
+        require_with(ctx, ["time_limit"], "--solver exact, knapsack or search")
+    if solver in (*STRATEGIES, "search"):
+        refuse_with(ctx, "min_retained", f"--solver {solver}", "but is for solvers such as exact")

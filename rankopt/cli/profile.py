@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from rankopt.cli.data import DataOptions, with_data
+from rankopt.cli.given import refuse_with, require_with
 from rankopt.cli.options import (
-    BatchOption,
-    DataOption,
     DtypeOption,
-    ExamplesOption,
     ForceOption,
     JsonOption,
-    LabelOption,
-    LengthOption,
     ModelArgument,
-    PairOption,
-    Source,
-    SplitOption,
-    TextOption,
     require_writable,
 )
 from rankopt.errors import RankoptError
@@ -29,28 +22,27 @@ from rankopt.errors import RankoptError
 if TYPE_CHECKING:
     from rankopt.measure.estimators import Kind, Unit
 
-EXAMPLES = (
-    "Examples:\n\n"
-    "rankopt profile ./model --data train.txt -o profile.safetensors\n\n"
-    "rankopt profile ./model --data train.txt --backend kronecker fwsvd --until-stable -o p.st\n\n"
-    "rankopt profile ./bert-sst2 --data train.tsv --text-column sentence --examples 512 -o p.st\n\n"
-    "rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 --examples 64 -o p.st\n\n"
-    "torchrun --nproc-per-node 4 -m rankopt profile ./model --data train.txt -o p.st\n\n"
-    "A profile that was interrupted goes on where it was when the same command is called again."
-)
+EXAMPLES = """\b
+Examples:
+  rankopt profile ./model --data train.txt -o profile.safetensors
+  rankopt profile ./model --data train.txt --backend kronecker fwsvd -o p.st
+  rankopt profile ./model --data train.txt --until-stable -o p.st
+  rankopt profile ./bert-sst2 --data train.tsv --text-column sentence -o p.st
+  rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 \\
+    --examples 64 -o p.st
+  torchrun --nproc-per-node 4 -m rankopt profile ./model \\
+    --data train.txt -o p.st
+
+A profile that was interrupted goes on where it was when the same command is called again.
+"""
 
 
+@with_data(examples=256)
 def profile(
+    ctx: typer.Context,
     model: ModelArgument,
-    data: DataOption,
     output: Annotated[Path, typer.Option("-o", "--output", help="Profile to write.")],
-    split: SplitOption = None,
-    text_column: TextOption = "text",
-    pair_column: PairOption = None,
-    label_column: LabelOption = "label",
-    examples: ExamplesOption = 256,
-    max_length: LengthOption = None,
-    batch_size: BatchOption = 4,
+    asked: DataOptions,
     backend: Annotated[
         list[str] | None,
         typer.Option(
@@ -107,9 +99,13 @@ def profile(
 ) -> None:
     """Measure what every rank of every layer retains."""
     require_writable(output, force)
-    source = Source.read(
-        data, split, (text_column, pair_column, label_column), examples, max_length, batch_size
-    )
+    if (estimator, unit) == ("empirical", "example"):
+        require_with(ctx, ["draws", "seed"], "--estimator sampled or --unit token")
+    if not until_stable:
+        require_with(ctx, ["stable_keep", "stable_tolerance"], "--until-stable")
+    if layers_at_a_time is not None and checkpoint_every > 0:
+        refuse_with(ctx, "checkpoint_every", "--layers-at-a-time", "which saves no checkpoints")
+    source = asked.read(model)
     from rankopt.cli.report import profile_summary
     from rankopt.measure.measure import profile_model
     from rankopt.measure.processes import Processes
@@ -121,7 +117,7 @@ def profile(
     processes = Processes.join()
     partial = output.with_name(f"{output.name}.partial")
     resumable = checkpoint_every > 0 and layers_at_a_time is None
-    loaded, batches = source.load(model, dtype, device_map)
+    loaded, batches = source.load(dtype, device_map)
     with SpilledArrays(output.absolute().parent) as store:
         found = profile_model(
             loaded,

@@ -1,14 +1,17 @@
 """For people: comparisons and evaluations as Markdown tables, and the summary of a profile."""
 
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
+from rankopt.cli.options import note
 from rankopt.layers import LeftAlone
 from rankopt.plan.compare import ComparedPlan
 from rankopt.profile.profile import Profile
@@ -19,12 +22,79 @@ if TYPE_CHECKING:
 _MEBIBYTE = 2**20
 
 
+#: Wider than any table: what a table measures in it is what it needs.
+_ENDLESS = 100_000
+#: Where stdout is a file or a pipe.
+_PIPED = 200
+#: The first to go where a comparison is wider than the terminal, and so on.
+EXPENDABLE = (
+    "seconds",
+    "backend",
+    "MiB",
+    "parameters",
+    "model",
+    "kept",
+    "gap",
+    "worst layer",
+    "retained",
+)
+
+
 def print_table(table: Table) -> None:
-    """To stdout; as wide as it needs to be where stdout is a file or a pipe."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(table)
+    """To stdout, as wide as it needs to be: what does not fit overflows, nothing is cut."""
+    width = _PIPED if not sys.stdout.isatty() else _console().width
+    _console(max(width, _needed(table))).print(table)
+
+
+def print_comparison(
+    rows: Sequence[ComparedPlan],
+    measured: "Sequence[Evaluation]" = (),
+    dense: "Evaluation | None" = None,
+    *,
+    wide: bool = False,
+) -> None:
+    """A comparison to stdout; in a terminal that is too narrow with fewer columns.
+
+    Args:
+        rows: see comparison.
+        measured: see comparison.
+        dense: see comparison.
+        wide: all columns, whatever the width.
+    """
+    table = comparison(rows, measured, dense)
+    everything = [str(column.header) for column in table.columns]
+    hidden: list[str] = []
+    if sys.stdout.isatty() and not wide:
+        room = _console().width
+        for column in _expendable(everything, measured):
+            if _needed(table) <= room:
+                break
+            hidden.append(column)
+            table = comparison(rows, measured, dense, without=hidden)
+    print_table(table)
+    if hidden:
+        names = ", ".join(column for column in everything if column in hidden)
+        note(f"hidden to fit the terminal: {names}; --wide shows all")
+
+
+def _expendable(columns: Sequence[str], measured: "Sequence[Evaluation]") -> Iterator[str]:
+    """Columns that a comparison can do without, the least important first.
+
+    Strategy and budget stay, and one figure: the measured loss, or what is retained.
+    """
+    yield from (name for name in EXPENDABLE if name in columns and (measured or name != "retained"))
+    if measured:
+        yield from reversed(list(measured[0].metrics))
+
+
+def _console(width: int | None = None) -> Console:
+    # A strategy may be called module:function of whatever name: no markup, no emoji.
+    return Console(width=width, markup=False, emoji=False)
+
+
+def _needed(table: Table) -> int:
+    console = _console(_ENDLESS)
+    return Measurement.get(console, console.options, table).maximum
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -40,11 +110,14 @@ def comparison(
     rows: Sequence[ComparedPlan],
     measured: "Sequence[Evaluation]" = (),
     dense: "Evaluation | None" = None,
+    *,
+    without: Collection[str] = (),
 ) -> Table:
     """One line for each strategy and budget; with the rows' measured loss if it is given.
 
     ``kept`` is the realised share of the planned layers' parameters, ``model`` that of the whole
     model. Rows of different backends say which: what they retain is measured by their own losses.
+    Columns that are named in ``without`` are left out.
     """
     several = len({row.plan.backend for row in rows}) > 1
     metrics = list(measured[0].metrics) if measured else []
@@ -88,7 +161,8 @@ def comparison(
                 *(_measured(measured[index], metrics) if measured else []),
             ]
         )
-    return _table(columns, lines)
+    shown = [index for index, column in enumerate(columns) if column not in without]
+    return _table([columns[k] for k in shown], [[line[k] for k in shown] for line in lines])
 
 
 def _measured(found: "Evaluation", metrics: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 
 from rankopt.errors import MissingExtraError, OptionError, RankoptError
@@ -13,24 +14,33 @@ from rankopt_solvers.search import SearchError
 def copies(command: Sequence[str], count: int) -> Iterator[None]:
     """Run a command ``count`` times beside what is inside the ``with``; wait for all of them.
 
-    For workers of one search: each is the same command with the same storage. They share stderr;
-    stdout is this process's alone.
+    For workers of one search: each is the same command with the same storage. The terminal is this
+    process's alone: what they say is told if they fail.
 
     Raises:
         RankoptError: one of them failed.
     """
-    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(count)]
-    try:
-        yield
-        codes = [process.wait() for process in started]
-    finally:
-        for process in started:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if any(codes):
-        failed = sum(code != 0 for code in codes)
-        raise RankoptError(f"{failed} of {count} workers failed; what they measured is kept")
+    with contextlib.ExitStack() as stack:
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
+        started = [
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file) for file in said
+        ]
+        try:
+            yield
+            codes = [process.wait() for process in started]
+        finally:
+            for process in started:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+        failed = [file for file, code in zip(said, codes, strict=True) if code]
+        if failed:
+            failed[0].seek(0)
+            last = failed[0].read().decode(errors="replace").strip().rpartition("\n")[2]
+            raise RankoptError(
+                f"{len(failed)} of {count} workers failed; what they measured is kept"
+                + (f" ({last.removeprefix('error: ')})" if last else "")
+            )
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ class PlanEvaluator:
         model: the dense model that was profiled.
         profile: that the plans were made from.
         batches: held-out data.
-        progress: a bar on stderr for each evaluation; by default if it is a terminal.
+        progress: bars on stderr for each plan's factors and evaluation; by default if it is a
+            terminal. False inside a loop that has a bar of its own.
     """
 
     model: nn.Module
@@ -44,7 +45,9 @@ class PlanEvaluator:
         Raises:
             PlanError, ModelError: see apply_plan.
         """
-        with applied(self.model, plan, self.profile, self._cache) as compressed:
+        with applied(
+            self.model, plan, self.profile, self._cache, progress=self.progress
+        ) as compressed:
             return self._evaluated(compressed)
 
     def _evaluated(self, model: nn.Module) -> Evaluation:
@@ -53,7 +56,12 @@ class PlanEvaluator:
 
 
 def measure_rows(
-    model: nn.Module, profile: Profile, rows: Sequence[ComparedPlan], batches: Sequence[Batch]
+    model: nn.Module,
+    profile: Profile,
+    rows: Sequence[ComparedPlan],
+    batches: Sequence[Batch],
+    *,
+    progress: bool | None = None,
 ) -> Iterator[tuple[ComparedPlan, Evaluation]]:
     """Measure the plans of a comparison; those with one backend and the same ranks once.
 
@@ -62,17 +70,37 @@ def measure_rows(
         profile: that the rows were planned from.
         rows: plans to measure.
         batches: held-out data.
+        progress: a bar on stderr, one for all plans; by default if it is a terminal.
 
     Yields:
         Each row, and what was measured.
     """
-    measure = PlanEvaluator(model, profile, batches)
+    measure = PlanEvaluator(model, profile, batches, progress=False)
     seen: dict[tuple[str, tuple[tuple[str, int | None], ...]], Evaluation] = {}
-    for row in bar(rows, "Compare", "plan"):
+    for row in bar(rows, "Compare", "plan", progress):
         model_of = row.plan.backend, tuple(row.plan.ranks.items())
         if model_of not in seen:
             seen[model_of] = measure(row.plan)
         yield row, seen[model_of]
+
+
+def measure_comparison(
+    model: nn.Module,
+    profile: Profile,
+    rows: Sequence[ComparedPlan],
+    batches: Sequence[Batch],
+    *,
+    progress: bool | None = None,
+) -> tuple[Evaluation, list[tuple[ComparedPlan, Evaluation]]]:
+    """The dense model, and what measure_rows yields; one bar for all."""
+    with bar(range(len(rows) + 1), "Compare", "model", progress) as shown:
+        dense = PlanEvaluator(model, profile, batches, progress=False).dense()
+        shown.update()
+        pairs = []
+        for pair in measure_rows(model, profile, rows, batches, progress=False):
+            pairs.append(pair)
+            shown.update()
+    return dense, pairs
 
 
 def measured_dict(row: ComparedPlan, measured: Evaluation) -> dict[str, Any]:

@@ -26,9 +26,16 @@ from rankopt.plan.planner import choose, plan_of
 from rankopt.profile.profile import Profile
 from rankopt.progress import bar
 from rankopt_solvers import certify
-from rankopt_solvers.problem import ProblemError
 from rankopt_solvers.registry import Solver, UnknownSolverError
-from rankopt_solvers.search import SAMPLERS, Choice, Measured, SearchError, SearchResult, search
+from rankopt_solvers.search import (
+    SAMPLERS,
+    Choice,
+    Measured,
+    OtherStudyError,
+    SearchError,
+    SearchResult,
+    search,
+)
 
 #: Measured before anything is searched; the search cannot end worse than the best of them.
 PLANS = ("uniform", "proportional", "threshold", "greedy", "exact", "exact/layerwise")
@@ -59,6 +66,18 @@ class SearchedPlan:
             f"({found.best_plan}, {found.plan_loss:.6g}){share}; "
             f"{len(found.trials)} trials{early}"
         )
+
+
+class OtherSearchError(RankoptError):
+    """The storage holds a search with another profile, data or budget.
+
+    Attributes:
+        found: where, and what differs.
+    """
+
+    def __init__(self, storage: Any, difference: str) -> None:
+        self.found = f"{storage} holds a search with {difference}"
+        super().__init__(f"{self.found}: another storage or study_name starts a new one")
 
 
 def search_plan(
@@ -112,13 +131,18 @@ def search_plan(
         BudgetError: see make_plan.
         InfeasibleBudgetError: no ranks fit.
         OptionError: see make_plan; an unknown sampler or solver; ``maxmin``, which is no sum.
-        RankoptError: too few trials, or the storage is damaged or holds a study of another model,
-            data or budget.
+        OtherSearchError: the storage holds a search with another profile, data or budget.
+        RankoptError: too few trials, or the storage is damaged.
         MissingExtraError: Optuna is not installed.
         DataError: no batches.
     """
     if isinstance(sampler, str) and sampler not in SAMPLERS:
         raise OptionError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
+    if objective == "maxmin":
+        raise OptionError(
+            "a search reweights losses that are added up: it takes the objective total or "
+            "layerwise, not maxmin"
+        )
     if backend is not None and ":" in backend:
         find_backend(backend)
     budget = find_budget(profile.info, keep, keep_total, max_params)
@@ -150,7 +174,14 @@ def search_plan(
 
     measure = PlanEvaluator(model, profile, batches, progress=False)
     dense = measure.dense()
-    label = f"profile {profile.digest()[:16]}, data {data_digest(model, batches)[:16]}"
+    # The problem's digest covers the last of them, too: here they are named.
+    about = {
+        "profile": profile.digest()[:16],
+        "data set": data_digest(model, batches)[:16],
+        "budget": f"{budget.kind}={budget.asked:g}",
+        "objective": objective,
+        "rank multiple": str(rank_multiple),
+    }
     last = max(len(offered.layers) - 1, 1)
     with bar(range(trials), "Search", "trial", progress) as shown:
 
@@ -170,16 +201,16 @@ def search_plan(
                 origin=dense.loss,
                 storage=storage,
                 study_name=study_name,
-                label=label,
+                label=about,
                 seed=seed,
                 solver=solver,
                 solver_options=solver_options,
                 progress=show,
             )
-        except ProblemError as error:
-            raise OptionError(f"objective {objective!r}: {error}") from error
         except UnknownSolverError as error:
             raise OptionError(str(error)) from error
+        except OtherStudyError as error:
+            raise OtherSearchError(storage, error.difference) from error
         except SearchError as error:
             raise RankoptError(str(error)) from error
         except ImportError as error:

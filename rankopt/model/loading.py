@@ -1,16 +1,27 @@
 """Load transformers models and tokenizers by folder or hub name, with errors a user can act on."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from rankopt.errors import ModelError, OptionError
-from rankopt.model.tasks import task_of_architecture
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def hide_bars() -> None:
+    """Hide transformers' own bars in this process ("Loading weights"); downloads keep theirs."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    silent = are_progress_bars_disabled()
+    logging.disable_progress_bar()  # hides those of downloads, too
+    if not silent:
+        enable_progress_bars()
 
 
 def load_model(name: str, dtype: str = "auto", device_map: str | None = None) -> Any:
@@ -28,19 +39,66 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
     """
     if dtype not in DTYPES:
         raise OptionError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    require_model(name)
     import transformers
 
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ModelError(f"{name} is not a transformers model folder: it has no config.json")
+    from rankopt.model.tasks import task_of_architecture
+
     spread = {} if device_map is None else {"device_map": device_map}
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        architecture = (config.architectures or [type(config).__name__])[0]
+        if not config.architectures:
+            raise ModelError(_without_architectures(name, config.model_type))
+        architecture = config.architectures[0]
         task_of_architecture(architecture)
         loaded = getattr(transformers, architecture).from_pretrained(name, dtype=dtype, **spread)
     except (OSError, ValueError, AttributeError, ImportError) as error:
-        raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}") from error
+        local = "" if Path(name).is_dir() else " (no folder of this name is here)"
+        raise ModelError(f"cannot load the model {name!r}{local}: {_first_line(error)}") from error
     return loaded
+
+
+def require_model(name: str) -> None:
+    """Refuse what is no model at first sight: long work, and the data, come after it.
+
+    Args:
+        name: a folder or a hub name.
+
+    Raises:
+        ModelError: a file, a folder without a model, or a path where nothing is.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} is not a transformers model folder: it has no config.json")
+    elif path.exists():
+        raise ModelError(
+            f"cannot load the model {name!r}: that is a file; give a model folder or a hub name"
+        )
+    elif _is_path(name):
+        raise ModelError(f"cannot load the model {name!r}: this folder does not exist")
+
+
+def _is_path(name: str) -> bool:
+    """Whether it cannot be a hub name, which is NAME or OWNER/NAME."""
+    beyond = name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1
+    return beyond or Path(name).is_absolute() or (os.sep != "/" and os.sep in name)
+
+
+def _without_architectures(name: str, model_type: str) -> str:
+    """What to put into the config: the model's classes with a head that transformers knows."""
+    from transformers.models.auto import modeling_auto
+
+    heads = [
+        getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").get(model_type)
+        for task in ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SEQUENCE_CLASSIFICATION")
+    ]
+    named = " or ".join(f'"architectures": ["{head}"]' for head in heads if head)
+    wanted = named or 'the name of its class with a head, "architectures": ["..."]'
+    return (
+        f'{name}: config.json has no "architectures" entry, so the head is unknown: '
+        f"add {wanted} to it"
+    )
 
 
 def load_tokenizer(name: str) -> Any:

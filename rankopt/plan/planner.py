@@ -212,8 +212,9 @@ def _solve(
     except (ValueError, ImportError) as error:
         raise OptionError(f"solver {name}: {error}") from error
     except TypeError as error:
-        if options and "unexpected keyword" in str(error):
-            raise OptionError(f"solver {name}: {error}") from error
+        refused = [option for option in options if f"keyword argument '{option}'" in str(error)]
+        if refused:
+            raise OptionError(f"solver {name} takes no option {refused[0]}") from error
         raise
 
 

@@ -224,7 +224,7 @@ MISTAKES: dict[str, tuple[str, str, int]] = {
     "infeasible share": ("plan {p} --keep .1 --solver threshold --share 1 -o {new}", "takes", 3),
     "time limit for greedy": (
         "plan {p} --keep 0.5 --solver greedy --time-limit 3 -o {new}",
-        "time_limit",
+        "--time-limit",
         2,
     ),
     "search without a model": ("plan {p} --keep 0.5 --solver search -o {new}", "--model and", 2),
@@ -351,7 +351,7 @@ def test_module_runs_as_a_program_and_planning_needs_no_torch(tmp_path: Path) ->
         check=False,
     )
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.startswith("error: keep=0.01 allows") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --keep 0.01 allows") and done.stderr.count("\n") == 1
 
 
 def test_search_measures_resumes_and_writes_its_plan(

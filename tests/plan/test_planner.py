@@ -513,7 +513,7 @@ def test_mistakes_are_budget_errors_that_say_what_is_wanted(
         ({"keep": 0.5, "backend": "svd", "scale": "nats"}, "known: frobenius"),
         ({"solver": "threshold", "share": 0.9, "depth": 3}, "no options, got depth"),
         ({"keep": 0.5, "solver": "uniform", "depth": 3}, "no options, got depth"),
-        ({"keep": 0.5, "solver": "greedy", "depth": 3}, "unexpected keyword argument 'depth'"),
+        ({"keep": 0.5, "solver": "greedy", "depth": 3}, "solver greedy takes no option depth"),
         ({"keep": 0.5, "solver": "knapsack", "time_limit": 0.0}, "time_limit must be a positive"),
     ],
 )

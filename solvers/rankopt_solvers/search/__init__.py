@@ -2,6 +2,7 @@
 
 from rankopt_solvers.search.records import Choice as Choice
 from rankopt_solvers.search.records import Measured as Measured
+from rankopt_solvers.search.records import OtherStudyError as OtherStudyError
 from rankopt_solvers.search.records import SearchError as SearchError
 from rankopt_solvers.search.records import SearchResult as SearchResult
 from rankopt_solvers.search.records import StudyError as StudyError

@@ -17,6 +17,21 @@ class StudyError(SearchError):
     """The storage is damaged or cannot be opened, or holds a study of something else."""
 
 
+class OtherStudyError(StudyError):
+    """The storage holds a study of the same name about something else.
+
+    Attributes:
+        difference: "another problem (..., now ...)", the first that differs.
+    """
+
+    def __init__(self, name: str, difference: str) -> None:
+        super().__init__(
+            f"the study {name!r} is about {difference}: "
+            "give another storage or study name, or what it was started with"
+        )
+        self.difference = difference
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """One choice that was measured.

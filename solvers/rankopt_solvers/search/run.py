@@ -67,7 +67,7 @@ def search(
     origin: float | None = None,
     storage: "str | os.PathLike[str] | BaseStorage | None" = None,
     study_name: str = "rankopt",
-    label: str = "",
+    label: str | Mapping[str, str] = "",
     seed: int = 0,
     solver: str | Solver = "exact",
     solver_options: Mapping[str, Any] | None = None,
@@ -92,8 +92,9 @@ def search(
         origin: the measured loss of discarding nothing, if known: it helps ``thompson``.
         storage: a journal file, the URL of a database, a storage of Optuna's; None for memory.
         study_name: name in the storage.
-        label: what ``evaluate`` measures (a digest of model and data): a study is only resumed
-            with the same label, problem and parametrisation.
+        label: what ``evaluate`` measures (a digest of model and data), or several such by name: a
+            study is only resumed with the same label, problem and parametrisation. What differs is
+            named, in this order.
         seed: of the sampler.
         solver: solves the reweighted problems.
         solver_options: passed to it.
@@ -172,14 +173,15 @@ def _open(
     problem: Problem,
     storage: "str | os.PathLike[str] | BaseStorage | None",
     name: str,
-    label: str,
+    label: str | Mapping[str, str],
     parameters: str,
 ) -> "Ledger":
     _require("search", "optuna")
     from rankopt_solvers.search.ledger import Ledger
     from rankopt_solvers.search.studies import open_storage
 
-    identity = {"problem": problem.digest(), "label": label, "parameters": parameters}
+    labels = {"label": label} if isinstance(label, str) else dict(label)
+    identity = {**labels, "problem": problem.digest(), "parameters": parameters}
     return Ledger(problem, open_storage(storage), name, identity)
 
 

@@ -26,7 +26,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from rankopt_solvers.search.records import StudyError
+from rankopt_solvers.search.records import OtherStudyError, StudyError
 
 HEARTBEAT_SECONDS, GRACE_SECONDS, RETRIES = 30, 120, 3
 #: A trial that does not say whose it is, since its process died in the moment of taking it, is
@@ -149,10 +149,7 @@ def open_study(storage: BaseStorage, name: str, identity: dict[str, Any]) -> Stu
         if found is None and new:
             study.set_user_attr(key, wanted)
         elif found != wanted:
-            raise StudyError(
-                f"the study {name!r} is about another {key} ({found!s:.60}; now {wanted!s:.60}): "
-                "give another storage or study name, or what it was started with"
-            )
+            raise OtherStudyError(name, f"another {key} ({found!s:.60}, now {wanted!s:.60})")
     return study
 
 

@@ -1,0 +1,98 @@
+"""What every command does alike: several values for one option, and messages in its own words."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from typer.core import TyperCommand, TyperOption
+
+from rankopt.errors import RankoptError
+
+
+class Command(TyperCommand):
+    """A command of rankopt.
+
+    A repeatable option takes several values: ``--keep 0.9 0.8`` is two of it. What the library
+    says of its parameters is said of the command's options.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each of its values."""
+        repeatable = {
+            name
+            for param in self.params
+            if isinstance(param, TyperOption) and param.multiple
+            for name in param.opts
+        }
+        spread: list[str] = []
+        current: str | None = None
+        for position, arg in enumerate(args):
+            if current is not None and not arg.startswith("-") and self._fits(current, arg):
+                if args[position - 1] != current:
+                    spread.append(current)
+            else:
+                current = arg if arg in repeatable else None
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+    @staticmethod
+    def _fits(option: str, value: str) -> bool:
+        if option != "--keep":
+            return not Path(value).exists()
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it; an error's message names options as they are typed."""
+        try:
+            return super().invoke(ctx)
+        except RankoptError as error:
+            error.args = (in_options(str(error), options_of(self.params)),)
+            raise
+
+
+def options_of(params: Iterable[Any]) -> dict[str, str]:
+    """The long form of every option, by the name of its parameter."""
+    return {
+        param.name: max(param.opts, key=len)
+        for param in params
+        if isinstance(param, TyperOption) and param.name
+    }
+
+
+def in_options(message: str, options: Mapping[str, str]) -> str:
+    """A message with options in the place of Python's keywords.
+
+    A name with an underscore is one wherever it stands alone; a plain word (``keep``, ``data``)
+    only where its surroundings say so: before ``=``, at the head of the message, in brackets with a
+    number, in a list with another option. What is quoted or part of a path is the user's.
+
+    Args:
+        message: of an error.
+        options: by the parameter's name.
+    """
+    if not options:
+        return message
+    ordered = sorted(options, key=len, reverse=True)
+    names = "|".join(map(re.escape, ordered))
+    scored = "|".join(re.escape(name) for name in ordered if "_" in name) or r"(?!)"
+    alone, end = r"(?<![\w./\\'\"-])", r"(?![\w/\\'\"-]|\.\w)"
+    patterns = (
+        rf"(){alone}({names})=(?=\S)",
+        rf"^()({names})(?=:? (?:is|must|needs|takes|belongs|none)\b)",
+        rf"(\()({names})(?= [\d.])",
+        rf"(){alone}({scored}){end}",
+        rf"(){alone}({names})(?=(?:,| and| or) --)",
+        rf"(--[\w-]+(?:,| and| or) )({names}){end}",
+    )
+    for pattern in patterns:
+        message = re.sub(pattern, lambda found: _as_option(found, options), message)
+    return message
+
+
+def _as_option(found: re.Match[str], options: Mapping[str, str]) -> str:
+    return f"{found[1]}{options[found[2]]}{' ' if found[0].endswith('=') else ''}"

@@ -1,0 +1,128 @@
+"""Comparisons in terminals of any width: fewer columns, but never a cut figure."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rankopt.cli import report
+from rankopt.cli.report import comparison, print_comparison
+from rankopt.evaluation.evaluation import Evaluation
+from rankopt.plan.compare import ComparedPlan, Strategy, compare
+from tests.cli.terminal import ESCAPES, in_terminal, screen
+from tests.profile.test_profile_file import synthetic_profile
+
+COLUMNS = [
+    "strategy", "backend", "keep", "parameters", "kept", "model", "MiB", "retained",
+    "worst layer", "gap", "seconds", "loss", "perplexity",
+]  # fmt: skip
+
+
+def rows(*strategies: str) -> list[ComparedPlan]:
+    wanted = [Strategy.parse(text) for text in strategies or ("uniform", "exact", "exact@svd")]
+    return list(compare(synthetic_profile(), [0.9, 0.5], wanted))
+
+
+def measured(count: int, **metrics: float) -> list[Evaluation]:
+    metrics = metrics or {"perplexity": 35.75}
+    return [Evaluation("causal-lm", 3.5766, metrics, 4, 60, 2000, 3000, 12000)] * count
+
+
+def cells(text: str) -> list[list[str]]:
+    text = ESCAPES.sub("", text)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in found if not set("".join(row)) <= set("-:")]
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Print a comparison as in a terminal of so many columns: stdout, stderr."""
+
+    def shown(columns: int, *arguments: Any, **options: Any) -> tuple[str, str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.stdout.isatty", lambda: True)
+            print_comparison(*arguments, **options)
+        found = capsys.readouterr()
+        return found.out, found.err
+
+    return shown
+
+
+def test_every_width_shows_whole_figures_and_says_what_is_hidden(terminal: Any) -> None:
+    compared = rows()
+    arguments = compared, measured(len(compared)), measured(1)[0]
+    whole = cells(terminal(400, *arguments)[0])
+    assert whole[0] == COLUMNS
+    before = len(COLUMNS) + 1
+    for columns in (160, 120, 100, 80, 60, 40, 20):
+        out, err = terminal(columns, *arguments)
+        found = cells(out)
+        kept = [COLUMNS.index(name) for name in found[0]]
+        assert found == [[row[k] for k in kept] for row in whole], "whole, and in their order"
+        assert "…" not in out and {"strategy", "keep", "loss"} <= set(found[0])
+        hidden = [name for name in COLUMNS if name not in found[0]]
+        assert err == (f"hidden to fit the terminal: {', '.join(hidden)}; --wide shows all\n"
+                       if hidden else "")  # fmt: skip
+        assert set(hidden) <= {*report.EXPENDABLE, "perplexity"}
+        if len(found[0]) > 3:
+            assert max(map(len, ESCAPES.sub("", out).splitlines())) <= columns
+        assert len(found[0]) <= before
+        before = len(found[0])
+    assert found[0] == ["strategy", "keep", "loss"]
+
+
+def test_the_least_important_columns_go_first(terminal: Any) -> None:
+    compared = rows()
+    arguments = compared, measured(len(compared), accuracy=0.5, f1=0.25), measured(1)[0]
+    order = []
+    for columns in range(170, 20, -1):
+        _, err = terminal(columns, *arguments[:2])
+        hidden = err.removeprefix("hidden to fit the terminal: ").partition(";")[0].split(", ")
+        order += [name for name in hidden if name and name not in order]
+    assert order == [*report.EXPENDABLE, "f1", "accuracy"]
+
+
+def test_without_a_measured_loss_retained_stays(terminal: Any) -> None:
+    out, _ = terminal(20, rows("uniform"))
+    assert cells(out)[0] == ["strategy", "keep", "retained"]
+
+
+def test_wide_and_a_pipe_have_every_column_as_ever(
+    terminal: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared = rows()
+    arguments = compared, measured(len(compared)), measured(1)[0]
+    console = Console(width=200)
+    with console.capture() as caught:
+        console.print(comparison(*arguments))
+    out, err = terminal(40, *arguments, wide=True)
+    assert (cells(out), err) == (cells(caught.get()), "")
+    print_comparison(*arguments)
+    assert capsys.readouterr().out == caught.get()
+
+
+def test_odd_and_very_long_names_are_printed_as_they_are(terminal: Any) -> None:
+    name = "module:heart:" + "x" * 300 + "[/bold]"
+    (one,) = compare(synthetic_profile(), [0.5], [Strategy("exact")])
+    compared = [ComparedPlan(Strategy(name), 0.5, one.plan, 0.0)]
+    metrics = measured(1, **{"[red]" + "metric" * 50: 0.5})
+    for columns in (40, 80, 400):
+        out, _ = terminal(columns, compared, metrics)
+        assert cells(out)[1][:2] == [name, "0.5"]
+
+
+def test_compare_in_a_narrow_terminal_and_through_a_pipe(tmp_path: Path) -> None:
+    synthetic_profile().save(tmp_path / "p.st")
+    arguments = ("compare", "p.st", "--keep", "0.9", "--strategy", "exact")
+    code, written = in_terminal(60, tmp_path, *arguments)
+    shown = screen(written)
+    assert code == 0 and "…" not in written
+    assert max(len(line) for line in shown if line.startswith("|")) <= 60
+    assert any("--wide shows all" in line for line in shown)
+    code, written = in_terminal(60, tmp_path, *arguments, "--wide")
+    assert code == 0 and "hidden" not in written
+    assert all(name in written for name in COLUMNS if name not in ("backend", "loss", "perplexity"))
