@@ -7,13 +7,16 @@ RUN := HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 PYTEST := OMP_NUM_THREADS=1 $(RUN) $(VENV)/bin/python -m pytest -n auto --dist worksteal
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-slow test-all lint clean
 
 demo: $(VENV)/.demo
 	$(RUN) $(VENV)/bin/rankopt demo --output demo
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.test
+	$(PYTEST) -m slow
 
 test-all: $(VENV)/.test
 	$(PYTEST)

@@ -197,6 +197,7 @@ def attempt_all():
 """
 
 
+@pytest.mark.slow
 def test_without_rankopt_every_model_is_refused_and_a_late_import_helps(saved: Saved) -> None:
     arguments = []
     for kind in tiny.ARCHITECTURES:
@@ -215,6 +216,7 @@ attempt_all()
     assert lines[len(arguments) :] == [f"{kind} loaded" for kind in tiny.ARCHITECTURES]
 
 
+@pytest.mark.slow
 def test_rankopt_may_be_imported_before_transformers(saved: Saved) -> None:
     model, _, folder = saved("llama")
     code = f"""

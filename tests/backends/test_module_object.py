@@ -208,6 +208,7 @@ def test_the_name_of_an_installed_backend_is_taken(module: Path) -> None:
     assert find_backend(MINE) is find_backend("mine")
 
 
+@pytest.mark.slow
 def test_the_command_line_in_processes_of_their_own(
     module: Path, files: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def bars(written: str) -> tuple[set[str], list[str]]:
     return ever, [line for line in screen(written) if "%|" in line]
 
 
+@pytest.mark.slow
 def test_compare_leaves_one_line(files: Path, profile_file: Path) -> None:
     keeps = ("--keep", 0.9, 0.7, "--strategy", "uniform", "exact")
     code, written = in_terminal(100, files, "compare", profile_file, *keeps, *MEASURE)
@@ -35,6 +36,7 @@ def test_compare_leaves_one_line(files: Path, profile_file: Path) -> None:
     assert not any(name in written for name in FOREIGN)
 
 
+@pytest.mark.slow
 def test_search_leaves_one_line(files: Path, profile_file: Path) -> None:
     pytest.importorskip("optuna")
     search = ("--keep", 0.6, "--solver", "search", "--trials", 9)
@@ -46,6 +48,7 @@ def test_search_leaves_one_line(files: Path, profile_file: Path) -> None:
     assert not any(name in written for name in FOREIGN)
 
 
+@pytest.mark.slow
 def test_apply_shows_no_bar_of_other_libraries(files: Path, profile_file: Path) -> None:
     assert in_terminal(100, files, "plan", profile_file, "--keep", 0.7, "-o", "bars.json")[0] == 0
     given = ("apply", "model", "bars.json", "--profile", profile_file, "-o", "bars_smaller")

@@ -324,6 +324,7 @@ def test_wrong_usage_is_exit_code_two_without_a_traceback(
     assert "Usage" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_mistake_found_after_loading_a_model_is_one_line_in_a_process_of_its_own(
     spoilt: Path,
 ) -> None:

@@ -101,6 +101,7 @@ def test_until_stable_says_why_it_stopped(run: Run, files: Path, tmp_path: Path)
     assert info.examples == 8 < 300 // 16
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_the_checkpoint_and_nothing_else(files: Path, tmp_path: Path) -> None:
     text = tmp_path / "long.txt"
     text.write_text((files / "train.txt").read_text(encoding="utf-8") * 100, encoding="utf-8")
@@ -119,6 +120,7 @@ def test_sigterm_leaves_the_checkpoint_and_nothing_else(files: Path, tmp_path: P
     assert sorted(p.name for p in tmp_path.iterdir()) == ["long.txt", "p.safetensors.partial"]
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_profile_of_one(run: Run, files: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     more = ("--backend", "kronecker", "fwsvd")

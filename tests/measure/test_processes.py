@@ -148,6 +148,7 @@ def said(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_two_processes_add_up_to_one(of_two: Path, name: str) -> None:
     alone = summed(in_double(tiny.llama()), OPTIONS[name], Processes())
@@ -162,6 +163,7 @@ def test_two_processes_add_up_to_one(of_two: Path, name: str) -> None:
     assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
 
 
+@pytest.mark.slow
 def test_two_processes_have_one_profile_which_is_that_of_one(of_two: Path) -> None:
     from rankopt import Profile
 
@@ -192,16 +194,19 @@ def test_two_processes_have_one_profile_which_is_that_of_one(of_two: Path) -> No
                 assert kept[0][kind].shape == kept[2][kind].shape
 
 
+@pytest.mark.slow
 def test_all_processes_stop_together(of_two: Path) -> None:
     first, second = said(of_two)
     assert first["stopped"] == second["stopped"] and "ranks have settled" in first["stopped"]
     assert first["batches"] == second["batches"] == 8
 
 
+@pytest.mark.slow
 def test_processes_that_were_interrupted_at_different_places_go_on_together(of_two: Path) -> None:
     assert [found["resumed"] for found in said(of_two)] == [True, True]
 
 
+@pytest.mark.slow
 def test_what_processes_cannot_share_is_refused_by_all_of_them(of_two: Path) -> None:
     for found in said(of_two):
         assert "1 batches for 2 processes" in found["few"]

@@ -124,6 +124,7 @@ def deadly(batches: list[Any], number: int) -> Iterator[Any]:
         yield batch
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_where_it_was(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(textwrap.dedent(KILLED))
