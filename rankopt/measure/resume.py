@@ -124,9 +124,12 @@ def load(
             f"the checkpoint {path} was measured with another {', another '.join(other)}: give the "
             "same to go on, or delete it to start again"
         )
-    totals = tensors.pop("seen.totals", None)
+    totals, counts = tensors.pop("seen.totals", None), dict(about["seen"])
+    if "looked" in counts:
+        # Its name in files of before there were packages.
+        counts["last_check"] = counts.pop("looked")
     seen = Seen(
-        **about["seen"],
+        **counts,
         totals=[] if totals is None else list(totals),
         units=tensors.pop("seen.units").tolist(),
     )

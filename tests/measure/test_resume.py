@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rankopt import DataError, OptionError, Profile, profile_model
+from rankopt.measure import resume
 from rankopt.measure.collector import Collector
 from rankopt.measure.resume import Seen, load, save
 from rankopt.plan.stability import Stability
@@ -298,6 +301,20 @@ def test_no_checkpoint_is_no_error_and_what_was_saved_is_read_back(tmp_path: Pat
     assert found is not None
     assert dataclass_equal(found[0], seen) and found[2] == layers
     assert torch.equal(found[1]["a/rows"], sums["a/rows"])
+
+
+def test_a_file_of_before_there_were_packages_is_gone_on_from(tmp_path: Path) -> None:
+    """What was found at the last check had another name in it."""
+    seen = Seen(3, 5, 7, "abc", [torch.tensor([0.1, 0.2])], [2.0], [1], None, [4.0])
+    save(tmp_path / "new", seen, {}, {}, {})
+    with safe_open(tmp_path / "new", framework="pt") as file:
+        header = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header["about"] = header["about"].replace('"last_check"', '"looked"')
+    header["sha256"] = resume._digest(header["about"], tensors)
+    save_file(tensors, tmp_path / "old", header)
+    found = load(tmp_path / "old", {})
+    assert found is not None and dataclass_equal(found[0], seen)
 
 
 def dataclass_equal(a: Seen, b: Seen) -> bool:
