@@ -90,6 +90,8 @@ def plan(
     """Decide the rank of every layer under a budget."""
     if output is not None:
         require_writable(output, force)
+    else:
+        require_with(ctx, ["force"], "-o")
     _refuse_idle(ctx, solver)
     limits: dict[str, Any] = {"keep": keep, "keep_total": keep_total, "max_params": max_params}
     how: dict[str, Any] = {

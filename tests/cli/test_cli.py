@@ -15,7 +15,7 @@ import torch
 
 from rankopt import Plan, Profile, cli, make_plan
 from tests import tiny
-from tests.profile.test_profile_file import synthetic_profile
+from tests.synthetic import synthetic_profile
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str, str]]

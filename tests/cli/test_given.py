@@ -7,7 +7,7 @@ import pytest
 from rankopt.cli.data import READING
 from rankopt.cli.plan import SEARCH
 from tests.cli.test_cli import Run, done, run
-from tests.profile.test_profile_file import synthetic_profile
+from tests.synthetic import synthetic_profile
 
 __all__ = ["run"]
 #: A value that each option would take.
@@ -19,6 +19,8 @@ REFUSED = {
     "several": ("plan {p} --keep .5 --trials 10 --sampler tpe --storage x.journal",
                 "--trials, --sampler and --storage belong to --solver search: add that, or leave "
                 "them out"),
+    "force": ("plan {p} --keep .5 --force",
+              "--force belongs to -o: add that, or leave --force out"),
     "share": ("plan {p} --keep .5 --share .9",
               "--share belongs to --solver threshold: add that, or leave --share out"),
     "share, search": ("plan {p} --keep .5 --share .9 --solver search --model m --data d",

@@ -18,7 +18,7 @@ from rankopt.plan.compare import Strategy, compare
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 from tests import tiny
-from tests.profile.test_profile_file import full_profile, synthetic_profile
+from tests.synthetic import full_profile, synthetic_profile
 
 
 def printed(rows: Any) -> list[list[str]]:

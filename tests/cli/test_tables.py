@@ -11,7 +11,7 @@ from rankopt.cli.report import comparison, print_comparison
 from rankopt.evaluation.evaluation import Evaluation
 from rankopt.plan.compare import ComparedPlan, Strategy, compare
 from tests.cli.terminal import ESCAPES, in_terminal, screen
-from tests.profile.test_profile_file import synthetic_profile
+from tests.synthetic import synthetic_profile
 
 COLUMNS = [
     "strategy", "backend", "keep", "parameters", "kept", "model", "MiB", "retained",

@@ -12,7 +12,7 @@ import pytest
 import rankopt
 from rankopt import Plan, make_plan
 from rankopt.errors import PlanError
-from tests.profile.test_profile_file import synthetic_profile
+from tests.synthetic import synthetic_profile
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plan_v1.json"
 SCHEMA = Path(rankopt.plan.__file__).with_name("plan.schema.json")

@@ -22,7 +22,7 @@ from rankopt.plan.planner import known_solvers
 from rankopt.profile.curves import LossCurve
 from rankopt.profile.info import BackendInfo, ScaleInfo
 from rankopt_solvers import Problem, certify
-from tests.profile.test_profile_file import SHAPES, synthetic_profile, tails
+from tests.synthetic import SHAPES, synthetic_profile, tails
 
 OBJECTIVES = ("total", "layerwise", "maxmin")
 FAST = ("uniform", "proportional", "threshold", "greedy")
