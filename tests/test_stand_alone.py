@@ -22,9 +22,10 @@ def run(code: str, *arguments: str) -> str:
 def test_importing_is_fast_and_imports_nothing_heavy() -> None:
     code = """
 import time
-start = time.perf_counter()
+# Of this process alone: the machine may be busy.
+start = time.process_time()
 import rankopt, rankopt_solvers
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 heavy = {"torch", "transformers", "cvxpy", "optuna", "scipy", "sklearn", "datasets", "rich"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
