@@ -120,9 +120,9 @@ def plan(
         from rankopt.evaluation.search import OtherSearchError, search_plan
 
         loaded, batches = source.load(dtype)
-        kept = storage or (None if output is None else f"{output}.journal")
+        journal = storage or (None if output is None else f"{output}.journal")
         try:
-            with with_workers(workers, kept):
+            with with_workers(workers, journal):
                 searched = search_plan(
                     loaded,
                     loaded_profile,
@@ -131,7 +131,7 @@ def plan(
                     **how,
                     trials=trials,
                     sampler=sampler,
-                    storage=kept,
+                    storage=journal,
                     seed=seed,
                     solver_options=timed,
                 )

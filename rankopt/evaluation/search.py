@@ -178,7 +178,7 @@ def search_plan(
     about = {
         "profile": profile.digest()[:16],
         "data set": data_digest(model, batches)[:16],
-        "budget": f"{budget.kind}={budget.asked:g}",
+        "budget": str(budget),
         "objective": objective,
         "rank multiple": str(rank_multiple),
     }

@@ -5,7 +5,7 @@ checked on the first one, how its loss goes backward through a collector, what i
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ class GivenLoss:
     @property
     def name(self) -> str | None:
         """Module and name of the function."""
-        return f"{self.function.__module__}.{getattr(self.function, '__qualname__', '')}"
+        return name_of(self.function)
 
     def ready(self, batch: Any, device: torch.device) -> Any:
         """The batch on the device."""
@@ -165,6 +165,11 @@ def find_loss(
     if loss_fn is not None:
         return GivenLoss(loss_fn, estimator)
     return ModelLoss(task_of(model), estimator)
+
+
+def name_of(function: Callable[..., object]) -> str:
+    """Module and name of a user's function: a checkpoint goes on with the same one only."""
+    return f"{function.__module__}.{getattr(function, '__qualname__', '')}"
 
 
 def losses_of(function: LossFunction, model: nn.Module, batch: object) -> Tensor:

@@ -19,7 +19,7 @@ from rankopt.measure.accumulate import Gathered, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
 from rankopt.measure.decompose import ScaledCurve, Store, decompose_layers
 from rankopt.measure.estimators import Estimator, Kind, Unit
-from rankopt.measure.loss import find_loss
+from rankopt.measure.loss import find_loss, name_of
 from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint
 from rankopt.measure.sums import bytes_of_sums
@@ -119,6 +119,7 @@ def profile_model(
         settings = _settings(subject, needs, stop, backends[0])
         saved = Checkpoint(Path(checkpoint), checkpoint_every, settings)
     arrays: Store = {} if store is None else store
+    stored = _storing(selection, chosen.values(), keep_bases)
     decomposed = functools.partial(_decomposed, subject, _workers(model, workers))
     whole = Parts()
     for layers in passes:
@@ -133,7 +134,6 @@ def profile_model(
             stop=None if stop is None else _asked(stop, subject, decomposed, backends[0]),
             progress=progress,
         )
-        stored = _storing(selection, chosen.values(), keep_bases)
         curves = decomposed(
             layers, gathered, backends, store=arrays, stored=stored, progress=progress
         )
@@ -148,8 +148,7 @@ def _settings(
     how = subject.loss.estimator
     asked = None
     if stop is not None:
-        plain = f"{type(stop).__module__}.{getattr(stop, '__qualname__', '')}"
-        asked = [repr(stop) if dataclasses.is_dataclass(stop) else plain, first]
+        asked = [repr(stop) if dataclasses.is_dataclass(stop) else name_of(stop), first]
     return {
         "model": subject.fingerprint,
         "task": subject.loss.task,
@@ -226,11 +225,11 @@ def _warn_of_memory(
 ) -> None:
     memory = memory_for(model)
     members = [weight_shape(module) for module in selection.modules.values()]
-    sums = bytes_of_sums(members, needs) * min(part / len(selection.layers), 1.0)
+    sums = bytes_of_sums(members, needs) * part / len(selection.layers)
     if memory is None or model_size(model).model_bytes + sums <= memory:
         return
     tqdm.write(
-        f"warning: the statistics of {min(part, len(selection.layers))} layers take up to "
+        f"warning: the statistics of {part} layers take up to "
         f"{sums / 1e9:.3g} GB beside the model, and there are {memory / 1e9:.3g} GB in all: "
         "layers_at_a_time (--layers-at-a-time) takes several passes over the data instead",
         file=sys.stderr,

@@ -333,3 +333,21 @@ def dataclass_equal(a: Seen, b: Seen) -> bool:
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(OptionError, match=complaint):
         measured(**options)
+
+
+def test_a_stop_that_is_a_function_is_named_with_its_module(tmp_path: Path) -> None:
+    """Another module's function of the same name is another stop."""
+
+    def stop(profile: Profile, before: Any) -> tuple[list[float], str | None]:
+        raise KeyboardInterrupt
+
+    def elsewhere(profile: Profile, before: Any) -> tuple[list[float], str | None]:
+        return [], None
+
+    elsewhere.__module__, elsewhere.__qualname__ = "elsewhere", stop.__qualname__
+    model = tiny.llama()
+    how = {"checkpoint": tmp_path / "it", "checkpoint_every": 1, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        profile_model(model, tiny.batches(model, count=5), stop=stop, **how)
+    with pytest.raises(DataError, match="another stop"):
+        profile_model(model, tiny.batches(model, count=5), stop=elsewhere, **how)
