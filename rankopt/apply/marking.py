@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankopt.apply.quantizer import METHOD, RankoptConfig, RankoptQuantizer
+from rankopt.apply.quantizer import RankoptConfig, RankoptQuantizer
 from rankopt.errors import ModelError
 from rankopt.model.lowrank import LowRankEmbedding, LowRankLinear
 from rankopt.plan.plan import Plan
@@ -46,10 +46,7 @@ def attach(model: nn.Module, plan: Plan) -> Ties | None:
     after = model.all_tied_weights_keys
     ties = after if after != before.keys[model] else None
     config = RankoptConfig(ranks, plan.backend, ties=ties)
-    model.config.quantization_config = config
-    model.hf_quantizer = RankoptQuantizer(config)
-    model.is_quantized = True
-    model.quantization_method = METHOD
+    RankoptQuantizer(config).attach(model)
     return before
 
 

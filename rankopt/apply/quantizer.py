@@ -11,8 +11,13 @@ model with random weights in the planned layers. So a saved file also holds a ze
 A head and an embedding that were tied have factors of their own, so the config unties them. Other
 ties of the model go on (BERT's head shares its bias with a second name); they are named here,
 because transformers forgets all of them with ``tie_word_embeddings``.
+
+transformers writes some architectures under names, or in shapes, of an older format (fused
+projections, experts one by one) and converts them on load. Factors of a matrix do not go that way,
+so a low-rank model is written under its own names and read without conversion.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,6 +32,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rankopt.errors import ModelError
 from rankopt.model.lowrank import LowRank, LowRankEmbedding, LowRankLinear, replace
 from rankopt.model.weights import is_conv1d, tensor_of, weight_shape
 
@@ -45,6 +51,7 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         backend: how they were factorised.
         format_version: of this entry.
         ties: parameters that stay tied although the config ties no more, copy -> original.
+        own_names: the files have the model's own names; older ones those of transformers' format.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         backend: str = "fwsvd",
         format_version: int = FORMAT_VERSION,
         ties: Mapping[str, str] | None = None,
+        own_names: bool = False,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -66,6 +74,7 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.backend = backend
         self.ranks = dict(ranks)
         self.ties = dict(ties or {})
+        self.own_names = own_names
 
 
 class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -74,12 +83,51 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
     quantization_config: RankoptConfig
 
+    def __init__(self, quantization_config: RankoptConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        #: What transformers converts of the dense model; None: what it does by default.
+        self.conversions: list[Any] | None = None
+
+    def attach(self, model: "PreTrainedModel") -> None:
+        """Mark a model that has its low-rank layers, so that it saves itself reloadably.
+
+        transformers takes ``is_quantized`` to mean that the dtype cannot change, which it can.
+        """
+        self.quantization_config.own_names = True
+        self.conversions = getattr(model, "_weight_conversions", None)
+        model._weight_conversions = []
+        model.config.quantization_config = self.quantization_config
+        model.hf_quantizer = self
+        model.quantization_method = METHOD
+        model.is_quantized = False
+        for name, part in _models_in(model).items():
+            part.config.__dict__.pop("_is_quantized", None)
+            if name and any(isinstance(module, LowRank) for module in part.modules()):
+                part.hf_quantizer = _PartQuantizer(self.quantization_config)
+
+    def remove_quantization_config(self, model: "PreTrainedModel") -> None:
+        """Undo attach."""
+        super().remove_quantization_config(model)
+        model._weight_conversions = self.conversions
+        for part in _models_in(model).values():
+            if isinstance(getattr(part, "hf_quantizer", None), _PartQuantizer):
+                del part.hf_quantizer
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: "PreTrainedModel"
+    ) -> list[Any]:
+        """None on load, if the files have the model's own names."""
+        if self.quantization_config.own_names:
+            return []
+        found: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return found
+
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", **kwargs: Any
     ) -> "PreTrainedModel":
         modules = dict(model.named_modules())
         prefix = f"{model.base_model_prefix}."
-        guards = []
+        ranks, guards = {}, []
         for saved_name, rank in self.quantization_config.ranks.items():
             # A base model loaded from a folder with a head, or the other way round.
             candidates = (saved_name, saved_name.removeprefix(prefix), prefix + saved_name)
@@ -89,6 +137,7 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
             if name is None:
                 raise ValueError(f"{type(model).__name__} has no layer {saved_name} to be low rank")
             replace(model, {name: _empty(modules[name], rank)})
+            ranks[name] = rank
             guards.append(re.escape(name.removeprefix(prefix)))
         if guards:
             pattern = rf"^(.*\.)?({'|'.join(guards)})\.weight$"
@@ -96,16 +145,31 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
             model._keys_to_ignore_on_load_unexpected = {*known, pattern}
         elif self.quantization_config.ranks:
             raise ValueError(f"{type(model).__name__} has none of the layers to be low rank")
+        self.quantization_config.ranks = ranks
         there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         ties = {**model.all_tied_weights_keys, **self.quantization_config.ties}
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if {a, b} <= there}
         return model
 
+    def _process_model_after_weight_loading(
+        self, model: "PreTrainedModel", **kwargs: Any
+    ) -> "PreTrainedModel":
+        self.attach(model)
+        # A dense model of these layers would be converted as one that was never loaded.
+        self.conversions = None
+        return model
+
     def get_state_dict_and_metadata(
         self, model: "PreTrainedModel"
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The weights, also those that accelerate offloads, plus the zero-size guards."""
+        """The weights, also those that accelerate offloads, plus the zero-size guards.
+
+        Raises:
+            ModelError: a model made from the config would not have these weights.
+        """
         state = dict(model.state_dict())
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            self._require_reloadable(model, state)
         if not hasattr(model, "hf_device_map"):
             # With a map, save_pretrained reads offloaded weights itself, one shard at a time.
             for name, module in model.named_modules():
@@ -118,17 +182,49 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, LowRank):
                 state[f"{name}.weight"] = torch.zeros(0, dtype=module.up.weight.dtype)
         # transformers knows these ties by their names in the dense model only.
-        for copy in self.quantization_config.ties:
-            state.pop(copy, None)
+        for copied in self.quantization_config.ties:
+            state.pop(copied, None)
         return state, {}
 
+    def _require_reloadable(self, model: "PreTrainedModel", state: Mapping[str, Tensor]) -> None:
+        again = _skeleton(model)
+        RankoptQuantizer(copy.deepcopy(self.quantization_config)).preprocess_model(again)
+        expected = {name: tuple(tensor.shape) for name, tensor in again.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        differences = [
+            f"{name} is {_shape(found.get(name))} here and {_shape(expected.get(name))} there"
+            for name in sorted(found.keys() | expected.keys())
+            if found.get(name) != expected.get(name)
+        ]
+        if differences:
+            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            raise ModelError(
+                f"the saved model would not load again, because a {type(model).__name__} made from "
+                f"its config has other weights: {'; '.join(differences[:3])}{more}: change the "
+                "config as the model was changed, or save the state_dict"
+            )
+
+    def dequantize(
+        self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None
+    ) -> "PreTrainedModel":
+        """Multiply the factors.
+
+        Args:
+            model: low rank; dense afterwards.
+            dtype: move the whole model to it; by default every layer keeps the dtype it has.
+        """
+        self._dequantize(model)
+        self.remove_quantization_config(model)
+        if dtype is not None:
+            text = str(dtype).removeprefix("torch.")
+            model.to(getattr(torch, text))
+        return model
+
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> Any:
-        with torch.device("meta"):
-            dense = type(model)(model.config)
+        dense = _skeleton(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, LowRank):
-                merged = _merged(module, dense.get_submodule(name), dtype)
-                replace(model, {name: merged})
+                replace(model, {name: _merged(module, dense.get_submodule(name))})
         there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         ties = model.all_tied_weights_keys
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if {a, b} <= there}
@@ -154,6 +250,45 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+class _PartQuantizer(RankoptQuantizer):
+    """Of a transformers model inside a low-rank one: only the whole says which layers are."""
+
+    def get_state_dict_and_metadata(
+        self, model: "PreTrainedModel"
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Refused."""
+        raise ModelError(
+            f"this {type(model).__name__} is a part of a low-rank model, which is saved as a "
+            f"whole: {type(model).__name__}.from_pretrained reads the part out of that folder"
+        )
+
+    def dequantize(
+        self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None
+    ) -> "PreTrainedModel":
+        """Refused."""
+        raise ModelError(
+            f"this {type(model).__name__} is a part of a low-rank model: dequantize the whole"
+        )
+
+
+def _models_in(model: nn.Module) -> dict[str, "PreTrainedModel"]:
+    """The model and the transformers models in it, by name."""
+    # Not imported above: transformers imports this module while it imports itself.
+    from transformers import PreTrainedModel
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+
+
+def _skeleton(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A dense model of the same config, without memory."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else " x ".join(map(str, shape)) or "a number"
+
+
 def _empty(dense: nn.Module, rank: int) -> LowRank:
     out_features, in_features = weight_shape(dense)
     weight = dense.get_parameter("weight")
@@ -164,14 +299,13 @@ def _empty(dense: nn.Module, rank: int) -> LowRank:
     return LowRankLinear(in_features, out_features, rank, bias, **options)
 
 
-def _merged(low: LowRank, empty: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _merged(low: LowRank, empty: nn.Module) -> nn.Module:
     """The product in the dense module that the architecture has there."""
     weight = low.weight.detach()
-    weight = weight.T.contiguous() if is_conv1d(empty) else weight
-    empty.weight = nn.Parameter(weight.to(dtype or weight.dtype))
+    empty.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(empty) else weight)
     if low.up.bias is not None:
         # A copy: a dense model that ties no more would not save a bias that is another's too.
-        empty.bias = nn.Parameter(low.up.bias.detach().to(dtype or weight.dtype, copy=True))
+        empty.bias = nn.Parameter(low.up.bias.detach().clone())
     return empty.train(low.training)
 
 

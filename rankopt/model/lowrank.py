@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankopt.model.product import product
+
 
 class LowRank(nn.Module):
     """What the low-rank layers have in common.
@@ -81,8 +83,8 @@ class LowRankLinear(LowRank):
 
     @property
     def weight(self) -> Tensor:
-        """The product up.weight @ down.weight, shape ``(out, in)``: formed at each access."""
-        return self.up.weight @ self.down.weight
+        """The product up.weight @ down.weight, shape ``(out, in)``: formed if its values are used."""
+        return product(self.up.weight, self.down.weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -151,11 +153,11 @@ class LowRankEmbedding(LowRank):
 
     @property
     def weight(self) -> Tensor:
-        """The product of the factors, shape ``(V, d)`` as in nn.Embedding: formed at each access.
+        """The product of the factors, shape ``(V, d)`` as in nn.Embedding: formed if used.
 
         In normal form, (d, V), it is its transpose.
         """
-        return self.down.weight @ self.up.weight.T
+        return product(self.down.weight, self.up.weight.T)
 
     def forward(self, index: Tensor) -> Tensor:
         """Shape ``(...)`` of indices -> ``(..., d)``."""
