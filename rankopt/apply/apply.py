@@ -118,16 +118,20 @@ def _replacements(
         if entry.rank is not None
         for member in entry.layer.members
     ]
+    backend = backend_of(plan, profile)
     replacements: dict[str, nn.Module] = {}
     made: FactorCache = {} if cache is None else cache
     for name, full, rank in bar(members, "Factors", "layer", progress):
         module, key = found.modules[name], (plan.backend, name)
         weight = weight_of(module)
-        kept = made[key] if key in made else _kept(name, weight, plan.backend, profile, full, same)
+        if key in made:
+            kept = made[key]
+        else:
+            kept = _kept(name, weight, plan.backend, backend, profile, full, same)
         if cache is not None:
             cache[key] = kept
         with torch.no_grad():
-            up, down = _backend_of(plan.backend, profile).factors(weight, kept, rank)
+            up, down = backend.factors(weight, kept, rank)
         bias = getattr(module, "bias", None)
         if bias is not None and bias.is_meta:
             bias = tensor_of(module, "bias")
@@ -136,8 +140,14 @@ def _replacements(
     return replacements
 
 
-def _backend_of(name: str, profile: Profile) -> Backend:
-    """The plan's backend; if it is not found, the error says where the profile's came from."""
+def backend_of(plan: Plan, profile: Profile) -> Backend:
+    """The plan's backend, which must be there before a model is loaded for it.
+
+    Raises:
+        OptionError: it is not found; says where the profile's came from.
+        ProfileError: the profile has no such backend.
+    """
+    name = plan.backend
     try:
         return find_backend(name)
     except OptionError as error:
@@ -154,17 +164,22 @@ def _backend_of(name: str, profile: Profile) -> Backend:
 
 @torch.no_grad()
 def _kept(
-    member: str, weight: Tensor, backend: str, profile: Profile, largest: int, same: bool
+    member: str,
+    weight: Tensor,
+    name: str,
+    backend: Backend,
+    profile: Profile,
+    largest: int,
+    same: bool,
 ) -> Mapping[str, Tensor]:
     """What the backend's factors need: from the profile, or decomposed again."""
-    chosen = _backend_of(backend, profile)
-    stored = profile.kept(backend, member)
+    stored = profile.kept(name, member)
     if same and len(stored):
         return {kind: torch.from_numpy(array).to(weight.device) for kind, array in stored.items()}
-    if not recomputable(chosen):
+    if not recomputable(backend):
         why = "the profile was saved without what it needs" if same else "the weights differ"
         raise PlanError(
-            f"layer {member}: {why}, and {backend} cannot decompose it again without the data: "
+            f"layer {member}: {why}, and {name} cannot decompose it again without the data: "
             "profile this model"
         )
     columns = profile.fisher_columns.get(member)
@@ -173,7 +188,7 @@ def _kept(
         torch.from_numpy(profile.fisher_rows[member]).to(weight.device),
         None if columns is None else torch.from_numpy(columns).to(weight.device),
     )
-    return chosen.decompose(weight, statistics, largest).kept
+    return backend.decompose(weight, statistics, largest).kept
 
 
 def _require_same(

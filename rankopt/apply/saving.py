@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from rankopt.apply.verify import require_reloadable
 from rankopt.errors import ModelError
 from rankopt.files import whole_folder
+from rankopt.model.weights import unwrapped
 from rankopt.plan.plan import Plan
 
 
@@ -24,21 +26,34 @@ def save_model(
 ) -> None:
     """Write a model as a transformers folder; it appears whole or not at all.
 
+    What was written is loaded again and compared before the folder appears.
+
     Args:
-        model: a transformers model, compressed or dense.
+        model: a transformers model, compressed or dense; wrapped by torch.compile it may be.
         directory: does not exist, is empty, or overwrite is set.
         plan: also written, as ``rankopt_plan.json``.
         tokenizer: also written.
         overwrite: replace a folder that has something in it.
 
     Raises:
-        ModelError: not a transformers model.
+        ModelError: not a transformers model, or one that would not come back as it is.
         RankoptError: the folder is taken.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"{type(model).__name__} is not a transformers model: save its state_dict")
+    inner = unwrapped(model)
+    if hasattr(inner, "peft_config") or getattr(inner, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            "adapters are saved without the model that they are on: merge them first "
+            "(merge_and_unload of PEFT), or save them with their own save_pretrained"
+        )
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(f"{type(inner).__name__} is not a transformers model: save its state_dict")
     with whole_folder(directory, overwrite) as folder:
-        model.save_pretrained(folder)
+        try:
+            inner.save_pretrained(folder)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"transformers cannot save this model: {why}") from error
+        require_reloadable(inner, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if plan is not None:

@@ -45,7 +45,7 @@ def apply(
     require_free(output, force)
     require_model(model)
     loaded_plan, loaded_profile = Plan.load(plan), Profile.load(profile)
-    from rankopt.apply.apply import apply_plan
+    from rankopt.apply.apply import apply_plan, backend_of
     from rankopt.apply.saving import save_model
     from rankopt.backends import find_backend
     from rankopt.model.loading import hide_bars, load_model, load_tokenizer
@@ -55,6 +55,7 @@ def apply(
             f"--backend {backend} is {find_backend(backend).name!r}, the plan has the backend "
             f"{loaded_plan.backend!r}"
         )
+    backend_of(loaded_plan, loaded_profile)
     hide_bars()
     loaded = load_model(model, dtype)
     apply_plan(loaded, loaded_plan, loaded_profile, allow_other_weights=allow_other_weights)

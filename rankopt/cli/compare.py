@@ -81,11 +81,14 @@ def compare(
     measured: list[Evaluation] = []
     dense = None
     if source is not None:
+        from rankopt.apply.apply import backend_of
         from rankopt.backends import find_backends
         from rankopt.evaluation.plans import measure_comparison, measured_dict
 
         named = (backend, *(each.backend for each in strategies))
         find_backends(name for name in named if name is not None and ":" in name)
+        for row in rows:
+            backend_of(row.plan, loaded_profile)
         loaded, batches = source.load(dtype)
         dense, pairs = measure_comparison(loaded, loaded_profile, rows, batches)
         measured = [evaluation for _, evaluation in pairs]

@@ -1,10 +1,14 @@
 """Load transformers models and tokenizers by folder or hub name, with errors a user can act on."""
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rankopt.errors import ModelError, OptionError
+from rankopt.errors import ModelError, OptionError, RankoptError
+from rankopt.model.checkpoint import what_is_wrong
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,7 +38,8 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
             them over GPUs, memory and disk. Needs accelerate.
 
     Raises:
-        ModelError: not found, or without a head whose loss is known.
+        ModelError: not found, damaged, without a head whose loss is known, or without all of its
+            weights, which transformers would draw at random.
         OptionError: an unknown dtype.
     """
     if dtype not in DTYPES:
@@ -46,16 +51,94 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
 
     spread = {} if device_map is None else {"device_map": device_map}
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        # Without an answer in advance transformers would ask on the terminal.
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         if not config.architectures:
             raise ModelError(_without_architectures(name, config.model_type))
-        architecture = config.architectures[0]
+        architecture = _first_class(name, config.architectures)
         task_of_architecture(architecture)
-        loaded = getattr(transformers, architecture).from_pretrained(name, dtype=dtype, **spread)
-    except (OSError, ValueError, AttributeError, ImportError) as error:
+        if not hasattr(transformers, architecture):
+            raise ValueError(
+                f"transformers {transformers.__version__} has no class {architecture}: upgrade it, "
+                'or correct "architectures" in config.json'
+            )
+        with _without_report():
+            loaded, report = getattr(transformers, architecture).from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **spread,
+            )
+    except (RankoptError, MemoryError):
+        raise
+    except Exception as error:
+        # A stranger's files: anything may come out of reading them, and it is about the files.
         local = "" if Path(name).is_dir() else " (no folder of this name is here)"
-        raise ModelError(f"cannot load the model {name!r}{local}: {_first_line(error)}") from error
+        why = what_is_wrong(name) or _first_line(error)
+        raise ModelError(f"cannot load the model {name!r}{local}: {why}") from error
+    _require_complete(name, loaded, report)
     return loaded
+
+
+def _first_class(name: str, architectures: Any) -> str:
+    if isinstance(architectures, list) and all(isinstance(each, str) for each in architectures):
+        return str(architectures[0])
+    raise ModelError(
+        f'{name}: "architectures" in config.json is {architectures!r}: it must be a list with the '
+        'name of a class, ["..."]'
+    )
+
+
+#: Read in training alone, and left out of many public checkpoints.
+_NOT_READ = ("masked_spec_embed",)
+
+
+def _require_complete(name: str, model: Any, report: dict[str, Any]) -> None:
+    """Refuse a model with weights that transformers has drawn at random."""
+    parameters = {each for each, _ in model.named_parameters(remove_duplicate=False)}
+    absent = sorted(
+        each
+        for each in parameters & set(report["missing_keys"])
+        if each.rpartition(".")[2] not in _NOT_READ
+    )
+    other = [
+        f"{each} is {' x '.join(map(str, stored))}, not {' x '.join(map(str, wanted))}"
+        for each, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    kind = type(model).__name__
+    if absent:
+        raise ModelError(
+            f"the model {name!r} lacks weights of {kind}, which would be drawn at random: "
+            f"{_some(absent)}; fine-tune and save it first, or name the class that was saved "
+            'under "architectures" in config.json'
+        )
+    if other:
+        raise ModelError(
+            f"the model {name!r} has weights of other sizes than its config.json says: "
+            f"{_some(other)}; correct the config, or download the model again"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Hide transformers' table of missing weights: they are an error of one line here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not ("LOAD REPORT" in text and ("MISSING" in text or "MISMATCH" in text))
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def require_model(name: str) -> None:

@@ -83,7 +83,7 @@ class LowRankLinear(LowRank):
 
     @property
     def weight(self) -> Tensor:
-        """The product up.weight @ down.weight, shape ``(out, in)``: formed if its values are used."""
+        """The product up.weight @ down.weight, shape ``(out, in)``: formed if used."""
         return product(self.up.weight, self.down.weight)
 
     @property

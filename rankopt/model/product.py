@@ -20,11 +20,11 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     transforms of torch.func), it is the multiplication itself: what is not used is dropped there.
     """
     plain = all(type(factor) in (Tensor, nn.Parameter) for factor in (left, right))
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     if not plain or recorded or torch._C._are_functorch_transforms_active():
         return left @ right
     if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
-        formed: Tensor = _Multiplication.apply(left, right)
+        formed: Tensor = _Multiplication.apply(left, right)  # type: ignore[no-untyped-call]
         return formed
     return Product(left, right)
 
@@ -43,7 +43,8 @@ class Product(Tensor):
 
     @staticmethod
     def __new__(cls, left: Tensor, right: Tensor) -> "Product":
-        made: Product = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        """Without memory for the matrix."""
+        made: Product = Tensor._make_wrapper_subclass(
             cls, (left.shape[0], right.shape[1]), dtype=left.dtype, device=left.device
         )
         made._left, made._right, made._formed = left, right, None
@@ -76,13 +77,13 @@ class Product(Tensor):
         return copy.deepcopy(self.formed(), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.formed().__reduce_ex__(protocol)
+        return self.formed().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     # Above autograd all goes its usual way; operations come here below it, to be done.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Do an operation with the matrix in its place."""
