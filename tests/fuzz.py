@@ -76,7 +76,7 @@ def watched(folder: Path, own: Path) -> Iterator[list[str]]:
     before = _listing(folder, own)
 
     def see(event: str, path: str) -> None:
-        if str(own) not in path and "__pycache__" not in path and path != "/dev/null":
+        if own.name not in path and "__pycache__" not in path and path != "/dev/null":
             found.append(f"{event} {path}")
 
     _watched[:] = [see]

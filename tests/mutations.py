@@ -152,8 +152,11 @@ def change_lines(content: bytes, edits: list[Edit], change: Callable[[str, Edit]
 
 
 def json_line(line: str, edit: Edit) -> str:
-    """A line of JSON, changed as JSON."""
-    return text_of(change_json(json.loads(line), [edit])) if line.startswith(("{", "[")) else line
+    """A line of JSON, changed as JSON; one that an edit has spoilt stays as it is."""
+    try:
+        return text_of(change_json(json.loads(line), [edit]))
+    except (ValueError, RecursionError, TypeError):
+        return line
 
 
 def table_line(separator: str) -> Callable[[str, Edit], str]:

@@ -187,6 +187,7 @@ def certify(
     )
 
 
+@np.errstate(over="ignore")
 def margins(problem: Problem, solution: Solution) -> tuple[float, ...]:
     """How sure each group's option is: what its next-best option would lose more.
 

@@ -135,6 +135,7 @@ class Priced:
     bound: float
 
 
+@np.errstate(over="ignore")  # what overflows is too dear for any choice
 def priced(budgets: Budgets, price: FloatArray) -> Priced:
     """Evaluate the Lagrangian function on all options."""
     total = budgets.loss.copy()
@@ -147,7 +148,7 @@ def priced(budgets: Budgets, price: FloatArray) -> Priced:
     best = np.flatnonzero(total == 0.0)
     position = best[np.searchsorted(best, starts)]
     sum_least = math.fsum(least.tolist())
-    spent = math.fsum((price * budgets.room).tolist())
+    spent = float((price * budgets.room).sum())
     rounding = (len(price) + 3) * EPS * (sum_least + spent)
     return Priced(price, position, total, sum_least, sum_least - spent - rounding)
 
