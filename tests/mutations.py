@@ -5,6 +5,7 @@ one strategy serves all files. A structured file is sealed again (lengths, sha25
 that the edit gets past the first check.
 """
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -84,8 +85,8 @@ def change_bytes(content: bytes, edits: list[Edit], other: bytes) -> bytes:
 
 def change_json(tree: Any, edits: list[Edit]) -> Any:
     """Values replaced, keys renamed, repeated, removed, parts exchanged; the tree is its own."""
-    for kind, where, length, value in edits:
-        places = list(_places(tree))
+    for kind, where, length, drawn in edits:
+        value, places = copy.deepcopy(drawn), list(_places(tree))
         if not places:
             return value
         holder, key = places[min(int(where * len(places)), len(places) - 1)]

@@ -165,7 +165,7 @@ def _header_of(content: bytes) -> Callable[[list[Edit]], bytes]:
 GROUPS = tuple(Group(f"g{k}", np.array([1, 2, 3]), np.array([3.0, 1.0 + k, 0.0])) for k in range(3))
 
 
-def study(path: Path, trials: int = 8) -> Any:
+def study(path: Path, trials: int = 4) -> Any:
     """A tiny search whose journal is the file."""
     from rankopt_solvers.search import search
 

@@ -94,7 +94,8 @@ def fill(core: Budgets, position: IntArray) -> None:
         if not fits.any():
             return
         spent = (np.maximum(extra, 0) / scale[:, None]).sum(axis=0)
-        density = np.where(fits, saved / np.maximum(spent, 1e-15), -1.0)
+        with np.errstate(over="ignore"):
+            density = np.where(fits, saved / np.maximum(spent, 1e-15), -1.0)
         change = int(np.argmax(density))
         position[group[change]] = change
 
