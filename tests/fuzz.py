@@ -1,4 +1,4 @@
-"""Wrong files, one after the other: nothing but documented errors, nothing written, nothing slow."""
+"""Wrong files, one by one: nothing but documented errors, nothing written, nothing slow."""
 
 import dataclasses
 import hashlib
@@ -71,7 +71,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def watched(folder: Path, own: Path) -> Iterator[list[str]]:
-    """What is written anywhere but to files beginning with ``own``: by Python, and in ``folder``."""
+    """What is written, by Python or in ``folder``, but to files whose names begin as ``own``."""
     found: list[str] = []
     before = _listing(folder, own)
 

@@ -229,6 +229,7 @@ def checkpoint() -> Reader:
     with tempfile.TemporaryDirectory() as folder:
         measure(Path(folder) / "c", 2)
         content = (Path(folder) / "c").read_bytes()
+
     def sealed(parts: Tensors) -> bytes:
         digest = hashlib.sha256(parts.metadata["about"].encode(errors="replace"))
         for name in sorted(parts.header):

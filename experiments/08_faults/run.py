@@ -11,13 +11,34 @@ same on another machine.
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+# Before torch: children are forked, and that goes with one thread only.
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE))
+
+
+def interruptions(only: str | None, quick: bool) -> dict[str, Any]:
+    """Kills and full disks, in children of this process."""
+    import jobs
+    import kill
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary).resolve()
+        given = jobs.prepare(folder)
+        if only in (None, "kill"):
+            (folder / "kill").mkdir()
+            found["kill"] = kill.killed(given, folder / "kill", 2 if quick else 50)
+            print("kill", found["kill"], flush=True)
+    return found
 
 
 def main() -> None:
@@ -40,6 +61,8 @@ def main() -> None:
         found["fuzz"] = fuzz.all_kinds(
             arguments.kinds, 0.01 if arguments.quick else 1.0, arguments.kept
         )
+    if arguments.only != "fuzz":
+        found |= interruptions(arguments.only, arguments.quick)
     if not arguments.quick:
         path = HERE / "results.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

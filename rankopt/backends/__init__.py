@@ -115,7 +115,8 @@ def _load_object(where: str) -> Backend:
             loaded = getattr(loaded, part)
     except (Exception, SystemExit) as error:  # whatever others do when they are imported
         raise OptionError(
-            f"{what} does not load: {_first_line(error)}; wanted is module:object, of a module that Python finds"
+            f"{what} does not load: {_first_line(error)}; wanted is module:object, of a module "
+            "that Python finds"
         ) from error
     backend = _checked(loaded, what)
     name = backend.name

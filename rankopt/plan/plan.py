@@ -274,4 +274,3 @@ class Plan(BaseModel):
                 f"{len(self.layers) - dense} low rank",
             ]
         )
-

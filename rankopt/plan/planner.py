@@ -231,7 +231,7 @@ def _foreign(name: str) -> Iterator[None]:
         said = str(error).strip().splitlines()
         why = ": ".join([type(error).__name__, *(line[:200] for line in said[:1])])
         raise OptionError(
-            f"solver {name}: {why}; wanted is a function that takes a problem and returns a Solution"
+            f"solver {name}: {why}; wanted is a function of a problem that returns a Solution"
         ) from error
 
 

@@ -115,7 +115,7 @@ def checked_choice(problem: Problem, choice: Sequence[int], solver: str) -> tupl
     """The choice as a tuple, if it names one existing option of every group.
 
     Raises:
-        SolutionError: wrong length, what is no index, or one out of range (a negative one included).
+        SolutionError: wrong length, no index, or one out of range (a negative one included).
     """
     try:
         indices = tuple(int(j) for j in choice)
