@@ -1,11 +1,59 @@
-"""What the files of profiles and plans have in common: strict models and their numbers."""
+"""What the files of profiles and plans have in common: strict models, their numbers, their JSON."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, ValidationError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 STRICT = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+#: No count of parameters or bytes has more digits.
+_MOST_DIGITS = 19
+
+
+def parse(text: str) -> Any:
+    """The value of a file's JSON.
+
+    Raises:
+        ValueError: no JSON, or JSON that is nested too deeply, repeats a key, or has a number that
+            is NaN, infinite or too long; in one line.
+    """
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_no_repeats,
+            parse_constant=_no_constants,
+            parse_int=_short,
+        )
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def first_of(error: ValidationError) -> str:
+    """The first mistake that pydantic found, its place, and how many there are; in one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {first['msg']}{more}" if where else f"{first['msg']}{more}"
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is repeated")
+    return found
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _short(digits: str) -> int:
+    if len(digits.lstrip("-")) > _MOST_DIGITS:
+        raise ValueError(f"the number {digits:.{_MOST_DIGITS}}... has {len(digits)} digits")
+    return int(digits)

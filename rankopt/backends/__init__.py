@@ -7,10 +7,11 @@ as ``module:object``, and are loaded only when they are named: never because a f
 
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from importlib.metadata import entry_points
+from typing import cast
 
-from rankopt.backends.base import Backend
+from rankopt.backends.base import Backend, Scale
 from rankopt.errors import OptionError
 from rankopt.profile.info import NAME
 
@@ -50,8 +51,9 @@ def find_backend(name: str) -> Backend:
         raise OptionError(f"unknown backend {name!r}; known: {known}, or module:object of your own")
     try:
         loaded = point.load()
-    except Exception as error:
-        raise OptionError(f"the backend {name!r} ({point.value}) does not load: {error}") from error
+    except (Exception, SystemExit) as error:
+        why = f"does not load: {_first_line(error)}"
+        raise OptionError(f"the backend {name!r} ({point.value}) {why}") from error
     return _checked(loaded, f"the backend {name!r} ({point.value})")
 
 
@@ -81,12 +83,27 @@ def _built_in(name: str) -> Backend:
 def _checked(loaded: object, what: str) -> Backend:
     if isinstance(loaded, type):
         raise OptionError(f"{what} is the class {loaded.__name__}: name an object of it")
-    if not isinstance(loaded, Backend):
+    try:
+        sound = (
+            isinstance(loaded, Backend)
+            and isinstance(loaded.source, str)
+            and isinstance(loaded.needs, Set)
+            and isinstance(loaded.scales, Mapping)
+            and len(loaded.scales) > 0
+            and all(isinstance(scale, Scale) for scale in loaded.scales.values())
+        )
+    except Exception:  # whatever a property of others does
+        sound = False
+    if not sound:
         raise OptionError(
             f"{what} is a {type(loaded).__name__} without the "
             "attributes of rankopt.backends.base.Backend"
         )
-    return loaded
+    return cast(Backend, loaded)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _load_object(where: str) -> Backend:
@@ -96,9 +113,10 @@ def _load_object(where: str) -> Backend:
         loaded: object = importlib.import_module(module)
         for part in path.split("."):
             loaded = getattr(loaded, part)
-    except Exception as error:  # whatever a module of others does when it is imported
+    except (Exception, SystemExit) as error:  # whatever others do when they are imported
         raise OptionError(
-            f"{what} does not load: {error}; wanted is module:object, of a module that Python finds"
+            f"{what} does not load: {_first_line(error)}; wanted is module:object, of a module "
+            "that Python finds"
         ) from error
     backend = _checked(loaded, what)
     name = backend.name

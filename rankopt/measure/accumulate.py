@@ -169,7 +169,10 @@ def _resumed(checkpoint: Checkpoint, collector: Collector) -> Seen:
     if found is None:
         return Seen()
     seen, tensors, layers = found
-    collector.restore(tensors, layers["owners"], layers["seen"])
+    try:
+        collector.restore(tensors, layers["owners"], layers["seen"])
+    except ValueError as error:
+        raise resume.unreadable(checkpoint.path, str(error)) from error
     tqdm.write(f"going on after {seen.batches} batches ({checkpoint.path})", file=sys.stderr)
     return seen
 

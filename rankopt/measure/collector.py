@@ -139,13 +139,22 @@ class Collector:
     def restore(
         self, tensors: Mapping[str, Tensor], owners: Mapping[str, str], seen: Mapping[str, int]
     ) -> None:
-        """Take over sums: ``NAME/KIND`` as in ``Sums.tensors``."""
+        """Take over sums: ``NAME/KIND`` as in ``Sums.tensors``.
+
+        Raises:
+            ValueError: they are not those of these modules.
+        """
+        if not {*owners, *owners.values(), *seen} <= set(self.modules):
+            raise ValueError("its layers are not those of the model")
         self.owners = dict(owners)
         for name, batches in seen.items():
             sums = self._of(name, device_of(self.modules[name]))
             sums.seen = batches
             for kind, tensor in sums.tensors().items():
-                tensor.copy_(tensors[f"{name}/{kind}"])
+                found = tensors.get(f"{name}/{kind}")
+                if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+                    raise ValueError(f"{name}/{kind} is not there, or of another shape")
+                tensor.copy_(found)
 
     def backward(self, loss: Tensor, *, again: bool = False) -> None:
         """Back-propagate the sum of the units' losses and add up.

@@ -18,7 +18,7 @@ import torch
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, Decomposition
 from rankopt.backends.statistics import Statistics
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, RankoptError
 from rankopt.layers import Layer
 from rankopt.profile.curves import LossCurve
 from rankopt.progress import bar
@@ -68,7 +68,7 @@ def decompose_layers(
         the default scale.
 
     Raises:
-        ModelError: a backend returned losses that are not finite; names the layer.
+        ModelError: a backend failed, or returned losses that are not finite; names the layer.
     """
     found: dict[str, dict[str, ScaledCurve]] = {name: {} for name in backends}
     chosen = {name: find_backend(name) for name in backends}
@@ -128,9 +128,16 @@ def _of_group(
     for member in layer.members:
         weight, statistics = weight_of(member), statistics_of(member)
         shape = (weight.shape[0], weight.shape[1])
-        made = backend.decompose(weight, statistics, layer.largest_rank)
-        own = {name: scale.factor(shape, statistics) for name, scale in backend.scales.items()}
-        mine = _checked(layer, backend, made)
+        try:
+            made = backend.decompose(weight, statistics, layer.largest_rank)
+            own = {name: scale.factor(shape, statistics) for name, scale in backend.scales.items()}
+            mine = _checked(layer, backend, made)
+        except (RankoptError, MemoryError):
+            raise
+        except Exception as error:
+            said = str(error).strip().splitlines()
+            why = ": ".join([type(error).__name__, *said[:1]])
+            raise ModelError(f"layer {member}: backend {backend.name}: {why}") from error
         if curve is None:
             curve, factors = mine, own
         else:

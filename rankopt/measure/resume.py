@@ -11,14 +11,16 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from torch import Tensor
 
 from rankopt.errors import DataError
 from rankopt.files import whole_file
 from rankopt.measure.processes import Processes
+from rankopt.schema import STRICT, Count, Number, first_of, parse
 
 
 @dataclasses.dataclass
@@ -54,6 +56,37 @@ class Seen:
         self.totals.append(totals)
         self.units.append(float(units))
         self.numbers.append(number)
+
+
+class _Counted(BaseModel):
+    """Seen, without its tensors, as a file has it."""
+
+    model_config = STRICT
+
+    batches: Count
+    examples: Count
+    targets: Count
+    chain: str
+    numbers: tuple[Count, ...]
+    # Its second name is that in files of before there were packages.
+    last_check: Annotated[
+        tuple[Number, ...], Field(validation_alias=AliasChoices("last_check", "looked"))
+    ]
+
+
+class _Layers(BaseModel):
+    model_config = STRICT
+
+    owners: dict[str, str] = {}
+    seen: dict[str, Count] = {}
+
+
+class _About(BaseModel):
+    model_config = STRICT
+
+    seen: _Counted
+    layers: _Layers
+    settings: dict[str, Any]
 
 
 def save(
@@ -112,28 +145,53 @@ def load(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if _digest(header["about"], tensors) != header["sha256"]:
             raise ValueError("its contents were damaged")
-        about = json.loads(header["about"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DataError(
-            f"the checkpoint {path} cannot be read ({error}): delete it to start again"
-        ) from error
+        parse(header["about"])
+        about = _About.model_validate_json(header["about"])
+        seen = _seen(about.seen, tensors)
+    except ValidationError as error:
+        raise unreadable(path, first_of(error)) from error
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, MemoryError) as error:
+        raise unreadable(path, str(error) or type(error).__name__) from error
     plain = json.loads(json.dumps(dict(settings)))
-    other = [name for name in plain if about["settings"].get(name) != plain[name]]
+    other = [name for name in plain if about.settings.get(name) != plain[name]]
     if other:
         raise DataError(
             f"the checkpoint {path} was measured with another {', another '.join(other)}: give the "
             "same to go on, or delete it to start again"
         )
-    totals, counts = tensors.pop("seen.totals", None), dict(about["seen"])
-    if "looked" in counts:
-        # Its name in files of before there were packages.
-        counts["last_check"] = counts.pop("looked")
-    seen = Seen(
-        **counts,
-        totals=[] if totals is None else list(totals),
-        units=tensors.pop("seen.units").tolist(),
+    return seen, tensors, about.layers.model_dump()
+
+
+def unreadable(path: str | os.PathLike[str], why: str) -> DataError:
+    """The error that says what to do with a checkpoint that is none."""
+    return DataError(f"the checkpoint {path} cannot be read ({why}): delete it to start again")
+
+
+def _seen(counted: _Counted, tensors: dict[str, Tensor]) -> Seen:
+    """How far a file says that it is; its own tensors are taken out of all.
+
+    Raises:
+        ValueError: counts and tensors that do not go together, or a number that is none.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds what is no finite number")
+    units, totals = tensors.pop("seen.units"), tensors.pop("seen.totals", None)
+    numbers = counted.numbers
+    rows = 0 if totals is None else len(totals)
+    ordered = all(a < b for a, b in zip(numbers, (*numbers[1:], counted.batches), strict=True))
+    if not (units.shape == (rows,) == (len(numbers),) and ordered and bool((units > 0).all())):
+        raise ValueError("its counts contradict each other")
+    return Seen(
+        counted.batches,
+        counted.examples,
+        counted.targets,
+        counted.chain,
+        [] if totals is None else list(totals),
+        units.tolist(),
+        list(numbers),
+        last_check=list(counted.last_check),
     )
-    return seen, tensors, about["layers"]
 
 
 @dataclasses.dataclass(frozen=True)

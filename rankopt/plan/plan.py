@@ -6,8 +6,9 @@ repeated keys, wrong types, NaN, ranks that save nothing and sums that do not ad
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -15,7 +16,7 @@ from rankopt.errors import PlanError
 from rankopt.files import whole_file
 from rankopt.layers import Layer
 from rankopt.plan.budget import Budget
-from rankopt.schema import STRICT, Count, Loss, Number, Share
+from rankopt.schema import STRICT, Count, Loss, Number, Share, first_of, parse
 
 FORMAT_VERSION = 1
 #: No honest plan is larger; a larger file is not read.
@@ -80,6 +81,12 @@ class Certificate(BaseModel):
     unit: str
     multiplier: Loss | None = None
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "Certificate":
+        if self.bound > self.loss:
+            raise ValueError(f"the bound {self.bound} is above the loss {self.loss}")
+        return self
+
 
 class Size(BaseModel):
     """Parameters and bytes before and after, with both denominators.
@@ -101,6 +108,22 @@ class Size(BaseModel):
     model: Count
     model_bytes_dense: Count
     model_bytes: Count
+
+    def require_sums(self, layers: Sequence[PlannedLayer]) -> None:
+        """Check all but ``planned`` against the layers.
+
+        Raises:
+            ValueError: a sum that does not add up.
+        """
+        dense = sum(entry.layer.dense_cost for entry in layers)
+        saved = sum((x.layer.dense_cost - x.parameters) * x.layer.itemsize for x in layers)
+        for what, given, wanted in (
+            ("planned_dense", self.planned_dense, dense),
+            ("model", self.model, self.model_dense - dense + self.planned),
+            ("model_bytes", self.model_bytes, self.model_bytes_dense - saved),
+        ):
+            if given != wanted:
+                raise ValueError(f"size.{what} is {given}; by its layers it is {wanted}")
 
 
 class Plan(BaseModel):
@@ -155,9 +178,12 @@ class Plan(BaseModel):
         names = [member for entry in self.layers for member in entry.layer.members]
         if len(set(names)) != len(names):
             raise ValueError("a layer is planned twice")
+        if self.worst_layer not in names:
+            raise ValueError(f"the worst layer {self.worst_layer!r} is not planned")
         spent = sum(entry.parameters for entry in self.layers)
         if spent != self.size.planned:
             raise ValueError(f"the layers have {spent} parameters, not {self.size.planned}")
+        self.size.require_sums(self.layers)
         if spent > self.budget.parameters:
             raise ValueError(f"the layers have {spent} parameters, over the budget")
         for entry in self.layers:
@@ -203,8 +229,8 @@ class Plan(BaseModel):
     def from_json(cls, text: str, source: str = "plan") -> "Plan":
         """Parse a plan's JSON; ``source`` is named in errors."""
         try:
-            content = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constants)
-        except (ValueError, RecursionError) as error:
+            content = parse(text)
+        except ValueError as error:
             raise PlanError(f"{source}: not a plan: {error}") from error
         if not isinstance(content, dict) or content.get("format") != "rankopt-plan":
             raise PlanError(f'{source}: not a plan: it has no "format": "rankopt-plan"')
@@ -217,10 +243,7 @@ class Plan(BaseModel):
             # From text, so that JSON's lists are accepted for tuples but no type is coerced.
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-            raise PlanError(f"{source}: {where or 'plan'}: {first['msg']}{more}") from error
+            raise PlanError(f"{source}: {first_of(error)}") from error
 
     def __str__(self) -> str:
         size, proof = self.size, self.certificate
@@ -251,15 +274,3 @@ class Plan(BaseModel):
                 f"{len(self.layers) - dense} low rank",
             ]
         )
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is repeated")
-    return found
-
-
-def _no_constants(name: str) -> Any:
-    raise ValueError(f"{name} is not a number")

@@ -1,11 +1,13 @@
 """From a profile to a plan, without torch."""
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from rankopt._version import __version__
-from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError
+from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError, RankoptError
 from rankopt.plan import heuristics
 from rankopt.plan.allocation import Allocation, Objective, allocation
 from rankopt.plan.budget import Budget, at_least, find_budget
@@ -20,7 +22,13 @@ from rankopt_solvers import (
     margins,
     solve,
 )
-from rankopt_solvers.registry import Solver, find_solver, installed_solvers, is_solver_name
+from rankopt_solvers.registry import (
+    Solver,
+    UnknownSolverError,
+    find_solver,
+    installed_solvers,
+    is_solver_name,
+)
 
 #: Strategies that go layer by layer; all other names are solvers of rankopt_solvers.
 STRATEGIES: dict[str, Callable[[Profile, Allocation, int], list[int]]] = {
@@ -204,11 +212,37 @@ def _solve(
         problem.require_feasible()
         choice = STRATEGIES[solver](profile, offered, problem.budget)
         return certify(problem, choice, solver)
+    if callable(solver) or solver in SOLVERS:
+        return _called(problem, solver, options)
+    problem.require_feasible()
+    with _foreign(solver):
+        return _called(problem, solver, options)
+
+
+@contextlib.contextmanager
+def _foreign(name: str) -> Iterator[None]:
+    """Whatever a solver of somebody else's does is a mistake in its name; it prints on stderr."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except RankoptError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = str(error).strip().splitlines()
+        why = ": ".join([type(error).__name__, *(line[:200] for line in said[:1])])
+        raise OptionError(
+            f"solver {name}: {why}; wanted is a function of a problem that returns a Solution"
+        ) from error
+
+
+def _called(problem: Problem, solver: str | Solver, options: dict[str, Any]) -> Solution:
     name = find_solver(solver)[0] if callable(solver) else solver
     try:
         return solve(problem, solver, **options)
     except InfeasibleError:
         raise
+    except UnknownSolverError as error:
+        raise OptionError(str(error)) from error
     except (ValueError, ImportError) as error:
         raise OptionError(f"solver {name}: {error}") from error
     except TypeError as error:

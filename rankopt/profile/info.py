@@ -4,22 +4,25 @@ It says all that planning needs to know of a backend, so that a profile can be p
 backend that made it, perhaps somebody else's, is not installed.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationError,
     model_serializer,
     model_validator,
 )
 
 from rankopt.errors import OptionError, ProfileError
 from rankopt.layers import Layer, LeftAlone
-from rankopt.schema import STRICT, Count
+from rankopt.schema import STRICT, Count, first_of, parse
 
 FORMAT_VERSION = 2
+
+#: Costs of all ranks are counted in 64-bit integers.
+MOST_PARAMETERS = 2**62
 
 #: Names of backends and scales appear in the names of tensors, where / and . separate.
 NAME = r"^[A-Za-z0-9_+-]+$"
@@ -158,12 +161,9 @@ class ProfileInfo(BaseModel):
 
         Raises:
             ProfileError: of another format version; a sentence to follow the file's name.
-            ValueError: not a description.
+            ValueError: not a description, or one of a model with fewer parameters than are planned.
         """
-        try:
-            content: Any = json.loads(text)
-        except RecursionError as error:
-            raise ValueError(str(error)) from error
+        content: Any = parse(text)
         version = content.get("format_version") if isinstance(content, dict) else None
         if type(version) is int and version < FORMAT_VERSION:
             raise ProfileError(
@@ -175,8 +175,16 @@ class ProfileInfo(BaseModel):
                 f"has format_version {version!r}; this rankopt reads {FORMAT_VERSION}: use the "
                 "rankopt that made it, or profile again"
             )
-        # From text, so that JSON's lists are accepted for tuples but no type is coerced.
-        return cls.model_validate_json(text)
+        try:
+            # From text, so that JSON's lists are accepted for tuples but no type is coerced.
+            info = cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ValueError(first_of(error)) from error
+        if not 0 < info.planned_parameters <= info.model_parameters <= MOST_PARAMETERS:
+            raise ValueError(
+                f"{info.planned_parameters} of {info.model_parameters} parameters are planned"
+            )
+        return info
 
     @property
     def planned_parameters(self) -> int:

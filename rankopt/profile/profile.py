@@ -48,6 +48,7 @@ from rankopt.profile.tensors import (
     sha256_of,
     write_safetensors,
 )
+from rankopt.schema import parse
 
 _FORMAT = "rankopt-profile"
 
@@ -232,10 +233,12 @@ class Profile:
             raise ProfileError(f"{path} is a safetensors file but not a rankopt profile")
         try:
             info = ProfileInfo.from_json(metadata["rankopt"])
-            digests = json.loads(metadata["kept"])
+            digests = parse(metadata["kept"])
             if not isinstance(digests, dict):
                 raise ValueError("kept is not a table")
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
+            raise ProfileError(f"{path}: its header has no {error}; profile again") from error
+        except ValueError as error:
             raise ProfileError(f"{path}: unreadable profile description: {error}") from error
         except ProfileError as error:
             raise ProfileError(f"{path} {error}") from error

@@ -8,6 +8,7 @@ written one array at a time, once dtypes and shapes are known.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,9 @@ DTYPES = {
 #: A longer header is refused by the library that reads the file.
 _LONGEST_HEADER = 100_000_000
 
+#: Measures of the largest models take a few GiB; more are not read.
+MOST_BYTES = 16 * 2**30
+
 #: Kinds of tensors that belong to a backend and are measures; all others are kept arrays.
 MEASURES = ("losses", "ranks")
 
@@ -72,7 +76,7 @@ class StoredArrays(Mapping[str, KeptArray]):
     def __getitem__(self, name: str) -> KeptArray:
         wanted = self._digests[name]
         found: KeptArray | None = read(self._path, name)[0].get(name)
-        if found is None or sha256_of(name, found) != wanted:
+        if found is None or found.dtype != np.float32 or sha256_of(name, found) != wanted:
             raise ProfileError(f"{self._path}: {name} is damaged; profile again")
         return found
 
@@ -99,7 +103,8 @@ def read(path: Path, only: str | None) -> tuple[dict[str, Array], dict[str, str]
     """One array, or all but the kept ones; and the metadata.
 
     Raises:
-        ProfileError: missing, truncated, or not a safetensors file.
+        ProfileError: missing, truncated, not a safetensors file, of a dtype that profiles have not,
+            or too large.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -113,11 +118,32 @@ def read(path: Path, only: str | None) -> tuple[dict[str, Array], dict[str, str]
                 for name in file.keys()  # noqa: SIM118 (a safe_open is no dict)
                 if (name == only if only is not None else not _is_kept(name))
             ]
+            _require_readable(path, {name: file.get_slice(name) for name in names})
             return {name: file.get_tensor(name) for name in names}, metadata
+    except MemoryError as error:
+        raise ProfileError(f"{path} has arrays that do not fit in memory") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise ProfileError(
             f"{path} is truncated or not a profile ({error}); run `rankopt profile` again"
         ) from error
+
+
+def _require_readable(path: Path, announced: Mapping[str, Any]) -> None:
+    """Look at dtypes and shapes before anything is read."""
+    size = 0
+    for name, entry in announced.items():
+        dtype = DTYPES.get(entry.get_dtype())
+        if dtype is None:
+            raise ProfileError(
+                f"{path}: {name} is of dtype {entry.get_dtype()}, which no profile has; profile "
+                "again"
+            )
+        size += dtype.itemsize * math.prod(entry.get_shape())
+    if size > MOST_BYTES:
+        raise ProfileError(
+            f"{path}: the measures take {size / 2**30:,.0f} GiB, those of a profile at most "
+            f"{MOST_BYTES >> 30}: not a profile"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

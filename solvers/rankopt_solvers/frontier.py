@@ -68,15 +68,16 @@ class Frontier:
         Raises:
             InfeasibleError: even the cheapest choice is over the budget.
         """
-        point = self._point(budget)
-        at = self._value(point)
-        if point == self.slope.size:
-            return at
-        usable = self.problem.table.tightened(budget)
-        saved = float(self.slope[point]) * (usable - int(self.cost[point]))
-        # Slopes are rounded: by that an edge may be out of its place.
-        rounding = 16 * EPS * self.problem.table.rows * (at + saved)
-        return max(at - saved - rounding, 0.0)
+        table, point = self.problem.table, self._point(budget)
+        at, saved = self._value(point), 0.0
+        usable = table.tightened(budget)
+        if point < self.slope.size:
+            saved = float(self.slope[point]) * (usable - int(self.cost[point]))
+        # Slopes are rounded: by that an edge may be out of its place. The smallest are rounded to
+        # multiples of the smallest number, or to zero, which leaves their edges out.
+        rounding = 16 * EPS * table.rows * (at + saved)
+        rounding += math.ulp(0.0) * (usable - int(self.cost[0]))
+        return max(at - saved - rounding, math.fsum(table.loss[table.start[1:] - 1].tolist()))
 
     def choice(self, budget: int) -> tuple[int, ...]:
         """The nested choice: a larger budget never gives a group a cheaper option.

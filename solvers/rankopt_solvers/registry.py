@@ -67,8 +67,9 @@ def find_solver(solver: str | Solver) -> tuple[str, Solver]:
         found: Any = importlib.import_module(module)
         for part in function.split("."):
             found = getattr(found, part)
-    except Exception as error:  # whatever a module of others does when it is imported
-        raise UnknownSolverError(f"solver {solver!r}: cannot load {where}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever others do when they are imported
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnknownSolverError(f"solver {solver!r}: cannot load {where}: {why}") from error
     if not callable(found):
         raise UnknownSolverError(f"solver {solver!r}: {where} is not callable")
     return solver, found

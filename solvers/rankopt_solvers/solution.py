@@ -115,9 +115,15 @@ def checked_choice(problem: Problem, choice: Sequence[int], solver: str) -> tupl
     """The choice as a tuple, if it names one existing option of every group.
 
     Raises:
-        SolutionError: wrong length, or an index out of range (a negative one included).
+        SolutionError: wrong length, no index, or one out of range (a negative one included).
     """
-    indices = tuple(int(j) for j in choice)
+    try:
+        indices = tuple(int(j) for j in choice)
+        whole = all(i == j for i, j in zip(indices, choice, strict=True))
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise SolutionError(f"{solver}: the choice {choice!r:.60} is no list of option indices")
     if len(indices) != len(problem.groups):
         raise SolutionError(f"{solver}: {len(indices)} choices for {len(problem.groups)} groups")
     for group, j in zip(problem.groups, indices, strict=True):
@@ -187,6 +193,7 @@ def certify(
     )
 
 
+@np.errstate(over="ignore")
 def margins(problem: Problem, solution: Solution) -> tuple[float, ...]:
     """How sure each group's option is: what its next-best option would lose more.
 

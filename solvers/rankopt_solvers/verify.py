@@ -53,7 +53,9 @@ def verify(problem: Problem, solution: Solution) -> None:
         proven = _proven_max(problem, solution.bound)
     else:
         proven = _proven_sum(problem, solution.multiplier, solution.side_multipliers)
-    slack = TOLERANCE * max(proven, solution.loss)
+    # A product with a price is rounded to a multiple of the smallest number, at the least.
+    smallest = math.ulp(0.0) * 4 * len(problem.groups) * (1 + len(problem.side_budgets))
+    slack = TOLERANCE * max(proven, solution.loss) + smallest
     if solution.bound <= proven + slack:
         return
     if problem.objective == "max" or solution.proof is None:

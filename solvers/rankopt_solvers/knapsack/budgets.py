@@ -135,6 +135,7 @@ class Priced:
     bound: float
 
 
+@np.errstate(over="ignore")  # what overflows is too dear for any choice
 def priced(budgets: Budgets, price: FloatArray) -> Priced:
     """Evaluate the Lagrangian function on all options."""
     total = budgets.loss.copy()
@@ -146,10 +147,16 @@ def priced(budgets: Budgets, price: FloatArray) -> Priced:
     total -= np.repeat(least, sizes)
     best = np.flatnonzero(total == 0.0)
     position = best[np.searchsorted(best, starts)]
-    sum_least = math.fsum(least.tolist())
-    spent = math.fsum((price * budgets.room).tolist())
-    rounding = (len(price) + 3) * EPS * (sum_least + spent)
-    return Priced(price, position, total, sum_least, sum_least - spent - rounding)
+    sum_least, spent = _sum(least), _sum(price * budgets.room)
+    bound = sum_least - spent - (len(price) + 3) * EPS * (sum_least + spent)
+    return Priced(price, position, total, sum_least, -math.inf if math.isnan(bound) else bound)
+
+
+def _sum(values: FloatArray) -> float:
+    try:
+        return math.fsum(values.tolist())
+    except OverflowError:
+        return math.inf
 
 
 def claim(problem: Problem, budgets: Budgets, at: Priced) -> Claim:
@@ -157,8 +164,11 @@ def claim(problem: Problem, budgets: Budgets, at: Priced) -> Claim:
 
     Budgets are rounded down to what the costs can add up to.
     """
-    tables = _tables(problem)
+    tables, units = _tables(problem), np.array(budgets.unit, dtype=np.float64)
     lams, spent = [0.0] * len(tables), []
+    if not np.allclose(at.price / units * units, at.price, rtol=EPS, atol=0.0):
+        # A price of less than the smallest numbers cannot be said.
+        at = priced(budgets, at.price / units * units)
     for p, which, unit, room in zip(
         at.price.tolist(), budgets.which, budgets.unit, budgets.room.tolist(), strict=True
     ):

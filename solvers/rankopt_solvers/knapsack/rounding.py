@@ -73,9 +73,10 @@ def repair(core: Budgets, position: IntArray, price: FloatArray) -> bool:
         if not float(lessened.max()) > 1e-12:
             return False
         # What the change costs, at the prices of the budgets that it eases or burdens.
-        worse = core.loss - core.loss[here] + price @ (core.cost - core.cost[:, here])
         useful = np.maximum(lessened, 1e-12)
-        worth = np.where(lessened > 1e-12, np.maximum(worse, 0.0) / useful, np.inf)
+        with np.errstate(over="ignore", invalid="ignore"):
+            worse = core.loss - core.loss[here] + price @ (core.cost - core.cost[:, here])
+            worth = np.where(lessened > 1e-12, np.fmax(worse, 0.0) / useful, np.inf)
         # Of the changes that cost nothing, the one that lessens most.
         best = np.flatnonzero(worth == worth.min())
         change = int(best[np.argmax(lessened[best])])
@@ -93,7 +94,8 @@ def fill(core: Budgets, position: IntArray) -> None:
         if not fits.any():
             return
         spent = (np.maximum(extra, 0) / scale[:, None]).sum(axis=0)
-        density = np.where(fits, saved / np.maximum(spent, 1e-15), -1.0)
+        with np.errstate(over="ignore"):
+            density = np.where(fits, saved / np.maximum(spent, 1e-15), -1.0)
         change = int(np.argmax(density))
         position[group[change]] = change
 

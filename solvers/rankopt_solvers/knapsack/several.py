@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rankopt_solvers.knapsack.budgets import Budgets, Priced, infeasible, normal_form
+from rankopt_solvers.knapsack.budgets import Budgets, Priced, infeasible, normal_form, priced
 from rankopt_solvers.knapsack.columns import Excess, Linear, relax_columns
 from rankopt_solvers.knapsack.integer_program import Program, solve_program
 from rankopt_solvers.knapsack.rounding import fill, least_beside, loss_of, round_mixture
@@ -210,6 +210,8 @@ def _program_choice(
 
 
 def bound_of_several(problem: Problem, stopped: Callable[[], bool]) -> tuple[Budgets, Priced]:
-    """The budgets that count, and the prices with the best bound."""
+    """The budgets that count, and the prices with the best bound; no prices if none counts."""
     budgets = normal_form(problem)
+    if not budgets.room.size:
+        return budgets, priced(budgets, np.zeros(0))
     return budgets, relaxed(problem, budgets, stopped).at
