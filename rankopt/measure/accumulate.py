@@ -7,7 +7,7 @@ that are its own. At the end the sums are added up over processes, so that all h
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -122,10 +122,11 @@ def gather(
                 raise _other_data(checkpoint)
             if number + 1 > resumed:
                 if processes.takes(number):
-                    if not started:
-                        loss.check(model, modules, ready)
-                        started = True
-                    examples, targets = _measured(collector, model, loss, ready, number)
+                    with _located(model, loss, ready, number):
+                        if not started:
+                            loss.check(model, modules, ready)
+                            started = True
+                        examples, targets = loss.backward(collector, model, ready, number)
                     units = loss.estimator.units(examples, targets)
                     seen.add(number, examples, targets, units, collector.totals)
                 seen.batches, seen.chain = number + 1, chain
@@ -146,16 +147,11 @@ def gather(
     return found
 
 
-def _measured(
-    collector: Collector, model: nn.Module, loss: Loss, ready: Any, number: int
-) -> tuple[int, int]:
-    """One batch; how many examples and targets it has.
-
-    Raises:
-        ModelError: NaN or infinity, with the batch and the module that made it first.
-    """
+@contextlib.contextmanager
+def _located(model: nn.Module, loss: Loss, ready: Any, number: int) -> Iterator[None]:
+    """Says of NaN and infinity in which batch they are, and which module made them first."""
     try:
-        return loss.backward(collector, model, ready, number)
+        yield
     except NotFiniteError as error:
         first = first_not_finite(model, lambda: loss.summed(model, ready))
         where = "" if first is None else f"; the first to make NaN or infinity is {first}"

@@ -212,7 +212,8 @@ def is_plain(module: nn.Module) -> bool:
     device, dtype = device_of(module), weight_of(module).dtype
     x = torch.arange(3 * in_features, device=device).cos().reshape(1, 3, in_features).to(dtype)
     if isinstance(module, nn.Embedding):
-        x = torch.arange(min(in_features, 3), device=device)[None]
+        # Not in order, as positions are.
+        x = torch.arange(min(in_features, 3), device=device).flip(0)[None]
     training, module.training = module.training, False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

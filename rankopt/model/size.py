@@ -49,7 +49,7 @@ def model_size(model: nn.Module, layers: Iterable[Layer] | None = None) -> Model
     return ModelSize(
         sum(unique[identity].numel() for identity in planned),
         sum(numel_of(p) for p in unique.values()),
-        sum(numel_of(p) * p.element_size() for p in unique.values()),
+        sum(numel_of(p) * p.element_size() for p in unique.values() if numel_of(p)),
     )
 
 

@@ -176,13 +176,14 @@ def test_what_is_silent_is_said_after_the_first_batch(capsys: pytest.CaptureFixt
     model.unused = nn.Linear(12, 16)
 
     def batches() -> Any:
-        for k, batch in enumerate(data(4)):
+        for batch in data(4):
             said.append(capsys.readouterr().err)
             yield batch
-        assert k == 3
 
     measured(model, batches())
-    assert not said[0] and "1 layers are silent on the first batch" in said[1] and "unused" in said[1]
+    assert (
+        not said[0] and "1 layers are silent on the first batch" in said[1] and "unused" in said[1]
+    )
 
 
 class Routed(nn.Module):
@@ -214,7 +215,9 @@ def test_a_layer_that_speaks_later_is_planned(tmp_path: Path) -> None:
     assert names(whole) == ["experts.0", "experts.1"]
     assert left(whole)["experts.2"] == "no gradient reached it: the model did not use it"
     other = [batches[2]]
-    assert whole.fisher_rows["experts.1"] == pytest.approx(exact(model, "experts.1", other), rel=1e-4)
+    assert whole.fisher_rows["experts.1"] == pytest.approx(
+        exact(model, "experts.1", other), rel=1e-4
+    )
     # Interrupted before it spoke, and gone on.
     path = tmp_path / "checkpoint"
     options: dict[str, Any] = {"checkpoint": path, "checkpoint_every": 1}
