@@ -7,7 +7,7 @@ that are its own. At the end the sums are added up over processes, so that all h
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from rankopt.backends.statistics import Statistics
 from rankopt.data.digest import chained
 from rankopt.errors import DataError, ModelError
 from rankopt.measure import resume
-from rankopt.measure.collector import Collector
+from rankopt.measure.collector import Collector, NotFiniteError
 from rankopt.measure.loss import Loss
 from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint, Seen
 from rankopt.measure.sums import Sums
+from rankopt.measure.taps import first_not_finite
 from rankopt.model.weights import device_of
 from rankopt.progress import bar
 
@@ -44,6 +45,10 @@ class Gathered:
     seen: Seen
     units: float
     names: tuple[str, ...]
+
+    def heard(self, name: str) -> bool:
+        """Whether a gradient reached the layer in any batch."""
+        return name in self.sums and self.sums[name].seen > 0
 
     def statistics(self, name: str) -> Statistics:
         """Of one layer; moments are assembled anew at each call."""
@@ -96,7 +101,7 @@ def gather(
 
     Raises:
         DataError: no batches, fewer than processes, or not those of the checkpoint.
-        ModelError: a loss that is not what its task says, NaN, or a layer without a gradient.
+        ModelError: a loss that is not what its task says, or NaN.
     """
     seen, check, device = Seen(), first_check, device_of(model)
     checkpoint = None if checkpoint is None else checkpoint.of(processes)
@@ -117,10 +122,11 @@ def gather(
                 raise _other_data(checkpoint)
             if number + 1 > resumed:
                 if processes.takes(number):
-                    if not started:
-                        loss.check(model, modules, ready)
-                        started = True
-                    examples, targets = loss.backward(collector, model, ready, number)
+                    with _located(model, loss, ready, number):
+                        if not started:
+                            loss.check(model, modules, ready)
+                            started = True
+                        examples, targets = loss.backward(collector, model, ready, number)
                     units = loss.estimator.units(examples, targets)
                     seen.add(number, examples, targets, units, collector.totals)
                 seen.batches, seen.chain = number + 1, chain
@@ -138,13 +144,18 @@ def gather(
         given = f"{seen.batches} batches for {processes.count} processes"
         raise DataError("no batches were given" if not seen.batches else given)
     found = _added_up(collector, seen, processes)
-    silent = [name for name in modules if name not in found.sums or not found.sums[name].seen]
-    if silent:
-        raise ModelError(
-            f"{len(silent)} planned layers never took part in the loss ({', '.join(silent[:3])}): "
-            "their Fisher information is unknown; leave them out with exclude"
-        )
     return found
+
+
+@contextlib.contextmanager
+def _located(model: nn.Module, loss: Loss, ready: Any, number: int) -> Iterator[None]:
+    """Says of NaN and infinity in which batch they are, and which module made them first."""
+    try:
+        yield
+    except NotFiniteError as error:
+        first = first_not_finite(model, lambda: loss.summed(model, ready))
+        where = "" if first is None else f"; the first to make NaN or infinity is {first}"
+        raise ModelError(f"batch {number + 1}: {error}{where}") from error
 
 
 def _eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:

@@ -67,7 +67,9 @@ class Parts:
         curves: Mapping[str, Mapping[str, ScaledCurve]],
     ) -> None:
         """Take over one pass; moments are let go."""
-        for name, sums in gathered.sums.items():
+        members = {member for layer in layers for member in layer.members}
+        for name in (name for name in gathered.sums if name in members):
+            sums = gathered.sums[name]
             self.rows[name] = sums.rows.cpu().numpy()
             self.traces[name] = sums.traces.cpu().numpy()
             if sums.columns is not None:

@@ -17,8 +17,13 @@ looking at them. Layers that are given the same tensor (queries, keys, values) s
 
 A layer used several times in one forward pass (ALBERT) is one weight: its uses are concatenated
 along T before squaring.
+
+Gradients in float16 vanish below 6e-8. There the loss is back-propagated times the largest power of
+two that lets none of them overflow, which is found anew for each batch, and taken out again where
+gradients are in float32: exactly.
 """
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -38,8 +43,12 @@ from rankopt.measure.fisher import (
 )
 from rankopt.measure.layout import Layout, flattened, widened
 from rankopt.measure.sums import Sums
-from rankopt.measure.taps import tap
+from rankopt.measure.taps import frozen, input_of, tap
 from rankopt.model.weights import device_of, tensor_of, weight_of, weight_shape
+
+
+class NotFiniteError(ModelError):
+    """A loss or a gradient that is NaN or infinite."""
 
 
 class Collector:
@@ -74,27 +83,23 @@ class Collector:
         self._uses: dict[str, int] = {}
         self._pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._layout = Layout.of(0, 0)
-        self._recent: tuple[Tensor | None, str] = (None, "")
+        self._recent: tuple[Tensor | None, int, str] = (None, 0, "")
         self._given: dict[str, Tensor] = {}
         self._active = self._in_backward = False
+        weights = [module.get_parameter("weight") for module in self.modules.values()]
+        self._half = any(weight.dtype == torch.float16 for weight in weights)
+        self._scale, self._trying, self._overflown = 1.0, False, ""
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Collector":
-        self._modes = {module: module.training for module in self.model.modules()}
-        # By module and name: offloading puts other objects in their place.
-        self._required = [
-            (module, name, parameter.requires_grad)
-            for module in self.model.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-        ]
-        self.model.eval().requires_grad_(False)
-        self._hooks = []
+        self._stack.enter_context(frozen(self.model))
         for name, module in self.modules.items():
             hook = module.register_forward_hook(self._forward_hook(name), with_kwargs=True)
-            self._hooks.append(hook)
+            self._stack.callback(hook.remove)
             n_out, n_in = self._shapes[name]
             if "gradient_moment" in self.needs and n_in < n_out and not _is_embedding(module):
                 before = module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True)
-                self._hooks.append(before)
+                self._stack.callback(before.remove)
         return self
 
     def __exit__(
@@ -103,12 +108,7 @@ class Collector:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for module, training in self._modes.items():
-            module.training = training
-        for module, name, required in self._required:
-            module.get_parameter(name).requires_grad_(required)
+        self._stack.close()
 
     def begin(self, examples: int, tokens: int, masks: Collection[Tensor] = ()) -> None:
         """Announce a batch.
@@ -123,7 +123,7 @@ class Collector:
         self._totals = {}
         self._uses.clear()
         self._pending.clear()
-        self._recent = (None, "")
+        self._recent = (None, 0, "")
         self._active = True
 
     def expect(self, examples: int, tokens: int) -> None:
@@ -164,12 +164,18 @@ class Collector:
             again: another call on the same graph follows.
 
         Raises:
-            ModelError: a gradient is not finite, naming the layer.
+            NotFiniteError: the loss or a gradient is not finite, naming the layer.
         """
-        self._recent = (None, "")
+        if bool(loss.detach().isnan()):
+            raise NotFiniteError("the loss is NaN")
+        self._recent = (None, 0, "")
         self._in_backward = True
         try:
-            loss.backward(retain_graph=again)  # type: ignore[no-untyped-call]
+            if self._half:
+                self._scale = self._largest_scale(loss)
+                loss.backward(torch.full_like(loss, self._scale), retain_graph=again)  # type: ignore[no-untyped-call]
+            else:
+                loss.backward(retain_graph=again)  # type: ignore[no-untyped-call]
         finally:
             self._in_backward = False
             self._active = again
@@ -180,9 +186,33 @@ class Collector:
         totals = [self._totals.get(name, zero) for name in self.modules]
         self.totals = torch.stack([total.cpu() for total in totals])
         finite = torch.isfinite(self.totals)
+        if self._traced:
+            traces = [self.sums[n].traces.sum() if n in self.sums else zero for n in self.modules]
+            finite &= torch.isfinite(torch.stack([trace.cpu() for trace in traces]))
         if not bool(finite.all()):
             name = list(self.modules)[int((~finite).nonzero()[0])]
-            raise ModelError(f"layer {name}: gradients of the last batch are NaN or infinite")
+            raise NotFiniteError(f"layer {name}: inputs or gradients are NaN or infinite")
+
+    def _largest_scale(self, loss: Tensor) -> float:
+        """The largest power of two, of some, times which no gradient overflows."""
+        for power in range(15, -25, -4):
+            self._trying, self._overflown = True, ""
+            try:
+                loss.backward(torch.full_like(loss, 2.0**power), retain_graph=True)  # type: ignore[no-untyped-call]
+            finally:
+                self._trying = False
+            if not self._overflown:
+                return 2.0**power
+        raise NotFiniteError(
+            f"layer {self._overflown}: gradients overflow float16; load the model in bfloat16 or "
+            "float32"
+        )
+
+    def _tried(self, name: str, gradient: Tensor) -> bool:
+        """Whether this backward pass only looks for overflow."""
+        if self._trying and not bool(gradient.isfinite().all()):
+            self._overflown = name
+        return self._trying
 
     def _forward_hook(self, name: str) -> Callable[..., Tensor]:
         def hook(
@@ -191,7 +221,7 @@ class Collector:
             if not self._active:
                 # A forward pass that was not announced: somebody checks the loss.
                 return output
-            passed = args[0] if args else next(iter(kwargs.values()))
+            passed = input_of(args, kwargs)
             given, x = self._given.pop(name, passed), passed.detach()
             if not self._in_backward:
                 # Checkpointing runs a layer again in backward: still one use.
@@ -218,11 +248,13 @@ class Collector:
             passed = self._given[name] = args[0] if key is None else kwargs[key]
 
             def sink(_: Tensor, gradient: Tensor) -> None:
+                if self._tried(name, gradient):
+                    return
                 moment = self._of(name, gradient.device).gradient
                 assert moment is not None
-                moment.add(flattened(gradient))
+                moment.add(self._unscaled(flattened(gradient)))
 
-            tapped = tap(passed, passed.new_zeros(()), sink)
+            tapped = tap(passed.clone(), passed.new_zeros(()), sink)
             return ((tapped, *args[1:]), kwargs) if key is None else (args, {**kwargs, key: tapped})
 
         return hook
@@ -237,12 +269,12 @@ class Collector:
         n_out, n_in = self._shapes[name]
         of_inputs, embedding = n_in <= n_out, _is_embedding(module)
         owner = self.owners.get(name)
-        if of_inputs and not embedding and x is self._recent[0]:
-            found = self._recent[1]
+        if of_inputs and not embedding and (x is self._recent[0] and x._version == self._recent[1]):
+            found = self._recent[2]
         else:
             found = name
             if of_inputs and not embedding:
-                self._recent = (x, name)
+                self._recent = (x, x._version, name)
         if owner is None:
             owner = self.owners[name] = found
         elif owner != name and found != owner:
@@ -275,20 +307,38 @@ class Collector:
             sums.second.add(flat)
         else:
             bias = tensor_of(module, "bias")
-            made = flattened(output) if bias is None else flattened(output) - bias
+            if bias is None:
+                made = flattened(output)
+            elif output.dtype.itemsize < 4:
+                # Beside a large bias, half the bits leave nothing of W x.
+                made = flattened(x) @ widened(weight_of(module)).T
+            else:
+                made = flattened(output) - bias
             sums.second.add(made if mask is None else made[mask.reshape(-1)])
 
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        return gradient if self._scale == 1.0 else gradient / self._scale
+
     def _record(self, name: str, x: Tensor, g: Tensor) -> None:
+        if self._tried(name, g):
+            return
         pending = self._pending.setdefault(name, [])
         embedding = _is_embedding(self.modules[name])
-        inputs = self._layout.by_example(name, x.unsqueeze(-1)).squeeze(-1) if embedding else x
+        inputs = self._by_example(name, x.unsqueeze(-1)).squeeze(-1) if embedding else x
         if not embedding:
-            inputs = self._layout.by_example(name, widened(x))
-        pending.append((inputs, self._layout.by_example(name, widened(g))))
+            inputs = self._by_example(name, widened(x))
+        outputs = self._by_example(name, self._unscaled(widened(g)))
+        pending.append((inputs, outputs))
         if self._traced:
             self._add_gradient_moment(name, pending[-1][1], embedding)
         if len(pending) == self._uses[name]:
             self._flush(name)
+
+    def _by_example(self, name: str, tensor: Tensor) -> Tensor:
+        if not tensor.numel():
+            # An expert without tokens.
+            return tensor.reshape(self._layout.examples, 0, tensor.shape[-1])
+        return self._layout.by_example(name, tensor)
 
     def _add_gradient_moment(self, name: str, g: Tensor, embedding: bool) -> None:
         sums = self._of(name, g.device)

@@ -1,19 +1,23 @@
 """From a model and batches to a profile."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from rankopt.backends import find_backends
 from rankopt.backends.base import Backend, recomputable
-from rankopt.errors import OptionError
+from rankopt.errors import ModelError, OptionError
 from rankopt.layers import Layer
 from rankopt.measure.accumulate import Gathered, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
@@ -23,7 +27,8 @@ from rankopt.measure.loss import find_loss, name_of
 from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint
 from rankopt.measure.sums import bytes_of_sums
-from rankopt.model.selection import Selection, find_layers
+from rankopt.measure.taps import copied_inputs, probe
+from rankopt.model.selection import Selection, few, find_layers
 from rankopt.model.size import model_size
 from rankopt.model.tasks import LossFunction
 from rankopt.model.weights import device_of, memory_for, unwrapped, weight_of, weight_shape
@@ -61,9 +66,12 @@ def profile_model(
 ) -> Profile:
     """Measure what every rank of every layer retains.
 
-    Runs each batch forward and backward once (no gradients of weights, eval mode; the model is left
-    as it was), then decomposes every layer once for each backend. Started by ``torchrun``, every
-    process measures its share of the batches and returns the same profile.
+    Runs each batch forward and backward once (no gradients of weights, eval mode, gradients on and
+    autocast off; the model is left as it was), then decomposes every layer once for each backend.
+    The first batch is run once more before, with the gradients of the planned layers' weights one
+    at a time: layers whose weight is used where no hook sees it are left alone, and so are, in the
+    end, those that no gradient reached. Started by ``torchrun``, every process measures its share
+    of the batches and returns the same profile.
 
     Args:
         model: a transformers model with a head and its own loss, or any module with ``loss_fn``;
@@ -94,7 +102,8 @@ def profile_model(
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
-        ModelError: no plannable layers, an unknown kind of loss, or a layer that saw no gradient.
+        ModelError: no plannable layers, an unknown kind of loss, NaN or infinity (names the batch
+            and the layer), or ``torch.inference_mode``.
         DataError: no batches, no labels or targets.
         OptionError: an unknown backend, estimator or unit, a number below 1, or options that do not
             go together.
@@ -106,39 +115,127 @@ def profile_model(
     chosen = find_backends(backends)
     backends = tuple(chosen)
     model = unwrapped(model)
-    loss = find_loss(model, loss_fn, Estimator(estimator, unit, draws, seed))
+    _require_gradients(model)
     selection = find_layers(model, include=include, exclude=exclude, untie=untie)
-    subject = Subject(model, selection, loss, Processes.join())
+    loss = find_loss(model, loss_fn, Estimator(estimator, unit, draws, seed))
+    _passes(selection.layers, layers_at_a_time, stop, checkpoint)
+    workers = _workers(model, workers)
     needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
-    passes = _passes(selection.layers, layers_at_a_time, stop, checkpoint)
-    _warn_of_memory(model, selection, needs, len(passes[0]))
-    if len(passes) > 1:
-        batches = list(batches)
-    saved = None
-    if checkpoint is not None:
-        settings = _settings(subject, needs, stop, backends[0])
-        saved = Checkpoint(Path(checkpoint), checkpoint_every, settings)
-    arrays: Store = {} if store is None else store
-    stored = _storing(selection, chosen.values(), keep_bases)
-    decomposed = functools.partial(_decomposed, subject, _workers(model, workers))
-    whole = Parts()
-    for layers in passes:
-        gathered = gather(
-            model,
-            {member: selection.modules[member] for layer in layers for member in layer.members},
-            batches,
-            loss,
-            needs,
-            processes=subject.processes,
-            checkpoint=saved,
-            stop=None if stop is None else _asked(stop, subject, decomposed, backends[0]),
-            progress=progress,
+    subject = Subject(model, selection, loss, Processes.join())
+    with _differentiable(model) as around:
+        subject, silent, batches = _examined(subject, batches, around)
+        selection = subject.selection
+        passes = _passes(selection.layers, layers_at_a_time, stop, checkpoint)
+        _warn_of_memory(model, selection, needs, len(passes[0]))
+        if len(passes) > 1:
+            batches = list(batches)
+        saved = None
+        if checkpoint is not None:
+            settings = _settings(subject, needs, stop, backends[0])
+            saved = Checkpoint(Path(checkpoint), checkpoint_every, settings)
+        arrays: Store = {} if store is None else store
+        stored = _storing(selection, chosen.values(), keep_bases)
+        decomposed = functools.partial(_decomposed, subject, workers)
+        whole, lost = Parts(), dict[str, str]()
+        for layers in passes:
+            gathered = gather(
+                model,
+                {member: selection.modules[member] for x in layers for member in x.members},
+                batches,
+                loss,
+                needs,
+                processes=subject.processes,
+                checkpoint=saved,
+                stop=None if stop is None else _asked(stop, subject, decomposed, backends[0]),
+                progress=progress,
+            )
+            lost |= _unheard(layers, gathered, silent)
+            layers = [x for x in layers if lost.keys().isdisjoint(x.members)]
+            curves = decomposed(
+                layers, gathered, backends, store=arrays, stored=stored, progress=progress
+            )
+            whole.add(layers, gathered, curves)
+    if lost:
+        subject = dataclasses.replace(subject, selection=selection.without(lost))
+    profile = assembled(subject, whole, arrays)
+    _warn_of_zeros(profile)
+    return profile
+
+
+def _require_gradients(model: nn.Module) -> None:
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "torch.inference_mode is on, and there are no gradients in it: call profile_model "
+            "outside of it (torch.no_grad does no harm)"
         )
-        curves = decomposed(
-            layers, gathered, backends, store=arrays, stored=stored, progress=progress
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ModelError(
+                f"parameter {name} was made under torch.inference_mode, where nothing has a "
+                "gradient: load the model outside of it"
+            )
+
+
+@contextlib.contextmanager
+def _differentiable(model: nn.Module) -> Iterator[contextlib.ExitStack]:
+    """Gradients on and autocast off, whatever the caller has switched; and what is added to it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for kind in {"cpu", device_of(model).type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield stack
+
+
+def _examined(
+    subject: Subject, batches: Iterable[Any], around: contextlib.ExitStack
+) -> tuple[Subject, dict[str, str], Iterable[Any]]:
+    """What the first batch leaves of the subject, what was silent on it, and all the batches."""
+    rest = iter(batches)
+    firsts = list(itertools.islice(rest, 1))
+    if rest is batches:
+        batches = itertools.chain(firsts, rest)
+    if not firsts:
+        return subject, {}, batches
+    model, modules, loss = subject.model, subject.selection.modules, subject.loss
+    ready = loss.ready(firsts[0], device_of(model))
+    found = probe(model, modules, lambda one: loss.backward(one, model, ready, 0))
+    found = subject.processes.agree(found)
+    if found.copied:
+        around.enter_context(copied_inputs(modules.values()))
+    for names, what in ((found.refused, "are left alone"), (found.silent, _SILENT)):
+        if names and subject.processes.rank == 0:
+            why = Counter(names.values()).most_common(1)[0][0]
+            tqdm.write(f"{len(names)} layers {what} ({few(names)}): {why}", file=sys.stderr)
+    if found.refused:
+        left = subject.selection.without(found.refused)
+        subject = dataclasses.replace(subject, selection=left)
+    return subject, found.silent, batches
+
+
+_SILENT = "are silent on the first batch, and left alone if they are on all"
+
+
+def _unheard(
+    layers: Sequence[Layer], gathered: Gathered, silent: Mapping[str, str]
+) -> dict[str, str]:
+    """Members that no gradient reached, and why."""
+    return {
+        name: silent.get(name, "no gradient reached it")
+        for layer in layers
+        for name in layer.members
+        if not gathered.heard(name)
+    }
+
+
+def _warn_of_zeros(profile: Profile) -> None:
+    zero = [name for name, rows in profile.fisher_rows.items() if not rows.any()]
+    if zero:
+        tqdm.write(
+            f"warning: the Fisher information of {len(zero)} layers is exactly zero "
+            f"({few(zero)}): the loss does not depend on them, and any rank is as good as dense",
+            file=sys.stderr,
         )
-        whole.add(layers, gathered, curves)
-    return assembled(subject, whole, arrays)
 
 
 def _settings(
@@ -169,11 +266,15 @@ def _asked(
     """Asks a stop about the profile of what has been gathered so far, under the first backend."""
 
     def ask(gathered: Gathered, before: list[float]) -> tuple[list[float], str | None]:
-        layers, so_far = subject.selection.layers, Parts()
+        lost = _unheard(subject.selection.layers, gathered, {})
+        seen = dataclasses.replace(subject, selection=subject.selection.without(lost))
+        layers, so_far = seen.selection.layers, Parts()
         so_far.add(layers, gathered, decomposed(layers, gathered, [backend], progress=False))
-        found, why = stop(assembled(subject, so_far, {}), before)
+        # Where more layers have been heard since, what was found before says nothing.
+        known = before[1:] if before[:1] == [float(len(layers))] else []
+        found, why = stop(assembled(seen, so_far, {}), known)
         # One process decides: what is asked may run out of time, and not on all alike.
-        return subject.processes.agree((list(found), why))
+        return subject.processes.agree(([float(len(layers)), *found], why))
 
     return ask
 

@@ -2,7 +2,8 @@
 
 Planned by default are plain ``nn.Linear`` and GPT-2's ``Conv1D`` inside the transformer blocks,
 that is below an ``nn.ModuleList``: every transformers architecture keeps its repeated blocks in
-one. A model that has none there has no such blocks, and all its plain ``nn.Linear`` are planned.
+one (see matrices for what else is a block). A model that has none there has no such blocks, and all
+its plain ``nn.Linear`` are planned.
 On request anything plain is, embeddings included.
 """
 
@@ -12,16 +13,17 @@ import fnmatch
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from rankopt.errors import ModelError
 from rankopt.layers import Layer, LeftAlone
 from rankopt.model.lowrank import LowRank
 from rankopt.model.matrices import Matrix, matrices_of
-from rankopt.model.weights import weight_of
+from rankopt.model.weights import numel_of, weight_of
 
 _SAMPLE = 64
 
@@ -39,6 +41,30 @@ class Selection:
     layers: tuple[Layer, ...]
     modules: dict[str, nn.Module]
     left_alone: tuple[LeftAlone, ...]
+
+    def without(self, reasons: Mapping[str, str]) -> "Selection":
+        """The same, but for layers with a member that is named here, by the reason why.
+
+        Raises:
+            ModelError: nothing to plan is left.
+        """
+        gone = {
+            member: next(reasons[name] for name in layer.members if name in reasons)
+            for layer in self.layers
+            for member in layer.members
+            if not reasons.keys().isdisjoint(layer.members)
+        }
+        if not gone:
+            return self
+        found = Selection(
+            tuple(layer for layer in self.layers if layer.name not in gone),
+            {name: module for name, module in self.modules.items() if name not in gone},
+            self.left_alone
+            + tuple(_left_alone(name, self.modules[name], why) for name, why in gone.items()),
+        )
+        if not found.layers:
+            raise ModelError(f"nothing to plan is left: {_nothing(found)}")
+        return found
 
 
 def find_layers(
@@ -111,11 +137,19 @@ def _require_plain(model: nn.Module) -> None:
             )
         if isinstance(module, LowRank):
             raise ModelError(f"layer {name} is low rank already: use the dense model")
-        if type(module).__module__.startswith("peft.") and hasattr(module, "base_layer"):
-            raise ModelError(
-                f"layer {name} has an adapter ({type(module).__name__}): merge it into the weight "
-                "first, model = model.merge_and_unload()"
-            )
+        if type(module).__module__.startswith("peft."):
+            raise ModelError(_adapter(model, name, module))
+
+
+def _adapter(model: nn.Module, name: str, module: nn.Module) -> str:
+    what = f"layer {name} has" if name else "the model has"
+    remedy = "merge it into the weights first, model = model.merge_and_unload()"
+    prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if prompts:
+        remedy = "a prompt is no weight: profile model.get_base_model()"
+    elif not hasattr(model, "merge_and_unload"):
+        remedy += " of the peft.PeftModel"
+    return f"{what} an adapter ({type(module).__name__}): {remedy}"
 
 
 def _patterns(given: Iterable[str]) -> list[str]:
@@ -128,7 +162,7 @@ def _matching(pattern: str, matrices: dict[str, Matrix]) -> list[str]:
         tails = {".".join(name.split(".")[-k:]): name for name in matrices for k in (1, 2)}
         close = difflib.get_close_matches(pattern.strip("*."), [*matrices, *tails], 3)
         meant = list(dict.fromkeys(x if x in matrices else f"*.{x}" for x in close))
-        hint = f"did you mean {' or '.join(meant)}?" if meant else "there are " + _few(matrices)
+        hint = f"did you mean {' or '.join(meant)}?" if meant else "there are " + few(matrices)
         raise ModelError(f"no module with a matrix is called {pattern!r}; {hint}")
     return hits
 
@@ -144,7 +178,8 @@ def _included(pattern: str, matrices: dict[str, Matrix], untie: bool) -> list[st
     return [(matrices[name].pair or (name,))[0] for name in usable]
 
 
-def _few(names: Collection[str]) -> str:
+def few(names: Collection[str]) -> str:
+    """The first three, and how many more."""
     return ", ".join(list(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -166,16 +201,22 @@ def _found(
             layers.append(layer)
             modules |= {member: matrices[member].module for member in layer.members}
     left_alone = [
-        LeftAlone(
-            name=name,
-            module=type(matrix.module).__name__,
-            parameters=sum(p.numel() for p in matrix.module.parameters(recurse=False)),
-            reason="excluded" if name in left_out else matrix.reason(),
-        )
+        _left_alone(name, matrix.module, "excluded" if name in left_out else matrix.reason())
         for name, matrix in matrices.items()
         if name not in modules
     ]
     return Selection(tuple(layers), modules, tuple(left_alone))
+
+
+def _left_alone(name: str, module: nn.Module, reason: str) -> LeftAlone:
+    """What computes a weight counts as the module's own."""
+    own = module.parameters(recurse=parametrize.is_parametrized(module))
+    return LeftAlone(
+        name=name,
+        module=type(module).__name__,
+        parameters=sum(map(numel_of, own)),
+        reason=reason,
+    )
 
 
 def _describe(name: str, matrix: Matrix) -> Layer:

@@ -8,7 +8,7 @@ from torch import nn
 from rankopt.layers import Layer
 from rankopt.model.lowrank import LowRank
 from rankopt.model.matrices import matrices_of
-from rankopt.model.weights import identities
+from rankopt.model.weights import identities, numel_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ def model_size(model: nn.Module, layers: Iterable[Layer] | None = None) -> Model
     planned = {owned[name, "weight"] for name in weights}
     return ModelSize(
         sum(unique[identity].numel() for identity in planned),
-        sum(p.numel() for p in unique.values()),
-        sum(p.numel() * p.element_size() for p in unique.values()),
+        sum(numel_of(p) for p in unique.values()),
+        sum(numel_of(p) * p.element_size() for p in unique.values() if numel_of(p)),
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from rankopt.errors import ModelError
 
@@ -84,6 +86,61 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return inner
 
 
+def computed(module: nn.Module) -> str | None:
+    """Why a weight or bias is no parameter that a layer holds, with the remedy; None if it is."""
+    held, buffers = module._parameters, module._buffers
+    for own in ("weight", "bias"):
+        if parametrize.is_parametrized(module, own):
+            how, remedy = "parametrize", f"parametrize.remove_parametrizations(module, {own!r})"
+        elif f"{own}_mask" in buffers:
+            how, remedy = "prune", f"prune.remove(module, {own!r})"
+        elif f"{own}_g" in held:
+            how, remedy = "weight_norm", f"remove_weight_norm(module, {own!r})"
+        elif f"{own}_orig" in held:
+            how, remedy = "spectral_norm", f"remove_spectral_norm(module, {own!r})"
+        elif own not in held or isinstance(getattr(type(module), own, None), property):
+            if own == "weight" or getattr(module, own, None) is not None:
+                return f"its {own} is no parameter of its own: make it an nn.Parameter first"
+            continue
+        elif held[own] is None and own == "weight":
+            return "it has no weight"
+        elif held[own] is not None and is_lazy(held[own]):
+            return "its weights are not initialised: run the model on a batch first"
+        else:
+            continue
+        return f"its {own} is computed (torch.nn.utils.{how}): {remedy} first"
+    return None
+
+
+def numel_of(parameter: nn.Parameter) -> int:
+    """Of a parameter; 0 of one that is not initialised."""
+    return 0 if is_lazy(parameter) else parameter.numel()
+
+
+def overlapping(model: nn.Module) -> dict[str, str]:
+    """Module -> another, where parameters that are not one lie in the same memory."""
+    spans = []
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            plain = type(parameter.data) is Tensor and not is_lazy(parameter)
+            if not plain or parameter.is_meta or parameter.layout is not torch.strided:
+                continue
+            if parameter.dim() >= 2 and parameter.numel():
+                steps = zip(parameter.shape, parameter.stride(), strict=True)
+                reach = 1 + sum((size - 1) * step for size, step in steps)
+                start = parameter.data_ptr()
+                end = start + reach * parameter.element_size()
+                spans.append((str(parameter.device), start, end, id(parameter), name))
+    found: dict[str, str] = {}
+    last = ("", 0, 0, 0, "")
+    for span in sorted(spans):
+        if span[0] == last[0] and span[1] < last[2] and span[3] != last[3]:
+            found.setdefault(span[4], last[4])
+            found.setdefault(last[4], span[4])
+        last = span if span[0] != last[0] else max(last, span, key=lambda each: each[2])
+    return found
+
+
 def memory_for(model: nn.Module) -> int | None:
     """Bytes on the model's device; None for several devices, or where it cannot be told."""
     devices = {parameter.device for parameter in model.parameters()}
@@ -111,7 +168,7 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _transposed(module: nn.Module) -> bool:
-    return is_conv1d(module) or type(module) is nn.Embedding
+    return is_conv1d(module) or isinstance(module, nn.Embedding)
 
 
 def identities(model: nn.Module) -> dict[tuple[str, str], object]:

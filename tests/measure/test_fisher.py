@@ -300,9 +300,9 @@ def test_half_precision_is_squared_and_summed_in_float32() -> None:
         fisher.begin(2, 1)
         fisher.backward((layer(x) * 1e-5).sum())
     gradient = torch.tensor(1e-5, dtype=torch.float16)
-    wanted = 2 * 6 * float(gradient) ** 2
     assert float(gradient.square()) == 0.0, "the trap: its square is zero in float16"
-    assert torch.allclose(fisher.sums["layer"].rows, torch.full((4,), wanted).double(), 1e-6, 0.0)
+    wanted = torch.full((4,), 2 * 6 * 1e-5**2).double()
+    assert torch.allclose(fisher.sums["layer"].rows, wanted, 1e-3, 0.0)
 
 
 def test_bfloat16_gives_the_rows_of_its_own_weights() -> None:
@@ -326,15 +326,16 @@ def test_nan_gradients_are_refused_naming_a_layer() -> None:
     model = tiny.llama()
     with torch.no_grad():
         model.model.norm.weight[0] = torch.inf
-    with pytest.raises(ModelError, match=r"layer model\.layers\."):
+    with pytest.raises(ModelError, match=r"batch 1: the loss is NaN; the first .* is model\.norm"):
         measured(model, tiny.batches(model))
 
 
-def test_a_planned_layer_that_is_never_called_is_an_error() -> None:
+def test_a_layer_that_is_never_called_is_left_alone() -> None:
     model = tiny.llama()
+    wanted = measured(model, tiny.batches(model))
     model.model.layers[1].spare = nn.Linear(24, 24)
-    with pytest.raises(ModelError, match=r"1 planned layers.*model\.layers\.1\.spare"):
-        measured(model, tiny.batches(model))
+    found = measured(model, tiny.batches(model))
+    assert found.keys() == wanted.keys() and difference(found, wanted) == 0.0
 
 
 class AuxiliaryForSequenceClassification(BertForSequenceClassification):  # type: ignore[misc]

@@ -135,16 +135,53 @@ def test_conv1d_is_described_and_read_in_normal_form() -> None:
     assert torch.allclose(module(x), x @ weight_of(module).T + module.bias, atol=1e-5)
 
 
+class Same(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
 class Special(nn.Linear):
-    pass
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2.0
 
 
-def test_subclasses_of_linear_are_left_alone() -> None:
+class Masked(nn.Linear):
+    """A further tensor, of no consequence so far."""
+
+    def __init__(self, *args: int, **kwargs: bool) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("mask", torch.ones(self.out_features, self.in_features))
+
+
+class Wants(nn.Linear):
+    def forward(self, input: torch.Tensor, scale: float) -> torch.Tensor:
+        return super().forward(input) * scale
+
+
+class Pair(nn.Linear):
+    def forward(self, input: torch.Tensor) -> Any:
+        return super().forward(input), None
+
+
+@pytest.mark.parametrize("kind", [Special, Masked, Wants, Pair])
+def test_subclasses_of_linear_that_are_more_are_left_alone(kind: type[nn.Linear]) -> None:
     model = tiny.llama()
-    model.model.layers[0].mlp.up_proj = Special(24, 40, bias=False)
+    model.model.layers[0].mlp.up_proj = kind(24, 40, bias=False)
     name = "model.layers.0.mlp.up_proj"
     assert name not in find_layers(model).modules
-    assert reasons(model)[name] == "not a plain nn.Linear or Conv1D"
+    assert reasons(model)[name].startswith(f"{kind.__name__} is a subclass of nn.Linear that comp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_subclasses_of_linear_that_compute_the_same_are_planned(
+    bias: bool, dtype: torch.dtype
+) -> None:
+    model = tiny.llama()
+    model.model.layers[0].mlp.up_proj = layer = Same(24, 40, bias=bias)
+    model.to(dtype)
+    assert find_layers(model).modules["model.layers.0.mlp.up_proj"] is layer
 
 
 def test_tied_matrices_are_left_alone_and_name_each_other() -> None:
@@ -180,7 +217,7 @@ def test_all_linear_layers_of_a_model_without_blocks_are_planned() -> None:
 
 def test_a_model_with_blocks_does_not_fall_back_on_its_head() -> None:
     model = nn.Sequential(nn.ModuleList([Special(8, 8)]), nn.Linear(8, 8))
-    with pytest.raises(ModelError, match=r"nothing to plan: .*not a plain nn\.Linear"):
+    with pytest.raises(ModelError, match=r"nothing to plan: Special is a subclass of nn\.Linear"):
         find_layers(model)
 
 
