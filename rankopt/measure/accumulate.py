@@ -23,6 +23,7 @@ from rankopt.measure.loss import Loss
 from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint, Seen
 from rankopt.measure.sums import Sums
+from rankopt.model.inputs import listed
 from rankopt.model.weights import device_of
 from rankopt.progress import bar
 
@@ -103,11 +104,12 @@ def gather(
     with _eager(model), Collector(model, modules, needs) as collector:
         if checkpoint is not None:
             seen = _resumed(checkpoint, collector)
-        resumed, started, chain, number = seen.batches, False, "", -1
+        resumed, checked, chain, number = seen.batches, 0, "", -1
         # Where some have passed a check, the others need not wait for them there.
         passed, seen.last_check = processes.latest(resumed, seen.last_check)
-        for number, batch in enumerate(bar(batches, "Fisher", "batch", progress)):
-            ready = loss.ready(batch, device)
+        for number, batch in enumerate(bar(listed(batches), "Fisher", "batch", progress)):
+            loss = loss if number else loss.settled(model, batch)
+            ready = loss.ready(batch, device, number)
             chain = chained(chain, ready)
             while number + 1 > check:
                 check *= 2
@@ -117,10 +119,11 @@ def gather(
                 raise _other_data(checkpoint)
             if number + 1 > resumed:
                 if processes.takes(number):
-                    if not started:
-                        loss.check(model, modules, ready)
-                        started = True
                     examples, targets = loss.backward(collector, model, ready, number)
+                    if checked < min(2, examples):
+                        # One example alone tells nothing of how several are kept apart.
+                        loss.check(model, modules, ready)
+                        checked = examples
                     units = loss.estimator.units(examples, targets)
                     seen.add(number, examples, targets, units, collector.totals)
                 seen.batches, seen.chain = number + 1, chain
