@@ -59,11 +59,10 @@ def frames_of(model: nn.Module, mask: Tensor | None) -> Frames | None:
 
 def _shortened(lengths: Any, shorten: Any, mask: Tensor, count: int) -> Tensor | None:
     """The mask of so many frames, before or behind the adapter that some models have."""
-    adapted = "add_adapter" in inspect.signature(shorten).parameters
-    ways: list[dict[str, Any]] = (
-        [{"add_adapter": False}, {"add_adapter": None}] if adapted else [{}]
-    )
-    for way in chosen if adapted else ({},):
+    ways: tuple[dict[str, Any], ...] = ({},)
+    if "add_adapter" in inspect.signature(shorten).parameters:
+        ways = ({"add_adapter": False}, {"add_adapter": None})
+    for way in ways:
         if int(lengths(torch.tensor(mask.shape[1]), **way)) == count:
             found: Tensor = shorten(count, mask.long(), **way) != 0
             return found

@@ -29,7 +29,7 @@ OF_TOKENS = (
     "token-classification",
 )
 #: Names of placeholders' ids in a configuration, as in image_token_id.
-_OTHER_KINDS = ("image", "video", "audio", "vision", "speech", "boi", "eoi")
+_OTHER_KINDS = ("image", "video", "audio")
 _WANTED = (
     "a batch is a dictionary of tensors as the model takes them, {'input_ids': ..., "
     "'attention_mask': ...}"
@@ -249,6 +249,15 @@ def _kind(value: Any) -> str:
     if isinstance(value, Tensor | np.ndarray):
         return f"a {type(value).__name__} of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
+
+
+def without_placeholders(ids: Tensor, batch: Mapping[str, Any], limits: Limits) -> Tensor:
+    """Tokens as labels; those that stand for pictures or sound in the batch are ignored."""
+    names = (*_OTHER_KINDS, "pixel", "input_features", "input_values")
+    if not any(name.startswith(names) for name in batch):
+        return ids
+    special = torch.tensor(sorted(limits.special), dtype=ids.dtype, device=ids.device)
+    return ids.masked_fill(torch.isin(ids, special), IGNORED)
 
 
 def real_positions(mask: Tensor) -> Tensor | None:

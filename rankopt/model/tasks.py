@@ -34,6 +34,7 @@ from rankopt.model.inputs import (
     limits_of,
     links,
     real_positions,
+    without_placeholders,
 )
 from rankopt.model.weights import device_of
 
@@ -247,8 +248,7 @@ def prepare(
         if not causal or not isinstance(ids, Tensor):
             has = ", ".join(ready)
             raise DataError(f"batch {number + 1}: a batch needs 'labels', it has: {has}")
-        special = torch.tensor(sorted(limits.special), dtype=ids.dtype, device=ids.device)
-        ready["labels"] = ids.masked_fill(torch.isin(ids, special), IGNORED)
+        ready["labels"] = without_placeholders(ids, ready, limits)
     labels = fitting_labels(task, ready["labels"], ready, limits, number)
     moved = task == UNSHIFTED and isinstance(ids, Tensor) and bool(_copied(labels, ids))
     if labels.dim() == 2 and task in OF_TOKENS:
