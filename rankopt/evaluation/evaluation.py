@@ -71,7 +71,6 @@ def evaluate(
     """
     model = unwrapped(model)
     loss, device = find_loss(model, loss_fn), device_of(model)
-    task = loss.task
     summed, examples, targets = 0.0, 0, 0
     truths: list[Tensor] = []
     guesses: list[Tensor] = []
@@ -82,13 +81,13 @@ def evaluate(
             found = loss.summed(model, ready)
             summed += found.loss
             examples, targets = examples + found.examples, targets + found.targets
-            if found.output is not None and not task.endswith("-lm"):
-                truth, guess = _answers(task, ready["labels"], found.output.logits)
+            if found.output is not None and not loss.task.endswith("-lm"):
+                truth, guess = _answers(loss.task, ready["labels"], found.output.logits)
                 truths.append(truth.cpu())
                 guesses.append(guess.cpu())
     if not examples:
         raise DataError("no batches were given")
-    loss_mean = summed / targets
+    loss_mean, task = summed / targets, loss.task
     metrics: dict[str, float] = {}
     if task.endswith("-lm"):
         metrics = {"perplexity": math.exp(min(loss_mean, 700.0))}

@@ -38,6 +38,7 @@ class Gathered:
         seen: how much; batches, totals and units in the order of the data.
         units: what the sums are divided by to be means.
         names: of the layers, in the order of the totals.
+        task: of the loss, as the batches have it.
     """
 
     sums: Mapping[str, Sums]
@@ -45,6 +46,7 @@ class Gathered:
     seen: Seen
     units: float
     names: tuple[str, ...]
+    task: str = ""
 
     def statistics(self, name: str) -> Statistics:
         """Of one layer; moments are assembled anew at each call."""
@@ -131,7 +133,7 @@ def gather(
                 if checkpoint is not None and due and processes.takes(number):
                     _save(checkpoint, collector, seen)
             if stop is not None and number + 1 == check >= max(passed, processes.count):
-                whole = _added_up(collector, seen, processes)
+                whole = _added_up(collector, seen, processes, loss.task)
                 seen.last_check, seen.stopped = stop(whole, seen.last_check)
                 if seen.stopped is not None:
                     break
@@ -140,7 +142,7 @@ def gather(
     if seen.batches < processes.count or not seen.batches:
         given = f"{seen.batches} batches for {processes.count} processes"
         raise DataError("no batches were given" if not seen.batches else given)
-    found = _added_up(collector, seen, processes)
+    found = _added_up(collector, seen, processes, loss.task)
     silent = [name for name in modules if name not in found.sums or not found.sums[name].seen]
     if silent:
         raise ModelError(
@@ -190,7 +192,7 @@ def _save(checkpoint: Checkpoint, collector: Collector, seen: Seen) -> None:
     resume.save(checkpoint.path, seen, tensors, layers, checkpoint.settings)
 
 
-def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathered:
+def _added_up(collector: Collector, seen: Seen, processes: Processes, task: str) -> Gathered:
     """The sums of all processes; the collector's own stay what they were.
 
     Raises:
@@ -198,7 +200,7 @@ def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathere
     """
     names = tuple(collector.modules)
     if processes.count == 1:
-        return Gathered(collector.sums, collector.owners, seen, sum(seen.units), names)
+        return Gathered(collector.sums, collector.owners, seen, sum(seen.units), names, task)
     chains = processes.together({str(processes.rank): f"{seen.batches} {seen.chain}"})
     if len(set(chains.values())) > 1:
         raise DataError(
@@ -225,4 +227,4 @@ def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathere
         units=totals[:, -1].tolist(),
         numbers=list(range(seen.batches)),
     )
-    return Gathered(sums, collector.owners, whole, sum(whole.units), names)
+    return Gathered(sums, collector.owners, whole, sum(whole.units), names, task)

@@ -98,7 +98,7 @@ def assembled(subject: Subject, parts: Parts, store: Store) -> Profile:
         versions=versions | {"transformers": version("transformers")},
         architecture=subject.architecture,
         fingerprint=subject.fingerprint,
-        task=subject.loss.task,
+        task=gathered.task,
         estimator=how.kind,
         unit=how.unit,
         draws=how.draws,

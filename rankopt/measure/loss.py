@@ -70,12 +70,14 @@ class ModelLoss:
     Attributes:
         task: see tasks.
         estimator: whose labels, and what is squared as one.
+        terms: the task whose terms are counted, where the first batch has told; see settled.
         fits: the likelihood of the task is the model's own loss, as far as is known.
         limits: of token ids and labels.
     """
 
     task: str
     estimator: Estimator = EMPIRICAL
+    terms: str = ""
     fits: bool = False
     limits: Limits = UNKNOWN
 
@@ -86,13 +88,25 @@ class ModelLoss:
 
     def settled(self, model: nn.Module, batch: Any) -> "ModelLoss":
         """With what only the first batch can tell."""
-        task, fits = settled(model, self.task, batch)
-        limits = limits_of(model, task)
-        return dataclasses.replace(self, task=task, fits=fits, limits=limits)
+        if self.terms:
+            return self
+        terms, fits = settled(model, self.task, batch)
+        return dataclasses.replace(
+            self,
+            # Who shifts the labels of a language model is nobody else's business.
+            task=self.task if self.task.endswith("-lm") else terms,
+            terms=terms,
+            fits=fits,
+            limits=limits_of(model, terms),
+        )
+
+    @property
+    def _counted(self) -> str:
+        return self.terms or self.task
 
     def ready(self, batch: Any, device: torch.device, number: int = 0) -> dict[str, Any]:
         """The batch on the device, with labels where the model's padding is left out."""
-        return prepare(self.task, batch, device, number, self.limits)
+        return prepare(self._counted, batch, device, number, self.limits)
 
     def check(self, model: nn.Module, modules: Mapping[str, nn.Module], ready: Batch) -> None:
         """Verify on a batch that the loss and the layers are what the sums take them for.
@@ -103,32 +117,34 @@ class ModelLoss:
         warn_of_rows(model, ready)
         if self.fits:
             tokens = positions_of(ready)
-            check_apart(model, modules, tokens, lambda: stated_losses(model, self.task, ready))
+            check_apart(model, modules, tokens, lambda: stated_losses(model, self._counted, ready))
             return
         if self.estimator.random:
-            check_likelihood(model, self.task, ready)
-        check_loss(model, self.task, ready)
-        check_examples(model, modules, self.task, ready)
+            check_likelihood(model, self._counted, ready)
+        check_loss(model, self._counted, ready)
+        check_examples(model, modules, self._counted, ready)
 
     def backward(
         self, collector: Collector, model: nn.Module, ready: Batch, number: int
     ) -> tuple[int, int]:
         """Run a batch forward and backward; how many examples and targets it has."""
-        terms = loss_terms(self.task, ready["labels"])
-        _begin(collector, model, self.task, lambda each: mean_loss(model, each), ready, len(terms))
-        losses = self.estimator.losses(model, self.task, ready, number, fits=self.fits)
+        terms = loss_terms(self._counted, ready["labels"])
+        _begin(
+            collector, model, self._counted, lambda each: mean_loss(model, each), ready, len(terms)
+        )
+        losses = self.estimator.losses(model, self._counted, ready, number, fits=self.fits)
         for loss, again in losses:
             collector.backward(loss, again=again)
         return len(terms), int(terms.sum())
 
     def summed(self, model: nn.Module, ready: Batch) -> Summed:
         """The loss of a batch, without its graph if there is none."""
-        terms = loss_terms(self.task, ready["labels"])
+        terms = loss_terms(self._counted, ready["labels"])
         loss, output = mean_loss(model, ready)
         total = loss.double() * terms.sum()
         if self.fits and torch.finfo(loss.dtype).bits < 32:
             # A mean of few digits; its terms have more.
-            stated = likelihood(self.task, output, ready["labels"])
+            stated = likelihood(self._counted, output, ready["labels"])
             total = total if stated is None else stated.sum(dtype=torch.float64)
         return Summed(float(total), len(terms), int(terms.sum()), output)
 

@@ -68,9 +68,11 @@ def profile_model(
     Args:
         model: a transformers model with a head and its own loss, or any module with ``loss_fn``;
             weights loaded.
-        batches: dictionaries of tensors as the model takes them, ``(B, T)`` inputs and labels.
-            Causal language models shift labels themselves: give ``labels`` equal to ``input_ids``,
-            or leave them out. Labels of padding are ignored. With ``loss_fn``, anything.
+        batches: dictionaries of tensors as the model takes them, ``(B, T)`` inputs and labels; of
+            lists of numbers or numpy arrays tensors are made. Of causal language models give
+            ``labels`` equal to ``input_ids``, or leave them out: they are shifted by the head, or,
+            where it does not, here. Labels of padding are ignored, and those that would be
+            predicted from it. With ``loss_fn``, anything, examples first.
         backends: ``fwsvd``, ``fwsvd_two_sided``, ``kronecker``, ``svd``, ``tfwsvd``, ``whitened``,
             any that is installed, or ``module:object``; only what they need is measured.
         loss_fn: (model, batch) -> the loss of each example, summed over its terms, ``(B,)``.

@@ -92,7 +92,7 @@ def listed(batches: Any) -> Iterable[Any]:
         DataError: one batch instead of several, or no batches at all; says what is wanted.
     """
     if isinstance(batches, Mapping):
-        raise DataError(f"batches were given as one {_kind(batches)}: give a list of them, [batch]")
+        raise DataError(f"batches were given as {_kind(batches)}: that is one, give a list of them")
     if isinstance(batches, str | bytes | os.PathLike):
         raise DataError(
             f"batches were given as {_kind(batches)}: give a list of dictionaries of tensors; the "
@@ -205,7 +205,7 @@ def fitting_labels(
     if labels.is_floating_point() or labels.dtype == torch.bool:
         if not bool((labels == labels.long()).all()):
             raise DataError(f"{where} are no whole numbers: class numbers are wanted")
-        labels = labels.long()
+    labels = labels.long()
     limit = int(ids.shape[1]) if task == "multiple-choice" and ids is not None else limits.classes
     _in_range(labels, limit, frozenset({IGNORED}), number, "label", "the model has classes")
     return labels
@@ -248,7 +248,7 @@ def _in_range(
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor | np.ndarray):
         return f"a {type(value).__name__} of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
+    return "None" if value is None else f"a value of type {type(value).__name__}"
 
 
 def without_placeholders(ids: Tensor, batch: Mapping[str, Any], limits: Limits) -> Tensor:

@@ -131,6 +131,8 @@ def settled(model: nn.Module, task: str, batch: Any) -> tuple[str, bool]:
         fits = apart[task] <= tolerance(model)
         if task == UNSHIFTED and not fits:
             task = "causal-lm"
+        if task == "causal-lm" and fits and labels is not None:
+            _require_unshifted(model, labels, ready.get("input_ids"))
         if task == UNSHIFTED and _sees_ahead(model, ready, output):
             if labels is None or bool(_copied(labels, ready["input_ids"])):
                 raise DataError(
@@ -203,6 +205,18 @@ def _sees_ahead(model: nn.Module, ready: Batch, output: Any) -> bool:
     _, changed = mean_loss(model, {**ready, "input_ids": other})
     before, after = output.logits[seen, :-1], changed.logits[seen, :-1]
     return not torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max() or 1))
+
+
+def _require_unshifted(model: nn.Module, labels: Tensor, ids: Tensor | None) -> None:
+    if ids is None or labels.shape != ids.shape or bool(_copied(labels, ids)):
+        return
+    last = torch.full_like(ids[:, :1], IGNORED)
+    if bool(_copied(labels.to(ids.device), torch.cat([ids[:, 1:], last], 1))):
+        raise DataError(
+            f"the labels are the next tokens of the input: {type(model).__name__} moves labels by "
+            "one place itself, and would predict the token after the next; give labels equal to "
+            "input_ids, or leave them out"
+        )
 
 
 def _copied(labels: Tensor, ids: Tensor) -> Tensor:
