@@ -54,13 +54,8 @@ class Layout:
         """The padding mask of a layer's positions of this shape, or None."""
         side = self.sides.get(use)
         masks = self.masks if side is None else self.masks[side : side + 1]
-        # Flattened positions have one dimension.
-        fitting = [
-            mask
-            for mask in masks
-            if mask is not None
-            and (tuple(mask.shape) == tuple(shape) or (mask.numel(),) == tuple(shape))
-        ]
+        spread = (_spread(mask, tuple(shape)) for mask in masks if mask is not None)
+        fitting = [mask for mask in spread if mask is not None]
         if fitting or self.frames is None or side not in (None, 0) or self.masks[:1] == (None,):
             return fitting[0] if len(fitting) == 1 else None
         made = self.frames(shape[-1] if len(shape) > 1 else shape[0] // max(self.examples, 1))
@@ -92,6 +87,15 @@ class Layout:
                 "profile with batch size 1"
             )
         return tensor.reshape(examples, -1, features)
+
+
+def _spread(mask: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The mask for positions ``(B, T)``, flattened, or with heads before or behind; or None."""
+    if tuple(mask.shape) == shape or (mask.numel(),) == shape:
+        return mask
+    if len(shape) != 3 or shape[0] != mask.shape[0] or shape[1:].count(mask.shape[1]) != 1:
+        return None
+    return mask.unsqueeze(1 if shape[2] == mask.shape[1] else 2).expand(shape)
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -202,9 +202,8 @@ def fitting_labels(
             f"{where} of shape {shape}: one class an example is wanted, (B,); for several "
             'yes-or-no answers set model.config.problem_type = "multi_label_classification"'
         )
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        if not bool((labels == labels.long()).all()):
-            raise DataError(f"{where} are no whole numbers: class numbers are wanted")
+    if labels.is_floating_point() and not bool((labels == labels.long()).all()):
+        raise DataError(f"{where} are no whole numbers: class numbers are wanted")
     labels = labels.long()
     limit = int(ids.shape[1]) if task == "multiple-choice" and ids is not None else limits.classes
     _in_range(labels, limit, frozenset({IGNORED}), number, "label", "the model has classes")
@@ -307,3 +306,27 @@ def document_starts(batch: Mapping[str, Any], positions: int) -> Tensor | None:
         starts[0, ends[1:-1].long()] = True
         return starts
     return None
+
+
+def require_unmoved(model: str, labels: Tensor, ids: Tensor | None) -> None:
+    """Refuse labels that are the next tokens already, where the head moves them itself.
+
+    Raises:
+        DataError: they are; names the model.
+    """
+    if ids is None or labels.shape != ids.shape or bool(copied(labels, ids)):
+        return
+    last = torch.full_like(ids[:, :1], IGNORED)
+    if bool(copied(labels.to(ids.device), torch.cat([ids[:, 1:], last], 1))):
+        raise DataError(
+            f"the labels are the next tokens of the input: {model} moves labels by "
+            "one place itself, and would predict the token after the next; give labels equal to "
+            "input_ids, or leave them out"
+        )
+
+
+def copied(labels: Tensor, ids: Tensor) -> Tensor:
+    """Whether labels are the input itself, where they are not ignored."""
+    if labels.shape != ids.shape:
+        return torch.tensor(False)
+    return ((labels == ids.to(labels.device)) | (labels == IGNORED)).all()

@@ -29,11 +29,13 @@ from rankopt.model.inputs import (
     Limits,
     as_batch,
     check_tokens,
+    copied,
     document_starts,
     fitting_labels,
     limits_of,
     links,
     real_positions,
+    require_unmoved,
     without_placeholders,
 )
 from rankopt.model.weights import device_of
@@ -124,7 +126,13 @@ def settled(model: nn.Module, task: str, batch: Any) -> tuple[str, bool]:
             task = "multi-label-classification"
     ready = prepare(task, batch, device_of(model), 0, limits_of(model, task))
     with torch.no_grad(), in_eval(model):
-        loss, output = mean_loss(model, ready)
+        try:
+            loss, output = mean_loss(model, ready)
+        except (TypeError, ValueError) as error:
+            what = str(error).partition("\n")[0]
+            raise DataError(
+                f"{type(model).__name__} does not take the first batch: {what}"
+            ) from error
         possible = (task, UNSHIFTED) if task == "causal-lm" else (task,)
         apart = {each: off(each, loss, output, ready["labels"])[0] for each in possible}
         task = min(apart, key=lambda each: apart[each])
@@ -132,9 +140,9 @@ def settled(model: nn.Module, task: str, batch: Any) -> tuple[str, bool]:
         if task == UNSHIFTED and not fits:
             task = "causal-lm"
         if task == "causal-lm" and fits and labels is not None:
-            _require_unshifted(model, labels, ready.get("input_ids"))
+            require_unmoved(type(model).__name__, labels, ready.get("input_ids"))
         if task == UNSHIFTED and _sees_ahead(model, ready, output):
-            if labels is None or bool(_copied(labels, ready["input_ids"])):
+            if labels is None or bool(copied(labels, ready["input_ids"])):
                 raise DataError(
                     f"{type(model).__name__} predicts the label at a position from all tokens, "
                     "that one included: labels equal to the input would teach it to copy; mask "
@@ -207,25 +215,6 @@ def _sees_ahead(model: nn.Module, ready: Batch, output: Any) -> bool:
     return not torch.allclose(before, after, rtol=1e-3, atol=1e-4 * float(before.abs().max() or 1))
 
 
-def _require_unshifted(model: nn.Module, labels: Tensor, ids: Tensor | None) -> None:
-    if ids is None or labels.shape != ids.shape or bool(_copied(labels, ids)):
-        return
-    last = torch.full_like(ids[:, :1], IGNORED)
-    if bool(_copied(labels.to(ids.device), torch.cat([ids[:, 1:], last], 1))):
-        raise DataError(
-            f"the labels are the next tokens of the input: {type(model).__name__} moves labels by "
-            "one place itself, and would predict the token after the next; give labels equal to "
-            "input_ids, or leave them out"
-        )
-
-
-def _copied(labels: Tensor, ids: Tensor) -> Tensor:
-    """Whether labels are the input itself, where they are not ignored."""
-    if labels.shape != ids.shape:
-        return torch.tensor(False)
-    return ((labels == ids.to(labels.device)) | (labels == IGNORED)).all()
-
-
 def loss_terms(task: str, labels: Tensor) -> Tensor:
     """How many terms of the mean each example has; labels ``(B, ...)`` -> ``(B,)``."""
     if task == "causal-lm":
@@ -264,7 +253,7 @@ def prepare(
             raise DataError(f"batch {number + 1}: a batch needs 'labels', it has: {has}")
         ready["labels"] = without_placeholders(ids, ready, limits)
     labels = fitting_labels(task, ready["labels"], ready, limits, number)
-    moved = task == UNSHIFTED and isinstance(ids, Tensor) and bool(_copied(labels, ids))
+    moved = task == UNSHIFTED and isinstance(ids, Tensor) and bool(copied(labels, ids))
     if labels.dim() == 2 and task in OF_TOKENS:
         name = "decoder_attention_mask" if task == "seq2seq-lm" else "attention_mask"
         labels = _without_padding(labels, ready, name, joined=task == "causal-lm" or moved)
