@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt.model.tasks import Batch, prepare, task_of
+from rankopt.model.inputs import limits_of, listed
+from rankopt.model.tasks import Batch, prepare, settled, task_of
 from rankopt.model.weights import device_of
 
 
@@ -25,15 +26,18 @@ def chained(before: str, ready: Any) -> str:
 
 
 def data_digest(model: nn.Module, batches: Iterable[Batch]) -> str:
-    """The digest that a profile of these batches has, without measuring.
+    """The digest that a profile of these batches has; runs the model on the first only.
 
     Args:
         model: with its own loss; its task says which labels are left out.
         batches: as profile_model takes them.
     """
     task, device, chain = task_of(model), device_of(model), ""
-    for batch in batches:
-        chain = chained(chain, prepare(task, batch, device))
+    for number, batch in enumerate(listed(batches)):
+        if not number:
+            task, _ = settled(model, task, batch)
+            limits = limits_of(model, task)
+        chain = chained(chain, prepare(task, batch, device, number, limits))
     return chain
 
 

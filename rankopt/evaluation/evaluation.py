@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from rankopt.errors import DataError, MissingExtraError
 from rankopt.layers import Layer
 from rankopt.measure.loss import find_loss
+from rankopt.model.inputs import listed
 from rankopt.model.size import model_size
-from rankopt.model.tasks import IGNORED, LossFunction
+from rankopt.model.tasks import IGNORED, LossFunction, in_eval
 from rankopt.model.weights import device_of, unwrapped
 from rankopt.progress import bar
 
@@ -70,28 +71,23 @@ def evaluate(
     """
     model = unwrapped(model)
     loss, device = find_loss(model, loss_fn), device_of(model)
-    task = loss.task
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     summed, examples, targets = 0.0, 0, 0
     truths: list[Tensor] = []
     guesses: list[Tensor] = []
-    try:
-        for batch in bar(batches, "Evaluate", "batch", progress):
-            ready = loss.ready(batch, device)
+    with in_eval(model):
+        for number, batch in enumerate(bar(listed(batches), "Evaluate", "batch", progress)):
+            loss = loss if number else loss.settled(model, batch)
+            ready = loss.ready(batch, device, number)
             found = loss.summed(model, ready)
             summed += found.loss
             examples, targets = examples + found.examples, targets + found.targets
-            if found.output is not None and not task.endswith("-lm"):
-                truth, guess = _answers(task, ready["labels"], found.output.logits)
+            if found.output is not None and not loss.task.endswith("-lm"):
+                truth, guess = _answers(loss.task, ready["labels"], found.output.logits)
                 truths.append(truth.cpu())
                 guesses.append(guess.cpu())
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not examples:
         raise DataError("no batches were given")
-    loss_mean = summed / targets
+    loss_mean, task = summed / targets, loss.task
     metrics: dict[str, float] = {}
     if task.endswith("-lm"):
         metrics = {"perplexity": math.exp(min(loss_mean, 700.0))}

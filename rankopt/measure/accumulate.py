@@ -91,7 +91,7 @@ def gather(
         model: unwrapped; left as it was.
         modules: layer name -> module.
         batches: the same for all processes.
-        loss: what is back-propagated.
+        loss: what is back-propagated; settled.
         needs: statistics beyond the rows.
         processes: that share the data.
         checkpoint: go on from it if it is there, and write it.
@@ -108,11 +108,11 @@ def gather(
     with _eager(model), Collector(model, modules, needs) as collector:
         if checkpoint is not None:
             seen = _resumed(checkpoint, collector)
-        resumed, started, chain, number = seen.batches, False, "", -1
+        resumed, checked, chain, number = seen.batches, 0, "", -1
         # Where some have passed a check, the others need not wait for them there.
         passed, seen.last_check = processes.latest(resumed, seen.last_check)
         for number, batch in enumerate(bar(batches, "Fisher", "batch", progress)):
-            ready = loss.ready(batch, device)
+            ready = loss.ready(batch, device, number)
             chain = chained(chain, ready)
             while number + 1 > check:
                 check *= 2
@@ -123,10 +123,11 @@ def gather(
             if number + 1 > resumed:
                 if processes.takes(number):
                     with _located(model, loss, ready, number):
-                        if not started:
-                            loss.check(model, modules, ready)
-                            started = True
                         examples, targets = loss.backward(collector, model, ready, number)
+                        if checked < min(2, examples):
+                            # One example alone tells nothing of how several are kept apart.
+                            loss.check(model, modules, ready)
+                            checked = examples
                     units = loss.estimator.units(examples, targets)
                     seen.add(number, examples, targets, units, collector.totals)
                 seen.batches, seen.chain = number + 1, chain
@@ -143,8 +144,7 @@ def gather(
     if seen.batches < processes.count or not seen.batches:
         given = f"{seen.batches} batches for {processes.count} processes"
         raise DataError("no batches were given" if not seen.batches else given)
-    found = _added_up(collector, seen, processes)
-    return found
+    return _added_up(collector, seen, processes)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Checks of the first batch: that the loss and the layers are what the sums take them for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,25 +8,199 @@ from torch import Tensor, nn
 
 from rankopt.errors import ModelError
 from rankopt.measure.collector import Collector
+from rankopt.measure.layout import Layout, widened
+from rankopt.measure.taps import tap
 from rankopt.model.tasks import (
+    IGNORED,
+    OF_TOKENS,
     Batch,
+    likelihood,
     loss_terms,
     mean_loss,
+    off,
     positions_of,
     rows_of,
-    term_losses,
+    tolerance,
 )
+
+_MIXED = (
+    "which example an input belongs to is lost (batches not in the first dimension? a loss or a "
+    "layer that couples examples?); profile with batch size 1, or leave it out with exclude"
+)
+#: At most so many examples are taken one by one, where that is the only way.
+_SINGLY = 8
+
+
+def check_apart(
+    model: nn.Module, modules: Mapping[str, nn.Module], tokens: int, run: Callable[[], Tensor]
+) -> None:
+    """Verify for all examples that each is seen as one: some layouts and losses mix them unnoticed.
+
+    The examples' losses are multiplied by powers of two and back-propagated again: where examples
+    are apart, the gradients of each are multiplied by just its own. Four powers tell four examples
+    from each other, two passes sixteen.
+
+    Args:
+        model: whose layers they are; in eval mode, weights frozen.
+        modules: layer name -> module.
+        tokens: positions of an example.
+        run: runs the model; the loss of each example ``(B,)``, with its graph.
+
+    Raises:
+        ModelError: the gradient of one example's loss is found where another is.
+    """
+    layout, found = Layout.of(0, tokens), dict[str, Tensor]()
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def sink(_: Tensor, gradient: Tensor) -> None:
+            by_example = layout.by_example(name, widened(gradient)).flatten(1)
+            energy = torch.linalg.vector_norm(by_example, dim=1).double().square().cpu()
+            found[name] = found[name] + energy if name in found else energy
+
+        return lambda module, args, output: tap(output, output.new_zeros(()), sink)
+
+    def energies(weights: Tensor, *, again: bool) -> dict[str, Tensor]:
+        found.clear()
+        (losses * weights).sum().backward(retain_graph=again)  # type: ignore[no-untyped-call]
+        return dict(found)
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        losses = run()
+        count = len(losses)
+        if count < 2 or not losses.requires_grad:
+            return
+        layout = Layout.of(count, tokens)
+        plain = energies(torch.ones_like(losses), again=True)
+        digits = [4**k for k in range(count.bit_length()) if 4**k < count]
+        for digit in digits:
+            weights = 2.0 ** (torch.arange(count, device=losses.device) // digit % 4)
+            scaled = energies(weights.to(losses.dtype), again=digit != digits[-1])
+            for name, energy in plain.items():
+                wanted = energy * weights.double().cpu().square()
+                slack = 10 * tolerance(model) * (wanted + 1e-6 * wanted.max())
+                if bool(((scaled[name] - wanted).abs() > slack).any()):
+                    raise ModelError(f"layer {name}: {_MIXED}")
+    finally:
+        for each in hooks:
+            each.remove()
+
+
+def stated_losses(model: nn.Module, task: str, batch: Batch) -> Tensor:
+    """The loss of each example by its likelihood, which is verified to be the model's own.
+
+    Raises:
+        ModelError: it is not.
+    """
+    loss, output = mean_loss(model, batch)
+    apart, terms = off(task, loss, output, batch["labels"])
+    if terms is None or apart > tolerance(model):
+        raise no_plain_mean(model, task)
+    return terms.sum(1)
+
+
+def no_plain_mean(model: nn.Module, task: str) -> ModelError:
+    """What is said of a loss that is another than that of other batches."""
+    return ModelError(
+        f"the loss of {type(model).__name__} is not a plain mean over its {task} terms: for some "
+        "batches it is the likelihood, for this one it is not. Fisher information per example "
+        "cannot be read off it (weights per class? auxiliary losses?); profile with loss_fn"
+    )
+
+
+def check_likelihood(model: nn.Module, task: str, batch: Batch) -> None:
+    """Refuse to draw labels where the model's loss is no likelihood.
+
+    Raises:
+        ModelError: says what both are.
+    """
+    with torch.no_grad():
+        loss, output = mean_loss(model, batch)
+        terms = likelihood(task, output, batch["labels"])
+        count = loss_terms(task, batch["labels"]).sum()
+    says = "cannot be told" if terms is None else f"says {float(terms.sum() / count):.6g}"
+    raise ModelError(
+        f"the loss of {type(model).__name__} is {float(loss):.6g} for a batch where the "
+        f"likelihood of {task} {says}: labels cannot be drawn from it, nor tokens taken apart; "
+        "use the empirical estimator per example"
+    )
+
+
+def check_loss(model: nn.Module, task: str, batch: Batch) -> None:
+    """Verify that a loss of which no likelihood is known is the mean that the task says.
+
+    The terms of the batch are parted, into examples and, of tokens, into those at even and at odd
+    places: the loss of all is that of the parts, weighted by their terms.
+
+    Raises:
+        ModelError: it is not, or an auxiliary loss is added to it.
+    """
+
+    def total(part: Batch) -> float:
+        loss, output = mean_loss(model, part)
+        if getattr(output, "aux_loss", None) is not None:
+            raise ModelError(_not_plain(model, task, "an auxiliary loss is added to it"))
+        return float(loss.double() * loss_terms(task, part["labels"]).sum())
+
+    with torch.no_grad():
+        for whole, parts in _partings(model, task, batch):
+            together, apart = total(whole), sum(total(part) for part in parts)
+            if abs(together - apart) > tolerance(model) * abs(apart):
+                what = f"{together:.6g} for all together, {apart:.6g} for its {len(parts)} parts"
+                raise ModelError(_not_plain(model, task, what))
+
+
+def _not_plain(model: nn.Module, task: str, what: str) -> str:
+    return (
+        f"the loss of {type(model).__name__} is not a plain mean over its {task} terms: {what}. "
+        "Fisher information per example cannot be read off it (auxiliary losses? weights per "
+        "class?)"
+    )
+
+
+def _partings(
+    model: nn.Module, task: str, batch: Batch
+) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
+    labels = batch["labels"]
+    if len(labels) > 1:
+        size = min(len(labels), _SINGLY)
+        yield _few(model, batch, size), [rows_of(batch, slice(n, n + 1)) for n in range(size)]
+    if task in OF_TOKENS:
+        places = torch.arange(labels.shape[1], device=labels.device) % 2
+        places = places.reshape(1, -1, *(1,) * (labels.dim() - 2))
+        parts = [{**batch, "labels": labels.masked_fill(places == k, IGNORED)} for k in (0, 1)]
+        if all(bool(loss_terms(task, part["labels"]).any()) for part in parts):
+            yield batch, parts
+    else:
+        yield batch, [dict(batch)]
+
+
+def _few(model: nn.Module, batch: Batch, size: int) -> dict[str, Any]:
+    """The first examples.
+
+    Raises:
+        ModelError: some tensor does not have one row an example.
+    """
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.dim() and len(value) != len(batch["labels"]):
+            raise ModelError(
+                f"the loss of {type(model).__name__} is no likelihood that is known, and {name} of "
+                f"shape {tuple(value.shape)} cannot be parted into examples to see what it is a "
+                "mean of; profile with batch size 1"
+            )
+    return rows_of(batch, slice(0, size))
 
 
 def check_examples(
     model: nn.Module, modules: Mapping[str, nn.Module], task: str, batch: Batch
 ) -> None:
-    """Verify on two examples that each is seen as one: some layouts mix them unnoticed.
+    """The same as check_apart, one by one: for a loss that is known as a mean only.
 
     Raises:
-        ModelError: the Fisher information of both together is not that of each.
+        ModelError: the Fisher information of several together is not that of each.
     """
-    if len(batch["labels"]) < 2:
+    size = min(len(batch["labels"]), _SINGLY)
+    if size < 2:
         return
     with Collector(model, modules) as probe:
 
@@ -37,57 +211,9 @@ def check_examples(
             probe.backward(mean_loss(model, part)[0] * terms.sum())
             return probe.totals
 
-        together = total(slice(0, 2))
-        apart = total(slice(0, 1)) + total(slice(1, 2))
+        together = total(slice(0, size))
+        apart = torch.stack([total(slice(n, n + 1)) for n in range(size)]).sum(0)
     precision = torch.finfo(next(model.parameters()).dtype).eps
     other = (together - apart).abs() > max(0.01, 32 * precision) * apart
     if bool(other.any()):
-        name = list(modules)[int(other.nonzero()[0])]
-        raise ModelError(
-            f"layer {name}: the Fisher information of two examples together is not that of each by "
-            "itself: which example an input belongs to is lost (batches not in the first "
-            "dimension?); profile with batch size 1, or leave it out with exclude"
-        )
-
-
-def check_terms(model: nn.Module, task: str, batch: Batch) -> None:
-    """Verify that the model's loss is the likelihood that term_losses states.
-
-    Raises:
-        ModelError: it is not (label smoothing, say).
-    """
-    with torch.no_grad():
-        loss, output = mean_loss(model, batch)
-        stated = term_losses(task, output.logits, batch["labels"]).sum()
-        given = loss.double() * loss_terms(task, batch["labels"]).sum()
-    precision = torch.finfo(next(model.parameters()).dtype).eps
-    if abs(float(stated) - float(given)) > max(1e-4, 16 * precision) * abs(float(given)):
-        raise ModelError(
-            f"the loss of {type(model).__name__} is {float(given):.6g} for a batch where the "
-            f"likelihood of {task} says {float(stated):.6g}: labels cannot be drawn from it, nor "
-            "tokens taken apart; use the empirical estimator per example"
-        )
-
-
-def check_loss(model: nn.Module, task: str, batch: Batch, examples: int = 3) -> None:
-    """Verify on a few examples that the loss is the mean that the task says.
-
-    Raises:
-        ModelError: the loss of the examples together is not that of each, weighted by its terms.
-    """
-
-    def total(part: dict[str, Any]) -> float:
-        loss, _ = mean_loss(model, part)
-        return float(loss.double() * loss_terms(task, part["labels"]).sum())
-
-    size = len(batch["labels"])
-    with torch.no_grad():
-        together = total(rows_of(batch, slice(0, examples)))
-        apart = sum(total(rows_of(batch, slice(n, n + 1))) for n in range(min(examples, size)))
-    precision = torch.finfo(next(model.parameters()).dtype).eps
-    if abs(together - apart) > max(1e-4, 16 * precision) * abs(apart):
-        raise ModelError(
-            f"the loss of {type(model).__name__} is not a plain mean over its {task} terms: "
-            f"{together:.6g} for {examples} examples together, {apart:.6g} one by one. Fisher "
-            "information per example cannot be read off it (auxiliary losses? weights per class?)"
-        )
+        raise ModelError(f"layer {list(modules)[int(other.nonzero()[0])]}: {_MIXED}")

@@ -41,7 +41,7 @@ from rankopt.measure.fisher import (
     squared_gradients,
     squared_gradients_of_embedding,
 )
-from rankopt.measure.layout import Layout, flattened, widened
+from rankopt.measure.layout import Frames, Layout, Use, flattened, widened
 from rankopt.measure.sums import Sums
 from rankopt.measure.taps import frozen, input_of, tap
 from rankopt.model.weights import device_of, tensor_of, weight_of, weight_shape
@@ -67,6 +67,7 @@ class Collector:
         sums: layer name -> what has been added up.
         owners: layer name -> the layer that holds its second moment, itself or another.
         totals: sum of rows that the last batch added, shape ``(layers,)``, float64.
+        sides: which mask a use of a layer goes by; None before that was looked for.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Collector:
         self.sums: dict[str, Sums] = {}
         self.owners: dict[str, str] = {}
         self.totals = torch.zeros(len(self.modules), dtype=torch.float64)
+        self.sides: dict[Use, int] | None = None
         self._traced = bool(self.needs & {"second_moment", "gradient_moment"})
         self._shapes = {name: weight_shape(module) for name, module in self.modules.items()}
         self._totals: dict[str, Tensor] = {}
@@ -110,7 +112,13 @@ class Collector:
     ) -> None:
         self._stack.close()
 
-    def begin(self, examples: int, tokens: int, masks: Collection[Tensor] = ()) -> None:
+    def begin(
+        self,
+        examples: int,
+        tokens: int,
+        masks: Collection[Tensor | None] = (),
+        frames: Frames | None = None,
+    ) -> None:
         """Announce a batch.
 
         Args:
@@ -118,8 +126,9 @@ class Collector:
             tokens: positions of each, to recognise inputs of shape ``(examples * tokens, in)``.
             masks: shape ``(examples, positions)``, False at padding; inputs of that shape are
                 masked in second moments.
+            frames: see Layout.
         """
-        self._layout = Layout.of(examples, tokens, masks)
+        self._layout = Layout.of(examples, tokens, masks, self.sides, frames)
         self._totals = {}
         self._uses.clear()
         self._pending.clear()
@@ -287,7 +296,8 @@ class Collector:
             shared = self._of(owner, output.device)
             assert shared.second is None or self.sums[owner] is shared
         inputs = x if not embedding else None
-        mask = self._layout.mask_for((x if embedding else x[..., 0]).shape)
+        use = (name, self._uses[name])
+        mask = self._layout.mask_for((x if embedding else x[..., 0]).shape, use)
         if inputs is None:
             positions = int(mask.sum()) if mask is not None else x.numel()
             sums.traces[0] += positions

@@ -25,7 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.errors import OptionError
-from rankopt.model.tasks import Batch, draw_labels, loss_terms, mean_loss, term_losses
+from rankopt.measure.checks import no_plain_mean
+from rankopt.model.tasks import (
+    OF_TOKENS,
+    Batch,
+    draw_labels,
+    loss_terms,
+    mean_loss,
+    off,
+    term_losses,
+    tolerance,
+)
 
 Kind = Literal["empirical", "sampled"]
 Unit = Literal["example", "token"]
@@ -75,7 +85,7 @@ class Estimator:
         return self.draws * (targets if self.unit == "token" else examples)
 
     def losses(
-        self, model: nn.Module, task: str, batch: Batch, number: int
+        self, model: nn.Module, task: str, batch: Batch, number: int, *, fits: bool = False
     ) -> Iterator[tuple[Tensor, bool]]:
         """Run the model, and yield what is to be back-propagated: a sum over the units' losses.
 
@@ -84,12 +94,22 @@ class Estimator:
             task: see tasks.
             batch: prepared.
             number: of the batch, for the seed.
+            fits: the likelihood was the model's own loss on the first batch. Where that is seen at
+                little cost, of labels of whole examples, it must be so on every batch.
 
         Yields:
             The loss, and whether another on the same graph follows.
+
+        Raises:
+            ModelError: it is not.
         """
         loss, output = mean_loss(model, batch)
         labels = batch["labels"]
+        if fits and task not in OF_TOKENS:
+            with torch.no_grad():
+                apart, _ = off(task, loss, output, labels)
+            if apart > tolerance(model):
+                raise no_plain_mean(model, task)
         if not self.random:
             yield loss * loss_terms(task, labels).sum(), False
             return

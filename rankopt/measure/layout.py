@@ -5,12 +5,17 @@ flatten positions, ``(B T, features)``; the number of rows tells.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from rankopt.errors import ModelError
+
+#: A layer, and which of its uses in one forward pass, from 1.
+Use = tuple[str, int]
+#: Positions of a layer -> the padding mask of as many, or None.
+Frames = Callable[[int], Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,28 +25,48 @@ class Layout:
     Attributes:
         examples: B.
         tokens: positions of each, to recognise inputs of shape ``(B T, features)``.
-        masks: padding masks by shape ``(B, T)``, False at padding; none without padding.
+        masks: padding masks ``(B, T)``, False at padding: of the encoder, and of the decoder if
+            there is one; None without padding.
+        sides: which of the masks a use of a layer goes by, where that is known.
+        frames: makes a mask for positions that none of the masks has, from the first.
     """
 
     examples: int
     tokens: int
-    masks: dict[tuple[int, ...], Tensor]
+    masks: tuple[Tensor | None, ...]
+    sides: Mapping[Use, int] = dataclasses.field(default_factory=dict)
+    frames: Frames | None = None
 
     @classmethod
-    def of(cls, examples: int, tokens: int, masks: Collection[Tensor] = ()) -> "Layout":
+    def of(
+        cls,
+        examples: int,
+        tokens: int,
+        masks: Collection[Tensor | None] = (),
+        sides: Mapping[Use, int] | None = None,
+        frames: Frames | None = None,
+    ) -> "Layout":
         """With those of the masks that mark any padding."""
-        marking = {tuple(mask.shape): mask for mask in masks if not bool(mask.all())}
-        return cls(examples, tokens, marking)
+        marking = tuple(None if mask is None or bool(mask.all()) else mask for mask in masks)
+        return cls(examples, tokens, marking, sides or {}, frames)
 
-    def mask_for(self, shape: tuple[int, ...]) -> Tensor | None:
-        """The padding mask of positions of this shape, or None."""
-        if not self.masks:
-            return None
-        if len(shape) == 1:
-            # Flattened positions.
-            flat = [mask for mask in self.masks.values() if mask.numel() == shape[0]]
-            return flat[0] if len(flat) == 1 else None
-        return self.masks.get(tuple(shape))
+    def mask_for(self, shape: tuple[int, ...], use: Use = ("", 0)) -> Tensor | None:
+        """The padding mask of a layer's positions of this shape, or None."""
+        side = self.sides.get(use)
+        masks = self.masks if side is None else self.masks[side : side + 1]
+        spread = (_spread(mask, tuple(shape)) for mask in masks if mask is not None)
+        fitting = [mask for mask in spread if mask is not None]
+        if fitting or self.frames is None or side not in (None, 0) or self.masks[:1] == (None,):
+            return fitting[0] if len(fitting) == 1 else None
+        made = self.frames(shape[-1] if len(shape) > 1 else shape[0] // max(self.examples, 1))
+        return None if made is None or made.numel() != _product(shape) else made
+
+    def covers(self, shape: tuple[int, ...], use: Use) -> bool:
+        """Whether it is known which of a layer's positions are padding."""
+        if self.mask_for(shape, use) is not None:
+            return True
+        side = self.sides.get(use)
+        return side is not None and self.masks[side] is None
 
     def by_example(self, name: str, tensor: Tensor) -> Tensor:
         """Any layout to ``(B, T, features)``.
@@ -62,6 +87,19 @@ class Layout:
                 "profile with batch size 1"
             )
         return tensor.reshape(examples, -1, features)
+
+
+def _spread(mask: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The mask for positions ``(B, T)``, flattened, or with heads before or behind; or None."""
+    if tuple(mask.shape) == shape or (mask.numel(),) == shape:
+        return mask
+    if len(shape) != 3 or shape[0] != mask.shape[0] or shape[1:].count(mask.shape[1]) != 1:
+        return None
+    return mask.unsqueeze(1 if shape[2] == mask.shape[1] else 2).expand(shape)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
 
 
 def widened(tensor: Tensor) -> Tensor:

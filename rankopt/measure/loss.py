@@ -12,17 +12,35 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.errors import DataError, OptionError
-from rankopt.measure.checks import check_examples, check_loss, check_terms
+from rankopt.measure.checks import (
+    check_apart,
+    check_examples,
+    check_likelihood,
+    check_loss,
+    stated_losses,
+)
 from rankopt.measure.collector import Collector
 from rankopt.measure.estimators import EMPIRICAL, Estimator
-from rankopt.measure.padding import masks_of, separated, warn_of_padding
+from rankopt.measure.layout import Layout
+from rankopt.measure.padding import (
+    Run,
+    any_padding,
+    frames_of,
+    masks_of,
+    sides_of,
+    warn_of_rows,
+    warn_of_unmasked,
+)
+from rankopt.model.inputs import UNKNOWN, Limits, limits_of
 from rankopt.model.tasks import (
     Batch,
     LossFunction,
+    likelihood,
     loss_terms,
     mean_loss,
     positions_of,
     prepare,
+    settled,
     task_of,
     to_device,
 )
@@ -52,19 +70,43 @@ class ModelLoss:
     Attributes:
         task: see tasks.
         estimator: whose labels, and what is squared as one.
+        terms: the task whose terms are counted, where the first batch has told; see settled.
+        fits: the likelihood of the task is the model's own loss, as far as is known.
+        limits: of token ids and labels.
     """
 
     task: str
     estimator: Estimator = EMPIRICAL
+    terms: str = ""
+    fits: bool = False
+    limits: Limits = UNKNOWN
 
     @property
     def name(self) -> str | None:
         """None: it is the model's."""
         return None
 
-    def ready(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+    def settled(self, model: nn.Module, batch: Any) -> "ModelLoss":
+        """With what only the first batch can tell."""
+        if self.terms:
+            return self
+        terms, fits = settled(model, self.task, batch)
+        return dataclasses.replace(
+            self,
+            # Who shifts the labels of a language model is nobody else's business.
+            task=self.task if self.task.endswith("-lm") else terms,
+            terms=terms,
+            fits=fits,
+            limits=limits_of(model, terms),
+        )
+
+    @property
+    def _counted(self) -> str:
+        return self.terms or self.task
+
+    def ready(self, batch: Any, device: torch.device, number: int = 0) -> dict[str, Any]:
         """The batch on the device, with labels where the model's padding is left out."""
-        return prepare(self.task, batch, device)
+        return prepare(self._counted, batch, device, number, self.limits)
 
     def check(self, model: nn.Module, modules: Mapping[str, nn.Module], ready: Batch) -> None:
         """Verify on a batch that the loss and the layers are what the sums take them for.
@@ -72,29 +114,39 @@ class ModelLoss:
         Raises:
             ModelError: they are not; says in what.
         """
-        warn_of_padding(model, ready)
-        check_loss(model, self.task, ready)
-        check_examples(model, modules, self.task, ready)
+        warn_of_rows(model, ready)
+        if self.fits:
+            tokens = positions_of(ready)
+            check_apart(model, modules, tokens, lambda: stated_losses(model, self._counted, ready))
+            return
         if self.estimator.random:
-            check_terms(model, self.task, ready)
+            check_likelihood(model, self._counted, ready)
+        check_loss(model, self._counted, ready)
+        check_examples(model, modules, self._counted, ready)
 
     def backward(
         self, collector: Collector, model: nn.Module, ready: Batch, number: int
     ) -> tuple[int, int]:
         """Run a batch forward and backward; how many examples and targets it has."""
-        if "second_moment" in collector.needs:
-            ready = separated(model, self.task, ready)
-        terms = loss_terms(self.task, ready["labels"])
-        collector.begin(len(terms), positions_of(ready), masks_of(self.task, ready))
-        for loss, again in self.estimator.losses(model, self.task, ready, number):
+        terms = loss_terms(self._counted, ready["labels"])
+        _begin(
+            collector, model, self._counted, lambda each: mean_loss(model, each), ready, len(terms)
+        )
+        losses = self.estimator.losses(model, self._counted, ready, number, fits=self.fits)
+        for loss, again in losses:
             collector.backward(loss, again=again)
         return len(terms), int(terms.sum())
 
     def summed(self, model: nn.Module, ready: Batch) -> Summed:
         """The loss of a batch, without its graph if there is none."""
-        terms = loss_terms(self.task, ready["labels"])
+        terms = loss_terms(self._counted, ready["labels"])
         loss, output = mean_loss(model, ready)
-        return Summed(float(loss.double() * terms.sum()), len(terms), int(terms.sum()), output)
+        total = loss.double() * terms.sum()
+        if self.fits and torch.finfo(loss.dtype).bits < 32:
+            # A mean of few digits; its terms have more.
+            stated = likelihood(self._counted, output, ready["labels"])
+            total = total if stated is None else stated.sum(dtype=torch.float64)
+        return Summed(float(total), len(terms), int(terms.sum()), output)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,19 +173,31 @@ class GivenLoss:
         """Module and name of the function."""
         return name_of(self.function)
 
-    def ready(self, batch: Any, device: torch.device) -> Any:
+    def settled(self, model: nn.Module, batch: Any) -> "GivenLoss":
+        """Itself: a batch tells nothing more."""
+        return self
+
+    def ready(self, batch: Any, device: torch.device, number: int = 0) -> Any:
         """The batch on the device."""
         return to_device(batch, device)
 
     def check(self, model: nn.Module, modules: Mapping[str, nn.Module], ready: Any) -> None:
-        """Nothing can be checked."""
+        """Verify on a batch that examples are apart, in the layers and in the loss.
+
+        Raises:
+            ModelError: they are not; names the layer.
+        """
+        check_apart(model, modules, 1, lambda: losses_of(self.function, model, ready))
 
     def backward(
         self, collector: Collector, model: nn.Module, ready: Any, number: int
     ) -> tuple[int, int]:
         """Run a batch forward and backward; how many examples and targets it has."""
         # How many examples there are is known only afterwards; taps need it in backward.
-        collector.begin(0, 1, masks_of(self.task, ready) if isinstance(ready, Mapping) else ())
+        if isinstance(ready, Mapping):
+            _begin(collector, model, self.task, lambda each: self.function(model, each), ready, 0)
+        else:
+            collector.begin(0, 1)
         losses = losses_of(self.function, model, ready)
         if not losses.requires_grad:
             raise DataError(
@@ -151,6 +215,22 @@ class GivenLoss:
 
 
 Loss = ModelLoss | GivenLoss
+
+
+def _begin(
+    collector: Collector, model: nn.Module, task: str, run: Run, ready: Batch, examples: int
+) -> None:
+    """Announce a batch to the collector, with its padding; look for whose it is if need be."""
+    masks = masks_of(model, task, ready)
+    frames = frames_of(model, masks[0]) if any_padding(masks[:1]) else None
+    tokens = 1 if task == "custom" else positions_of(ready)
+    moments = collector.needs & {"second_moment", "gradient_moment"}
+    if moments and collector.sides is None and any_padding(masks):
+        collector.sides = sides_of(model, collector.modules, task, run, ready)
+        rows = next(len(mask) for mask in masks if mask is not None)
+        layout = Layout.of(rows, tokens, masks, collector.sides, frames)
+        warn_of_unmasked(collector.modules, layout, run, ready)
+    collector.begin(examples, tokens, masks, frames)
 
 
 def find_loss(

@@ -28,6 +28,7 @@ from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint
 from rankopt.measure.sums import bytes_of_sums
 from rankopt.measure.taps import copied_inputs, probe
+from rankopt.model.inputs import listed
 from rankopt.model.selection import Selection, few, find_layers
 from rankopt.model.size import model_size
 from rankopt.model.tasks import LossFunction
@@ -76,9 +77,11 @@ def profile_model(
     Args:
         model: a transformers model with a head and its own loss, or any module with ``loss_fn``;
             weights loaded.
-        batches: dictionaries of tensors as the model takes them, ``(B, T)`` inputs and labels.
-            Causal language models shift labels themselves: give ``labels`` equal to ``input_ids``,
-            or leave them out. Labels of padding are ignored. With ``loss_fn``, anything.
+        batches: dictionaries of tensors as the model takes them, ``(B, T)`` inputs and labels; of
+            lists of numbers or numpy arrays tensors are made. Of causal language models give
+            ``labels`` equal to ``input_ids``, or leave them out: they are shifted by the head, or,
+            where it does not, here. Labels of padding are ignored, and those that would be
+            predicted from it. With ``loss_fn``, anything, examples first.
         backends: ``fwsvd``, ``fwsvd_two_sided``, ``kronecker``, ``svd``, ``tfwsvd``, ``whitened``,
             any that is installed, or ``module:object``; only what they need is measured.
         loss_fn: (model, batch) -> the loss of each example, summed over its terms, ``(B,)``.
@@ -191,13 +194,16 @@ def _examined(
     subject: Subject, batches: Iterable[Any], around: contextlib.ExitStack
 ) -> tuple[Subject, dict[str, str], Iterable[Any]]:
     """What the first batch leaves of the subject, what was silent on it, and all the batches."""
+    batches = listed(batches)
     rest = iter(batches)
     firsts = list(itertools.islice(rest, 1))
     if rest is batches:
         batches = itertools.chain(firsts, rest)
     if not firsts:
         return subject, {}, batches
-    model, modules, loss = subject.model, subject.selection.modules, subject.loss
+    model, modules = subject.model, subject.selection.modules
+    loss = subject.loss.settled(model, firsts[0])
+    subject = dataclasses.replace(subject, loss=loss)
     ready = loss.ready(firsts[0], device_of(model))
     found = probe(model, modules, lambda one: loss.backward(one, model, ready, 0))
     found = subject.processes.agree(found)

@@ -94,8 +94,10 @@ class ProfileInfo(BaseModel):
         versions: of rankopt, torch and transformers.
         architecture: class of the model.
         fingerprint: hash of the architecture and of all planned layers' names, shapes, weights.
-        task: the loss: ``causal-lm``, ``seq2seq-lm``, ``masked-lm``, ``sequence-classification``,
-            ``regression`` or ``token-classification``.
+        task: the loss: ``causal-lm``, ``seq2seq-lm``, ``masked-lm``, ``token-classification``; of
+            one class an example ``sequence-``, ``image-``, ``audio-`` or ``video-classification``
+            or ``multiple-choice``; of several yes-or-no answers ``multi-label-classification``; of
+            numbers ``regression``; ``custom`` of a loss_fn.
         estimator: ``empirical``: gradients of the loss at the given labels, squared; ``sampled``:
             at labels drawn from the model's own prediction.
         unit: what one gradient belongs to, before it is squared.
