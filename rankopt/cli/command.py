@@ -1,13 +1,15 @@
 """What every command does alike: several values for one option, and messages in its own words."""
 
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand, TyperOption
 
-from rankopt.errors import RankoptError
+from rankopt.errors import RankoptError, WriteError
 
 
 class Command(TyperCommand):
@@ -47,12 +49,29 @@ class Command(TyperCommand):
         return True
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it; an error's message names options as they are typed."""
+        """Run it; an error's message names options as they are typed.
+
+        Raises:
+            WriteError: the system refuses something, or stdout cannot be written.
+        """
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
         except RankoptError as error:
             error.args = (in_options(str(error), options_of(self.params)),)
             raise
+        except BrokenPipeError:
+            # Who reads has seen enough; what else was to be written lies where it belongs.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return None
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+            if error.filename is None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            what = "the output" if error.filename is None else error.filename
+            raise WriteError(f"cannot read or write {what}: {reason}") from error
 
 
 def options_of(params: Iterable[Any]) -> dict[str, str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rankopt.errors import DataError
-from rankopt.files import whole_file
+from rankopt.files import CHECKPOINT, is_format, require_file, whole_file
 from rankopt.measure.processes import Processes
 
 
@@ -81,8 +81,8 @@ def save(
     counters = ("batches", "examples", "targets", "chain", "numbers", "last_check")
     counts = {name: getattr(seen, name) for name in counters}
     about = json.dumps({"seen": counts, "layers": dict(layers), "settings": dict(settings)})
-    header = {"format": "rankopt-checkpoint", "about": about, "sha256": _digest(about, plain)}
-    with whole_file(path) as temporary:
+    header = {"format": CHECKPOINT, "about": about, "sha256": _digest(about, plain)}
+    with whole_file(path, is_format(CHECKPOINT)) as temporary:
         save_file(plain, temporary, header)
 
 
@@ -101,9 +101,11 @@ def load(
 
     Raises:
         DataError: it is not readable, or of other settings; says which.
+        RankoptError, WriteError: it could not be written.
     """
     from safetensors import SafetensorError, safe_open
 
+    require_file(path)
     if not Path(path).is_file():
         return None
     try:
@@ -115,7 +117,8 @@ def load(
         about = json.loads(header["about"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(
-            f"the checkpoint {path} cannot be read ({error}): delete it to start again"
+            f"the checkpoint {path} cannot be read ({error}): delete it to start again, or name "
+            "another if it is something else"
         ) from error
     plain = json.loads(json.dumps(dict(settings)))
     other = [name for name in plain if about["settings"].get(name) != plain[name]]
