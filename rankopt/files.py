@@ -46,7 +46,7 @@ _MODEL_FILES = re.compile(
     r"|(added_tokens|merges|special_tokens_map|tokenizer|tokenizer_config|vocab|chat_template)\.\w+"
     r"|(spiece|sentencepiece|sentencepiece\.bpe|tokenizer|source|target)\.(model|spm)|\w+\.py"
 )
-#: These are said at once; of other errors nobody knows what they mean for what comes later.
+#: Said before the long work; of other errors nobody knows what they mean for what comes later.
 _REFUSALS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP),
@@ -56,8 +56,8 @@ Ours = Callable[[Path], bool]
 
 
 @contextmanager
-def told(target: str | os.PathLike[str]) -> Iterator[None]:
-    """Say in one line what the system refuses inside the ``with``.
+def told(target: str | os.PathLike[str], *, looking: bool = False) -> Iterator[None]:
+    """Say in one line what the system refuses inside the ``with``; only looking, all it says.
 
     Raises:
         WriteError: cannot write the target, and the system's reason.
@@ -65,17 +65,17 @@ def told(target: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = _reason(error)
+        reason = _reason(error, looking)
         if reason is None:
             raise
         raise WriteError(f"cannot write {target}: {reason}") from error
 
 
-def _reason(error: Exception) -> str | None:
+def _reason(error: Exception, looking: bool) -> str | None:
     """The system's words, if it is the system that refuses to write."""
     if isinstance(error, OSError) and error.errno is not None:
         # A file that is read meanwhile has another name.
-        ours = error.filename is None or _TEMPORARY in str(error.filename)
+        ours = looking or error.filename is None or _TEMPORARY in str(error.filename)
         return os.strerror(error.errno) if ours else None
     # Of libraries in Rust (safetensors, tokenizers), each of which has its own type of error.
     if isinstance(error, RankoptError):
@@ -127,7 +127,7 @@ def require_file(
         WriteError: the system would refuse.
     """
     target = Path(path)
-    with _looking(target):
+    with told(target, looking=True):
         _require_parent(target)
         if target.is_dir():
             raise RankoptError(f"{target} is a folder: name a file")
@@ -180,7 +180,7 @@ def require_free(
         WriteError: the system would refuse.
     """
     target = Path(path)
-    with _looking(target):
+    with told(target, looking=True):
         _require_parent(target)
         place = target.resolve()
         for other in _existing(apart_from):
@@ -190,7 +190,7 @@ def require_free(
                     f"cannot write {target}: {other} is read, and one of them is or lies in the "
                     "other: name another folder"
                 )
-        if not os.path.lexists(target):
+        if not target.exists():
             return target
         if Path.cwd().is_relative_to(place):
             raise RankoptError(f"cannot write {target}: it is the current folder: name another")
@@ -238,6 +238,7 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
         except BaseException:
             os.replace(old, target)
             raise
+        os.replace(old, fresh)  # half removed, it is not to be given back
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -249,17 +250,14 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _require_ours(folder: Path) -> None:
-    """Refuse to replace a folder that rankopt did not write, or that has more in it.
-
-    Raises:
-        RankoptError: names what is not rankopt's.
-    """
+    """Refuse to replace a folder that rankopt did not write, or name what else it has in it."""
     found, listed = _sizes(folder), folder / LIST_OF_FILES
     linked = [name for name in found if (folder / name).is_symlink()]
     if format_of(listed) == "rankopt-model":
-        written = _json(listed).get("files")
-        written = written if isinstance(written, dict) else {}
-        other = [n for n, size in found.items() if n != LIST_OF_FILES and written.get(n) != size]
+        about = _json(listed).get("files")
+        written = about if isinstance(about, dict) else {}
+        found.pop(LIST_OF_FILES)
+        other = [name for name, size in found.items() if written.get(name) != size]
     else:
         settings = _json(folder / "config.json").get("quantization_config")
         if not isinstance(settings, dict) or settings.get("quant_method") != "rankopt":
@@ -277,29 +275,18 @@ def _require_ours(folder: Path) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def _existing(paths: Iterable[object]) -> Iterator[Path]:
     """Those that are files or folders here; hub names are not."""
     for path in paths:
-        if isinstance(path, str | os.PathLike) and str(path):
-            with contextlib.suppress(OSError):
-                if os.path.exists(path):
-                    yield Path(path)
-
-
-@contextmanager
-def _looking(target: Path) -> Iterator[None]:
-    """What the system says when it is only asked."""
-    try:
-        yield
-    except OSError as error:
-        raise WriteError(f"cannot write {target}: {error.strerror or error}") from error
+        if isinstance(path, str | os.PathLike) and str(path) and os.path.exists(path):
+            yield Path(path)
 
 
 def _require_parent(target: Path) -> None:
@@ -320,21 +307,14 @@ def _require_parent(target: Path) -> None:
     if not parent.is_dir():
         raise RankoptError(f"cannot write {target}: the folder {target.parent} does not exist")
     try:
-        _write_a_byte(parent)
+        # A file that never gets a name; not every system has such.
+        with open(os.open(parent, os.O_TMPFILE | os.O_WRONLY, 0o600), "wb") as nameless:
+            nameless.write(b" ")
     except (OSError, AttributeError) as error:
-        if isinstance(error, OSError) and error.errno in _REFUSALS:
+        if getattr(error, "errno", None) in _REFUSALS:
             raise
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from error
-
-
-def _write_a_byte(folder: Path) -> None:
-    """Into a file that never gets a name; not every system has such."""
-    handle = os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600)
-    try:
-        os.write(handle, b" ")
-    finally:
-        os.close(handle)
 
 
 def _sync(path: Path) -> None:
