@@ -1,5 +1,6 @@
 """What every command does alike: several values for one option, and messages in its own words."""
 
+import contextlib
 import os
 import re
 import sys
@@ -64,14 +65,24 @@ class Command(TyperCommand):
             raise
         except BrokenPipeError:
             # Who reads has seen enough; what else was to be written lies where it belongs.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return None
         except OSError as error:
-            reason = error.strerror or str(error) or type(error).__name__
+            if error.errno is None:
+                raise WriteError(
+                    (str(error).strip() or type(error).__name__).splitlines()[0]
+                ) from error
+            what = f"read or write {error.filename}"
             if error.filename is None:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            what = "the output" if error.filename is None else error.filename
-            raise WriteError(f"cannot read or write {what}: {reason}") from error
+                what = "write the output"
+                _drop_output()
+            raise WriteError(f"cannot {what}: {error.strerror}") from error
+
+
+def _drop_output() -> None:
+    """What is still to be flushed would be refused again, at the end and with a traceback."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def options_of(params: Iterable[Any]) -> dict[str, str]:

@@ -117,8 +117,7 @@ def load(
         about = json.loads(header["about"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DataError(
-            f"the checkpoint {path} cannot be read ({error}): delete it to start again, or name "
-            "another if it is something else"
+            f"the checkpoint {path} cannot be read ({error}): delete it to start again"
         ) from error
     plain = json.loads(json.dumps(dict(settings)))
     other = [name for name in plain if about["settings"].get(name) != plain[name]]
