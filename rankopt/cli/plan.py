@@ -120,6 +120,8 @@ def plan(
             raise RankoptError("--solver search measures a model: it needs --model and --data")
         from rankopt.cli.workers import require_storage, with_workers
 
+        if output is not None and storage and Path(storage).resolve() == output.resolve():
+            raise RankoptError(f"--storage and -o both name {output}: name two files")
         require_storage(journal)
         source = asked.read(model)
         loaded_profile = Profile.load(profile)

@@ -128,10 +128,12 @@ def _where(found: Summed, batch: int, before: int) -> str:
     """The batch, and the first row whose predictions are not finite, if there is one to see."""
     logits = getattr(found.output, "logits", None)
     if isinstance(logits, Tensor) and len(logits) == found.examples:
-        bad = (~logits.isfinite()).flatten(1).any(1).nonzero()
-        if len(bad):
-            row = int(bad[0]) + 1
-            return f"batch {batch}, row {row}: example {before + row}"
+        # Some models have -inf for what they never predict: NaN is the better witness.
+        for bad in (logits.isnan(), ~logits.isfinite()):
+            rows = bad.flatten(1).any(1).nonzero()
+            if len(rows):
+                row = int(rows[0]) + 1
+                return f"batch {batch}, row {row}: example {before + row}"
     return f"batch {batch}: examples {before + 1} to {before + found.examples}"
 
 

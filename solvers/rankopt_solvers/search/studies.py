@@ -163,6 +163,8 @@ def _require_database(path: Path) -> None:
             sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         ) as database:
             found = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+    except sqlite3.OperationalError:
+        return  # another process is writing: that it is a database is known by now
     except sqlite3.DatabaseError as error:
         raise StudyError(f"{path} is no SQLite database ({error}): name another file") from error
     if found and "studies" not in found:
@@ -194,6 +196,13 @@ def _journal(path: Path) -> BaseStorage:
         return JournalStorage(_Journal(str(path), lock_obj=lock))
     except OSError as error:
         raise StudyError(f"cannot write {path}: {error.strerror or error}") from error
+    except StudyError:
+        raise
+    except Exception as error:  # of whatever kind Optuna's replaying of strange entries ends in
+        raise StudyError(
+            f"{path}: the journal is damaged ({type(error).__name__}: {str(error)[:80]!r}); name "
+            "another file to start again"
+        ) from error
 
 
 class _Journal(JournalFileBackend):
@@ -207,11 +216,12 @@ class _Journal(JournalFileBackend):
         """
         lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs)
         try:
-            with get_lock_file(self._lock), open(self._file_path, "ab") as file:
-                size = file.seek(0, os.SEEK_END)
+            # Without a buffer, or closing the file would write the rest of it where there is room.
+            with get_lock_file(self._lock), open(self._file_path, "ab", buffering=0) as file:
+                size, rest = file.seek(0, os.SEEK_END), memoryview(lines.encode())
                 try:
-                    file.write(lines.encode())
-                    file.flush()
+                    while rest:
+                        rest = rest[file.write(rest) :]
                     os.fsync(file.fileno())
                 except OSError:
                     os.truncate(self._file_path, size)
