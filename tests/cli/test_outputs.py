@@ -44,7 +44,7 @@ def project(
 
 APPLY = "apply dense plan.json --profile p.st --force -o"
 PROFILE = "profile dense --data train.txt --force -o"
-SEARCH = "plan p.st --keep 0.6 --solver search --model dense --data train.txt --force"
+SEARCH = "plan p.st --keep 0.6 --solver search --model dense --data train.txt"
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,8 @@ SEARCH = "plan p.st --keep 0.6 --solver search --model dense --data train.txt --
         f"{SEARCH} --storage s --workers 2",  # s.lock is somebody's
         f"{SEARCH} --storage sqlite:///p.st",
         f"{SEARCH} --storage new -o new",
+        f"{SEARCH} -o j",  # j.journal is somebody's
+        f"{SEARCH} -o notes.txt --force",
         "demo -o .",
         "demo -o dense",
         "demo -o notes.txt",
@@ -81,10 +83,12 @@ def test_nothing_of_somebody_elses_is_touched(project: Path, run: Run, command: 
     (project / "link").symlink_to("real")
     (project / "q.partial").write_text("half a letter")
     (project / "s.lock").write_text("version = 1")
+    (project / "j.journal").write_text("Dear diary")
     before = contents(project)
     code, out, err = run(*command.split())
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1
+    assert "belongs to" not in err
     assert contents(project) == before
     assert not [name for name in os.listdir(project) if name.startswith(".")]
 
@@ -121,9 +125,12 @@ def test_a_partial_of_somebody_elses_stays(project: Path, run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("command", "room"),
-    [(f"{PROFILE} q --max-length 16", 8000), (f"{APPLY} small", 8000),
-     ("plan p.st --keep 0.5 -o q.json", 500), (f"{APPLY} small", 0), (f"{PROFILE} q", 0)],
-)  # fmt: skip
+    [
+        (f"{PROFILE} q --max-length 16", 8000),
+        (f"{APPLY} small", 8000),
+        ("plan p.st --keep 0.5 -o q.json", 500),
+    ],
+)
 def test_a_full_disk_is_one_line(project: Path, run: Run, command: str, room: int) -> None:
     before = contents(project)
     with at_most(room):
@@ -188,7 +195,7 @@ def test_json_is_json_and_the_reason_is_said(project: Path, run: Run) -> None:
 def test_names_from_files_are_escaped(tmp_path: Path, run: Run) -> None:
     evil = "blocks.0.[red]a\x1b[31m\nerror: b"
     escaped = r"blocks.0.[red]a\u001b[31m\u000aerror: b"
-    profile = synthetic_profile(0)
+    profile = synthetic_profile()
     made = make_plan(profile, keep=0.5)
     shown = str(made.model_copy(update={"worst_layer": evil, "solver": "x\x1b]0;title\x07"}))
     assert "\x1b" not in shown and "\x07" not in shown and f"({escaped})" in shown

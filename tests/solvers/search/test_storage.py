@@ -104,3 +104,27 @@ def test_a_password_is_not_shown() -> None:
     with pytest.raises(SearchError) as found:
         run(storage="nosuch://me:secret@host/db", trials=6)
     assert "secret" not in str(found.value) and "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"source"', '"sauce"'),
+        ('"seconds"', '"minutes"'),
+        ('{"choice":[', '{"choice":[99,'),
+        ('{"choice":[', '{"choice":"no","x":['),
+        ('"op_code":0', '"op_code":"x"'),
+        ('"datetime_start":"2', '"datetime_start":"x'),
+        ('"values":[', '"values":[NaN,'),
+    ],
+)
+def test_strange_entries_of_a_journal_are_said_to_be_damaged(
+    tmp_path: Path, old: str, new: str
+) -> None:
+    path = tmp_path / "s.journal"
+    run(storage=path, trials=6)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(StudyError, match="damaged"):
+        run(storage=path, trials=7)
