@@ -22,10 +22,10 @@ from rankopt.apply.apply import apply_plan
 from rankopt.apply.saving import save_model
 from rankopt.data.batches import text_batches
 from rankopt.data.digest import data_digest
-from rankopt.errors import MissingExtraError, ProfileError
+from rankopt.errors import MissingExtraError, ProfileError, RankoptError
 from rankopt.evaluation.evaluation import Evaluation, evaluate
 from rankopt.evaluation.plans import measure_comparison, measured_dict
-from rankopt.files import whole_file
+from rankopt.files import require_file, require_free, told, whole_file
 from rankopt.layers import fingerprint
 from rankopt.measure.measure import profile_model
 from rankopt.model.loading import load_model, load_tokenizer
@@ -34,6 +34,7 @@ from rankopt.model.tasks import Batch
 from rankopt.plan.compare import ComparedPlan, Strategy, compare
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
+from rankopt.schema import finite
 
 PROMPT = "The for statement in Python is used to"
 STRATEGIES = (
@@ -47,6 +48,9 @@ STRATEGIES = (
     "uniform@kronecker",
     "exact@kronecker",
 )
+RESULTS = "results.json"
+#: What the demo writes into its folder.
+WRITTEN = ("model", "compressed", "profile.safetensors", "plan.json", RESULTS)
 #: The paper's, and the one whose factors lose least (experiments/05_backends).
 BACKENDS = ("fwsvd", "kronecker")
 
@@ -162,6 +166,43 @@ def generate(model: Any, tokenizer: Any, tokens: int = 40) -> str:
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
+def prepare(folder: Path, model_folder: Path | None = None) -> None:
+    """Make the folder, or see that it is one of a demo; the results are the mark, and come first.
+
+    Raises:
+        RankoptError: it has something in it that is not of a demo, or is what is read.
+        WriteError: the system refuses to write.
+    """
+    with told(folder, looking=True):
+        if not folder.exists():
+            folder.mkdir(parents=True)
+        found = {x.name for x in folder.iterdir() if not x.name.startswith(".rankopt.")}
+        if found:
+            other = sorted(found - set(WRITTEN))
+            if other or not _is_results(folder / RESULTS):
+                named = f" ({', '.join(other[:3])})" if other else ""
+                raise RankoptError(
+                    f"{folder} is not empty and not a demo's{named}: name another folder"
+                )
+    require_free(folder / "compressed", True, apart_from=[model_folder])
+    require_file(folder / RESULTS, _is_results)
+    if not (folder / RESULTS).exists():
+        _write(folder, {"settings": {"rankopt": __version__}})
+
+
+def _is_results(path: Path) -> bool:
+    try:
+        return "rankopt" in json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write(folder: Path, results: dict[str, Any]) -> None:
+    with whole_file(folder / RESULTS, _is_results) as temporary:
+        text = json.dumps(finite(results), indent=1, allow_nan=False)
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
 def run_demo(
     folder: Path,
     *,
@@ -180,8 +221,12 @@ def run_demo(
         calibration: windows for the profile.
         held_out: windows for the measured loss.
         max_length: tokens of a window.
+
+    Raises:
+        RankoptError: the folder has something in it that is not of a demo.
+        WriteError: the system refuses to write.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder, model_folder)
     source = str(model_folder or smollm2(folder / "model"))
     model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
     texts, held_out_texts = help_texts()
@@ -218,6 +263,5 @@ def run_demo(
             "profile_digest": profile.digest(),
         },
     )
-    with whole_file(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    _write(folder, result.to_dict())
     return result

@@ -1,5 +1,28 @@
 """Errors that a user can act on. The command line prints their message and no traceback."""
 
+import unicodedata
+
+#: Categories of characters that a terminal obeys or does not show: control, format (writing
+#: direction), surrogates, line and paragraph separators.
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""The text with characters that a terminal would obey as escapes, ``\u001b``.
+
+    Args:
+        text: from a file, a model or a path.
+        keep: characters that stay, such as line ends in a text of several lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        f"\\u{ord(each):04x}"
+        if unicodedata.category(each) in _UNSEEN and each not in keep
+        else each
+        for each in text
+    )
+
 
 class RankoptError(Exception):
     """Something the user gave cannot be used; the message says what, where and what to do.
@@ -9,6 +32,14 @@ class RankoptError(Exception):
     """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """One line, whatever names from files it has in it."""
+        return printable(super().__str__())
+
+
+class WriteError(RankoptError):
+    """The system refuses to write: disk full, permission denied, read-only, quota."""
 
 
 class ModelError(RankoptError):
@@ -33,6 +64,10 @@ class BudgetError(RankoptError):
 
 class OptionError(RankoptError, ValueError):
     """An unknown name, a number out of range, or options that do not go together."""
+
+
+class NotFiniteError(RankoptError):
+    """The dense model's loss is NaN or infinite: nothing can be compared with it."""
 
 
 class InfeasibleBudgetError(RankoptError):

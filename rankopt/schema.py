@@ -1,6 +1,7 @@
 """What the files of profiles and plans have in common: strict models, their numbers, their JSON."""
 
 import json
+import math
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -57,3 +58,14 @@ def _short(digits: str) -> int:
     if len(digits.lstrip("-")) > _MOST_DIGITS:
         raise ValueError(f"the number {digits:.{_MOST_DIGITS}}... has {len(digits)} digits")
     return int(digits)
+
+
+def finite(value: Any) -> Any:
+    """Plain values for JSON, which has no NaN and no infinity: None in their place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value

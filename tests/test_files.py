@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from rankopt.errors import RankoptError
+from rankopt.errors import RankoptError, WriteError
 from rankopt.files import require_free, whole_file, whole_folder
 from rankopt.profile.spilled import SpilledArrays
 from rankopt.profile.tensors import DTYPES, LazyArray, write_safetensors
@@ -23,6 +23,12 @@ from rankopt.profile.tensors import DTYPES, LazyArray, write_safetensors
 
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
+
+
+def written(path: Path, name: str) -> None:
+    """A folder of ours with one file."""
+    with whole_folder(path) as temporary:
+        (temporary / name).write_text(name)
 
 
 @pytest.mark.parametrize("existing", [True, False])
@@ -34,7 +40,7 @@ def test_file_appears_whole_under_its_name_only_at_the_end(tmp_path: Path, exist
         temporary.write_text("new")
         assert path.exists() == existing
         assert not existing or path.read_text() == "old"
-        assert temporary.parent == tmp_path
+        assert temporary.parent.parent == tmp_path
     assert path.read_text() == "new"
     assert names(tmp_path) == ["plan.json"]
 
@@ -62,7 +68,7 @@ def test_interrupted_file_leaves_the_old_one(
 def test_file_that_was_never_written_is_an_error_and_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text("old")
-    with pytest.raises(FileNotFoundError), whole_file(path):
+    with pytest.raises(WriteError, match="No such file"), whole_file(path):
         pass
     assert path.read_text() == "old"
 
@@ -87,12 +93,13 @@ def test_folder_appears_whole_and_replaces_everything(tmp_path: Path, state: str
     if state != "absent":
         path.mkdir()
     if state == "full":
-        (path / "old").write_text("old")
+        path.rmdir()
+        written(path, "old")
     with whole_folder(path, overwrite=state == "full") as temporary:
         (temporary / "new").write_text("new")
         assert path.exists() == (state != "absent")
         assert not (path / "new").exists()
-    assert names(path) == ["new"]
+    assert names(path) == ["new", "rankopt_files.json"]
     assert names(tmp_path) == ["model"]
     assert path.stat().st_mode & 0o777 == 0o755
 
@@ -103,7 +110,8 @@ def test_interrupted_folder_leaves_the_old_one(tmp_path: Path, state: str) -> No
     if state != "absent":
         path.mkdir()
     if state == "full":
-        (path / "old").write_text("old")
+        path.rmdir()
+        written(path, "old")
 
     def interrupted() -> None:
         with whole_folder(path, overwrite=True) as temporary:
@@ -113,7 +121,7 @@ def test_interrupted_folder_leaves_the_old_one(tmp_path: Path, state: str) -> No
     with pytest.raises(ValueError, match="stop"):
         interrupted()
     assert names(tmp_path) == ([] if state == "absent" else ["model"])
-    assert state != "full" or names(path) == ["old"]
+    assert state != "full" or names(path) == ["old", "rankopt_files.json"]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -131,13 +139,15 @@ def test_taken_place_is_refused_before_anything_is_written(tmp_path: Path, kind:
     assert names(tmp_path) == ["model"]
 
 
-def test_overwriting_replaces_a_file_by_a_folder(tmp_path: Path) -> None:
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_text("old")
-    with whole_folder(path, overwrite=True) as temporary:
-        (temporary / "new").write_text("new")
-    assert names(path) == ["new"]
-    assert names(tmp_path) == ["model"]
+    with (
+        pytest.raises(RankoptError, match="model is a file"),
+        whole_folder(path, overwrite=True),
+    ):
+        pass
+    assert path.read_text() == "old"
 
 
 def test_free_places_are_returned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """The command line: data on stdout, progress on stderr, one line and an exit code for mistakes.
 
-Exit codes: 0 done, 2 a mistake in what was given, 3 a budget that no ranks fit, 130 and 143 stopped
-by Ctrl-C and by SIGTERM.
+Exit codes: 0 done (also where whoever read stdout had seen enough), 2 a mistake in what was given,
+or the system refuses to read or write (disk full, permission denied, read-only, quota), 3 a budget
+that no ranks fit, 130 and 143 stopped by Ctrl-C and by SIGTERM.
 """
 
 import os

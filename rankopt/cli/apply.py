@@ -10,6 +10,7 @@ from rankopt.cli.options import (
     ForceOption,
     ModelArgument,
     note,
+    show,
 )
 from rankopt.errors import OptionError, RankoptError
 from rankopt.files import require_free
@@ -42,7 +43,7 @@ def apply(
     """Factorise the planned layers and save the smaller model."""
     from rankopt.model.loading import require_model
 
-    require_free(output, force)
+    require_free(output, force, apart_from=(model, plan, profile))
     require_model(model)
     loaded_plan, loaded_profile = Plan.load(plan), Profile.load(profile)
     from rankopt.apply.apply import apply_plan, backend_of
@@ -65,5 +66,5 @@ def apply(
         tokenizer = None
         note(f"no tokenizer is saved: {error}")
     save_model(loaded, output, plan=loaded_plan, tokenizer=tokenizer, overwrite=force)
-    typer.echo(str(loaded_plan))
+    show(str(loaded_plan))
     note(f"model written to {output}: load it with transformers after `import rankopt`")

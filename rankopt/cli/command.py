@@ -1,13 +1,16 @@
 """What every command does alike: several values for one option, and messages in its own words."""
 
+import contextlib
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from typer.core import TyperCommand, TyperOption
 
-from rankopt.errors import RankoptError
+from rankopt.errors import RankoptError, WriteError
 
 
 class Command(TyperCommand):
@@ -47,12 +50,39 @@ class Command(TyperCommand):
         return True
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it; an error's message names options as they are typed."""
+        """Run it; an error's message names options as they are typed.
+
+        Raises:
+            WriteError: the system refuses something, or stdout cannot be written.
+        """
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return result
         except RankoptError as error:
             error.args = (in_options(str(error), options_of(self.params)),)
             raise
+        except BrokenPipeError:
+            # Who reads has seen enough; what else was to be written lies where it belongs.
+            _drop_output()
+            return None
+        except OSError as error:
+            if error.errno is None:
+                raise WriteError(
+                    (str(error).strip() or type(error).__name__).splitlines()[0]
+                ) from error
+            what = f"read or write {error.filename}"
+            if error.filename is None:
+                what = "write the output"
+                _drop_output()
+            raise WriteError(f"cannot {what}: {error.strerror}") from error
+
+
+def _drop_output() -> None:
+    """What is still to be flushed would be refused again, at the end and with a traceback."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def options_of(params: Iterable[Any]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The command ``rankopt compare``."""
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +15,9 @@ from rankopt.cli.options import (
     ProfileArgument,
     ScaleOption,
     WideOption,
+    naming,
+    note,
+    show_json,
 )
 from rankopt.errors import RankoptError
 from rankopt.plan.compare import DEFAULT_STRATEGIES, Strategy
@@ -90,13 +92,20 @@ def compare(
         for row in rows:
             backend_of(row.plan, loaded_profile)
         loaded, batches = source.load(dtype)
-        dense, pairs = measure_comparison(loaded, loaded_profile, rows, batches)
+        with naming(asked.data):
+            dense, pairs = measure_comparison(loaded, loaded_profile, rows, batches)
         measured = [evaluation for _, evaluation in pairs]
         printed["rows"] = [measured_dict(*pair) for pair in pairs]
         printed["dense"] = dataclasses.asdict(dense)
     if as_json:
-        typer.echo(json.dumps(printed, indent=1))
+        show_json(printed)
     else:
         from rankopt.cli.report import print_comparison
 
         print_comparison(rows, measured, dense, wide=wide)
+    reasons: dict[str, list[str]] = {}
+    for row, found in zip(rows, measured, strict=bool(measured)):
+        for reason in found.notes:
+            reasons.setdefault(reason, []).append(f"{row.strategy} at {row.keep:g}")
+    for reason, names in reasons.items():
+        note(f"{', '.join(names)}: {reason}")

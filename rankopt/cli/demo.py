@@ -1,13 +1,12 @@
 """The command ``rankopt demo``."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rankopt.cli.options import JsonOption, WideOption
+from rankopt.cli.options import JsonOption, WideOption, show, show_json
 
 EXAMPLES = """\b
 Examples:
@@ -45,14 +44,14 @@ def demo(
         max_length=max_length,
     )
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=1))
+        show_json(result.to_dict())
         return
     rows, measured = zip(*result.rows, strict=True)
     print_comparison(rows, measured, result.dense, wide=wide)
-    typer.echo(f"\n{result.plan}")
-    typer.echo(f"  reloaded        loss {result.reloaded.loss:.4f} (dense {result.dense.loss:.4f})")
-    typer.echo(f"\nbefore: {result.before}\n\nafter:  {result.after}\n")
-    typer.echo(f"written to {result.folder}{os.sep}: {', '.join(_written(result.folder))}")
+    show(f"\n{result.plan}")
+    show(f"  reloaded        loss {result.reloaded.loss:.4f} (dense {result.dense.loss:.4f})")
+    show(f"\nbefore: {result.before}\n\nafter:  {result.after}\n")
+    show(f"written to {result.folder}{os.sep}: {', '.join(_written(result.folder))}")
 
 
 def _written(folder: Path) -> list[str]:

@@ -1,15 +1,14 @@
 """The command ``rankopt evaluate``."""
 
 import dataclasses
-import json
-
-import typer
 
 from rankopt.cli.data import DataOptions, with_data
 from rankopt.cli.options import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    note,
+    show_json,
 )
 
 EXAMPLES = """\b
@@ -34,6 +33,8 @@ def evaluate(
     loaded, batches = source.load(dtype)
     found = evaluated(loaded, batches)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=1))
+        show_json(dataclasses.asdict(found))
     else:
         print_table(evaluation(found))
+    for reason in found.notes:
+        note(f"{asked.data}: {reason}")

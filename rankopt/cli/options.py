@@ -1,11 +1,15 @@
 """What commands of the command line share: options, and checks before long work."""
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from rankopt.errors import RankoptError
+from rankopt.errors import NotFiniteError, RankoptError, printable
+from rankopt.schema import finite
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder or a hub name.")]
 ProfileArgument = Annotated[Path, typer.Argument(help="A profile file.")]
@@ -22,17 +26,26 @@ MultipleOption = Annotated[int, typer.Option(help="Offer only multiples of this 
 
 def note(text: str) -> None:
     """A line on stderr."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
 
 
-def require_writable(path: Path, force: bool) -> None:
-    """Refuse before the long work, not after it."""
-    if path.is_dir():
-        raise RankoptError(f"{path} is a folder: name a file")
-    if path.exists() and not force:
-        raise RankoptError(f"{path} exists: name another file, or replace it with --force")
-    if not path.absolute().parent.is_dir():
-        raise RankoptError(f"cannot write {path}: the folder {path.parent} does not exist")
+def show(text: str) -> None:
+    """A text of one or more lines on stdout."""
+    typer.echo(printable(text, "\n\t"))
+
+
+@contextlib.contextmanager
+def naming(data: str | None) -> Iterator[None]:
+    """Say on which data the dense model's loss is not finite."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{data}: {error}") from error
+
+
+def show_json(value: object, *, indent: int | None = 1) -> None:
+    """JSON on stdout: null where a number is not finite."""
+    typer.echo(json.dumps(finite(value), indent=indent, allow_nan=False))
 
 
 def floor_of(text: str | None) -> "float | Literal['best'] | None":

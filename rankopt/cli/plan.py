@@ -16,10 +16,12 @@ from rankopt.cli.options import (
     ProfileArgument,
     ScaleOption,
     floor_of,
+    naming,
     note,
-    require_writable,
+    show,
 )
 from rankopt.errors import RankoptError
+from rankopt.files import PLAN, is_format, require_file
 from rankopt.plan.planner import STRATEGIES, known_solvers, make_plan
 from rankopt.profile.profile import Profile
 
@@ -88,8 +90,10 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Decide the rank of every layer under a budget."""
+    journal = storage or (None if output is None else f"{output}.journal")
     if output is not None:
-        require_writable(output, force)
+        read = (profile, model, asked.data, journal)
+        require_file(output, is_format(PLAN), overwrite=force, apart_from=read)
     else:
         require_with(ctx, ["force"], "-o")
     _refuse_idle(ctx, solver)
@@ -114,15 +118,18 @@ def plan(
     else:
         if model is None or asked.data is None:
             raise RankoptError("--solver search measures a model: it needs --model and --data")
+        from rankopt.cli.workers import require_storage, with_workers
+
+        if output is not None and storage and Path(storage).resolve() == output.resolve():
+            raise RankoptError(f"--storage and -o both name {output}: name two files")
+        require_storage(journal)
         source = asked.read(model)
         loaded_profile = Profile.load(profile)
-        from rankopt.cli.workers import with_workers
         from rankopt.evaluation.search import OtherSearchError, search_plan
 
         loaded, batches = source.load(dtype)
-        journal = storage or (None if output is None else f"{output}.journal")
         try:
-            with with_workers(workers, journal):
+            with naming(asked.data), with_workers(workers, journal):
                 searched = search_plan(
                     loaded,
                     loaded_profile,
@@ -144,7 +151,7 @@ def plan(
     if output is not None:
         made.save(output)
         note(f"plan written to {output}")
-    typer.echo(made.to_json() if as_json else str(made))
+    show(made.to_json() if as_json else str(made))
 
 
 def _refuse_idle(ctx: typer.Context, solver: str) -> None:

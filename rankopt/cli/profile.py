@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -15,9 +14,12 @@ from rankopt.cli.options import (
     ForceOption,
     JsonOption,
     ModelArgument,
-    require_writable,
+    note,
+    show,
+    show_json,
 )
 from rankopt.errors import RankoptError
+from rankopt.files import CHECKPOINT, PROFILE, is_format, require_file
 
 if TYPE_CHECKING:
     from rankopt.measure.estimators import Kind, Unit
@@ -98,7 +100,12 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what every rank of every layer retains."""
-    require_writable(output, force)
+    partial = output.with_name(f"{output.name}.partial")
+    resumable = checkpoint_every > 0 and layers_at_a_time is None
+    read = (model, asked.data)
+    require_file(output, is_format(PROFILE), overwrite=force, apart_from=read)
+    if resumable:
+        require_file(partial, is_format(CHECKPOINT), apart_from=read)
     if (estimator, unit) == ("empirical", "example"):
         require_with(ctx, ["draws", "seed"], "--estimator sampled or --unit token")
     if not until_stable:
@@ -115,8 +122,6 @@ def profile(
     if not (0.0 < stable_keep <= 1.0 and 0.0 < stable_tolerance < 1.0):
         raise RankoptError("--stable-keep and --stable-tolerance are shares between 0 and 1")
     processes = Processes.join()
-    partial = output.with_name(f"{output.name}.partial")
-    resumable = checkpoint_every > 0 and layers_at_a_time is None
     loaded, batches = source.load(dtype, device_map)
     with SpilledArrays(output.absolute().parent) as store:
         found = profile_model(
@@ -141,12 +146,13 @@ def profile(
         )
         if processes.rank == 0:
             found.save(output)
-    with contextlib.suppress(FileNotFoundError):
-        # Measured and written: nothing to go on with.
-        os.unlink(partial if processes.count == 1 else f"{partial}.{processes.rank}")
+    if resumable:
+        with contextlib.suppress(FileNotFoundError):
+            # Measured and written: nothing to go on with.
+            os.unlink(partial if processes.count == 1 else f"{partial}.{processes.rank}")
     if processes.rank == 0:
-        typer.echo(found.info.model_dump_json() if as_json else profile_summary(found))
-        print(
-            f"profile written to {output} ({output.stat().st_size / 2**20:.1f} MiB)",
-            file=sys.stderr,
-        )
+        if as_json:
+            show_json(found.info.model_dump(mode="json"), indent=None)
+        else:
+            show(profile_summary(found))
+        note(f"profile written to {output} ({output.stat().st_size / 2**20:.1f} MiB)")

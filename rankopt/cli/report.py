@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from rankopt.cli.options import note
+from rankopt.errors import printable
 from rankopt.layers import LeftAlone
 from rankopt.plan.compare import ComparedPlan
 from rankopt.profile.profile import Profile
@@ -84,12 +85,20 @@ def _expendable(columns: Sequence[str], measured: "Sequence[Evaluation]") -> Ite
     """
     yield from (name for name in EXPENDABLE if name in columns and (measured or name != "retained"))
     if measured:
-        yield from reversed(list(measured[0].metrics))
+        yield from reversed(_metrics(measured))
+
+
+class _Console(Console):
+    """Leaves it to the command line what happens when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise what is being handled."""
+        raise
 
 
 def _console(width: int | None = None) -> Console:
     # A strategy may be called module:function of whatever name: no markup, no emoji.
-    return Console(width=width, markup=False, emoji=False)
+    return _Console(width=width, markup=False, emoji=False)
 
 
 def _needed(table: Table) -> int:
@@ -102,7 +111,7 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     return table
 
 
@@ -120,7 +129,7 @@ def comparison(
     Columns that are named in ``without`` are left out.
     """
     several = len({row.plan.backend for row in rows}) > 1
-    metrics = list(measured[0].metrics) if measured else []
+    metrics = _metrics(measured)
     columns = ["strategy", *(["backend"] if several else []), "keep", "parameters", "kept", "model"]
     columns += ["MiB", "retained", "worst layer"]
     columns += ["gap", "seconds", *(["loss", *metrics] if measured else [])]
@@ -166,8 +175,16 @@ def comparison(
 
 
 def _measured(found: "Evaluation", metrics: Sequence[str]) -> list[str]:
-    values = [f"{found.metrics[name]:.4g}" for name in metrics]
-    return [f"{found.loss:.4f}", *values]
+    return [f"{found.loss:.4f}", *(_figure(found.metrics.get(name), ".4g") for name in metrics)]
+
+
+def _metrics(measured: "Sequence[Evaluation]") -> list[str]:
+    """Of all rows: one whose loss is not finite lacks some."""
+    return list(dict.fromkeys(name for found in measured for name in found.metrics))
+
+
+def _figure(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
 
 
 def evaluation(found: "Evaluation") -> Table:
@@ -178,7 +195,7 @@ def evaluation(found: "Evaluation") -> Table:
         ["examples", f"{found.examples:,}"],
         ["targets (tokens or labels)", f"{found.targets:,}"],
         [f"loss ({unit})", f"{found.loss:.6f}"],
-        *([name, f"{value:.6g}"] for name, value in found.metrics.items()),
+        *([name, _figure(value, ".6g")] for name, value in found.metrics.items()),
         ["parameters of the plannable layers", f"{found.planned_parameters:,}"],
         ["parameters of the whole model", f"{found.model_parameters:,}"],
         ["bytes of the whole model", f"{found.model_bytes:,}"],
@@ -219,7 +236,7 @@ def profile_summary(profile: Profile) -> str:
     outside = [x for x in info.left_alone if x not in inside]
     lines.append(f"  left alone  {rest:,} parameters in all; outside the blocks:")
     lines += _grouped(outside)
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 #: Above this standard error of a layer's Fisher information, more data is advised. Where losses

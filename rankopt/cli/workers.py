@@ -1,10 +1,12 @@
 """More processes that join a search."""
 
 import contextlib
+import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rankopt.errors import MissingExtraError, OptionError, RankoptError
 from rankopt_solvers.search import SearchError
@@ -43,6 +45,29 @@ def copies(command: Sequence[str], count: int) -> Iterator[None]:
             )
 
 
+def require_storage(storage: str | None) -> None:
+    """Refuse before the long work what no search can be kept in; nothing is written or made.
+
+    Raises:
+        RankoptError: the file is no journal, or the system refuses to write it.
+        MissingExtraError: Optuna is not installed.
+    """
+    with _asking() as studies:
+        studies.require_storage(storage)
+
+
+@contextlib.contextmanager
+def _asking() -> Iterator[Any]:
+    try:
+        from rankopt_solvers.search import studies
+
+        yield studies
+    except ImportError as error:
+        raise MissingExtraError("search", error.name or "optuna", "search") from error
+    except SearchError as error:
+        raise RankoptError(str(error)) from error
+
+
 @contextlib.contextmanager
 def with_workers(count: int, storage: str | None) -> Iterator[None]:
     """Run this very command line in ``count - 1`` more processes that join the search.
@@ -58,15 +83,9 @@ def with_workers(count: int, storage: str | None) -> Iterator[None]:
         return
     if storage is None:
         raise OptionError("several workers need a storage to share: give --storage or --output")
-    try:
-        from rankopt_solvers.search.studies import open_storage
-
+    with _asking() as studies:
         # Here, so that the workers find a storage and do not all create it.
-        open_storage(storage)
-    except ImportError as error:
-        raise MissingExtraError("search", "optuna", "search") from error
-    except SearchError as error:
-        raise RankoptError(str(error)) from error
+        studies.open_storage(storage)
     with copies(
         [sys.executable, "-m", "rankopt", *worker_arguments(sys.argv[1:], storage)], count - 1
     ):
@@ -83,6 +102,8 @@ def worker_arguments(given: Sequence[str], storage: str) -> list[str]:
             skip = False
         elif name in ("--workers", "--output", "-o", "--storage"):
             skip = not equals
+        elif name == "--force" or re.match("-o.", argument):
+            pass  # belongs to the output
         else:
             kept.append(argument)
     return [*kept, "--storage", storage]

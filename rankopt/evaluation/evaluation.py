@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from rankopt.errors import DataError, MissingExtraError
 from rankopt.layers import Layer
-from rankopt.measure.loss import find_loss
+from rankopt.measure.loss import Summed, find_loss
 from rankopt.model.inputs import listed
 from rankopt.model.size import model_size
 from rankopt.model.tasks import IGNORED, LossFunction, in_eval
@@ -25,25 +26,27 @@ class Evaluation:
     Attributes:
         task: see ProfileInfo.
         loss: mean of the model's own loss over all targets; nats for likelihoods, squared error
-            for regressions.
+            for regressions. Where it is NaN or infinite, measuring ended with that batch.
         metrics: ``perplexity`` of language models, ``accuracy`` of classifiers (``f1`` and
             ``matthews`` too if there are two classes), ``pearson`` and ``spearman`` of regressions;
-            none of ``custom`` losses.
+            none of ``custom`` losses. None where a metric is not defined.
         examples: seen.
         targets: predicted tokens, or labels.
         planned_parameters: weights of the planned layers, as they are now.
         model_parameters: of the whole model, tied ones once.
         model_bytes: the same in bytes.
+        notes: where the loss is not finite, and why metrics are None.
     """
 
     task: str
     loss: float
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     examples: int
     targets: int
     planned_parameters: int
     model_parameters: int
     model_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -72,6 +75,7 @@ def evaluate(
     model = unwrapped(model)
     loss, device = find_loss(model, loss_fn), device_of(model)
     summed, examples, targets = 0.0, 0, 0
+    notes: list[str] = []
     truths: list[Tensor] = []
     guesses: list[Tensor] = []
     with in_eval(model):
@@ -81,6 +85,10 @@ def evaluate(
             found = loss.summed(model, ready)
             summed += found.loss
             examples, targets = examples + found.examples, targets + found.targets
+            if not math.isfinite(summed):
+                where = _where(found, number + 1, examples - found.examples)
+                notes.append(f"loss is {'NaN' if math.isnan(summed) else summed} ({where})")
+                break
             if found.output is not None and not loss.task.endswith("-lm"):
                 truth, guess = _answers(loss.task, ready["labels"], found.output.logits)
                 truths.append(truth.cpu())
@@ -88,11 +96,16 @@ def evaluate(
     if not examples:
         raise DataError("no batches were given")
     loss_mean, task = summed / targets, loss.task
-    metrics: dict[str, float] = {}
-    if task.endswith("-lm"):
-        metrics = {"perplexity": math.exp(min(loss_mean, 700.0))}
+    metrics: dict[str, float | None] = {}
+    if notes:
+        metrics = dict.fromkeys(_names(task))
+    elif task.endswith("-lm"):
+        metrics = {"perplexity": _exp(loss_mean)}
+        if metrics["perplexity"] == math.inf:
+            notes.append(f"perplexity is infinite: exp({loss_mean:.6g}) is beyond all numbers")
     elif truths:
-        metrics = _metrics(task, torch.cat(truths), torch.cat(guesses))
+        metrics, undefined = _metrics(task, torch.cat(truths), torch.cat(guesses))
+        notes += undefined
     size = model_size(model, layers)
     return Evaluation(
         task,
@@ -103,7 +116,37 @@ def evaluate(
         size.planned,
         size.model,
         size.model_bytes,
+        tuple(notes),
     )
+
+
+def _where(found: Summed, batch: int, before: int) -> str:
+    """The batch, and the first row whose predictions are not finite, if there is one to see."""
+    logits = getattr(found.output, "logits", None)
+    if isinstance(logits, Tensor) and len(logits) == found.examples:
+        # Some models have -inf for what they never predict: NaN is the better witness.
+        for bad in (logits.isnan(), ~logits.isfinite()):
+            rows = bad.flatten(1).any(1).nonzero()
+            if len(rows):
+                row = int(rows[0]) + 1
+                return f"batch {batch}, row {row}: example {before + row}"
+    return f"batch {batch}: examples {before + 1} to {before + found.examples}"
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _names(task: str) -> tuple[str, ...]:
+    """Metrics that every evaluation of a task has."""
+    if task.endswith("-lm"):
+        return ("perplexity",)
+    if task == "custom":
+        return ()
+    return ("pearson", "spearman") if task == "regression" else ("accuracy",)
 
 
 def _answers(task: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,20 +160,38 @@ def _answers(task: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]
     return labels[counted], guess[counted]
 
 
-def _metrics(task: str, truth: Tensor, guess: Tensor) -> dict[str, float]:
+def _metrics(task: str, truth: Tensor, guess: Tensor) -> tuple[dict[str, float | None], list[str]]:
+    """The task's metrics; None where one is not defined, and why."""
     try:
         from scipy import stats
         from sklearn import metrics
     except ImportError as error:
         missing = str(error.name).split(".")[0]
         raise MissingExtraError("measuring a task's metric", missing, "eval") from error
-    found: dict[str, Any] = {}
     if task == "regression":
-        found["pearson"] = stats.pearsonr(truth, guess).statistic
-        found["spearman"] = stats.spearmanr(truth, guess).statistic
-    else:
-        found["accuracy"] = metrics.accuracy_score(truth, guess)
-        if int(torch.cat([truth, guess]).max()) <= 1:
-            found["f1"] = metrics.f1_score(truth, guess, zero_division=0.0)
-            found["matthews"] = metrics.matthews_corrcoef(truth, guess)
-    return {name: float(value) for name, value in found.items()}
+        why = _uncorrelated(truth, guess)
+        if why is not None:
+            return dict.fromkeys(_names(task)), [f"pearson and spearman are not defined: {why}"]
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        # One class, or predictions that hardly differ: the figure is all that there is to say.
+        warnings.simplefilter("ignore")
+        if task == "regression":
+            found["pearson"] = stats.pearsonr(truth, guess).statistic
+            found["spearman"] = stats.spearmanr(truth, guess).statistic
+        else:
+            found["accuracy"] = metrics.accuracy_score(truth, guess)
+            if int(torch.cat([truth, guess]).max()) <= 1:
+                found["f1"] = metrics.f1_score(truth, guess, zero_division=0.0)
+                found["matthews"] = metrics.matthews_corrcoef(truth, guess)
+    return {name: float(value) for name, value in found.items()}, []
+
+
+def _uncorrelated(truth: Tensor, guess: Tensor) -> str | None:
+    """Why two columns have no correlation."""
+    if len(truth) < 2:
+        return "a correlation takes two rows or more"
+    for name, values in (("labels", truth), ("predictions", guess)):
+        if bool((values == values[0]).all()):
+            return f"all {name} are {float(values[0]):.6g}"
+    return None

@@ -1,12 +1,14 @@
 """The measured loss of plans: apply one, evaluate, restore the dense model, take the next."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from rankopt.apply.apply import FactorCache, applied
+from rankopt.errors import NotFiniteError
 from rankopt.evaluation.evaluation import Evaluation, evaluate
 from rankopt.model.tasks import Batch
 from rankopt.plan.compare import ComparedPlan
@@ -36,8 +38,18 @@ class PlanEvaluator:
     _cache: FactorCache = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def dense(self) -> Evaluation:
-        """The model without a plan."""
-        return self._evaluated(self.model)
+        """The model without a plan.
+
+        Raises:
+            NotFiniteError: its loss is NaN or infinite; says in which batch.
+        """
+        found = self._evaluated(self.model)
+        if not math.isfinite(found.loss):
+            raise NotFiniteError(
+                f"the dense model's {found.notes[0]}: no plan can be compared with that; look at "
+                "that example, or at the model's weights"
+            )
+        return found
 
     def __call__(self, plan: Plan) -> Evaluation:
         """The model under a plan.
@@ -92,7 +104,11 @@ def measure_comparison(
     *,
     progress: bool | None = None,
 ) -> tuple[Evaluation, list[tuple[ComparedPlan, Evaluation]]]:
-    """The dense model, and what measure_rows yields; one bar for all."""
+    """The dense model, and what measure_rows yields; one bar for all.
+
+    Raises:
+        NotFiniteError: the dense model's loss is NaN or infinite.
+    """
     with bar(range(len(rows) + 1), "Compare", "model", progress) as shown:
         dense = PlanEvaluator(model, profile, batches, progress=False).dense()
         shown.update()

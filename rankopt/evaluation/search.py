@@ -7,10 +7,14 @@ ranks are fitted to: measure the result on other data.
 """
 
 import dataclasses
+import math
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from rankopt.backends import find_backend
 from rankopt.data.digest import data_digest
@@ -60,11 +64,17 @@ class SearchedPlan:
         above = found.plan_loss - self.dense.loss
         share = f", {found.improvement / above:.1%} of its distance to dense" if above > 0 else ""
         early = ": no new ranks were proposed after that" if found.exhausted else ""
-        return (
-            f"search: measured loss {found.loss:.6g} (dense {self.dense.loss:.6g}), "
+        failed = sum(measured.loss is None for measured in found.trials)
+        without = f", {failed} of them without a finite loss" if failed else ""
+        better = (
             f"{found.improvement:.6g} less than the best of the other plans "
-            f"({found.best_plan}, {found.plan_loss:.6g}){share}; "
-            f"{len(found.trials)} trials{early}"
+            f"({found.best_plan}, {found.plan_loss:.6g}){share}"
+        )
+        if math.isinf(found.plan_loss):
+            better = "and none of the other plans has a finite one"
+        return (
+            f"search: measured loss {found.loss:.6g} (dense {self.dense.loss:.6g}), {better}; "
+            f"{len(found.trials)} trials{without}{early}"
         )
 
 
@@ -76,7 +86,8 @@ class OtherSearchError(RankoptError):
     """
 
     def __init__(self, storage: Any, difference: str) -> None:
-        self.found = f"{storage} holds a search with {difference}"
+        shown = re.sub(r"(://[^/@]*:)[^/]*@", r"\1***@", str(storage))
+        self.found = f"{shown} holds a search with {difference}"
         super().__init__(f"{self.found}: another storage or study_name starts a new one")
 
 
@@ -135,6 +146,7 @@ def search_plan(
         RankoptError: too few trials, or the storage is damaged.
         MissingExtraError: Optuna is not installed.
         DataError: no batches.
+        NotFiniteError: the dense model's loss is NaN or infinite.
     """
     if isinstance(sampler, str) and sampler not in SAMPLERS:
         raise OptionError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
@@ -187,12 +199,19 @@ def search_plan(
 
         def show(measured: Measured, done: int) -> None:
             shown.update(done - shown.n)
-            shown.set_postfix_str(f"{measured.source} {measured.loss or float('nan'):.4f}")
+            loss = math.nan if measured.loss is None else measured.loss
+            shown.set_postfix_str(f"{measured.source} {loss:.4f}")
+
+        def loss_of(choice: Choice) -> float:
+            measured = measure(planned(choice))
+            if not math.isfinite(measured.loss):
+                tqdm.write(f"a trial counts as failed: its {measured.notes[0]}", file=sys.stderr)
+            return measured.loss
 
         try:
             found = search(
                 problem,
-                lambda choice: measure(planned(choice)).loss,
+                loss_of,
                 trials=trials,
                 kinds=[layer.kind for layer in offered.layers],
                 depths=[index / last for index in range(len(offered.layers))],

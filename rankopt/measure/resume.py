@@ -18,7 +18,7 @@ from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from torch import Tensor
 
 from rankopt.errors import DataError
-from rankopt.files import whole_file
+from rankopt.files import CHECKPOINT, is_format, require_file, whole_file
 from rankopt.measure.processes import Processes
 from rankopt.schema import STRICT, Count, Number, first_of, parse
 
@@ -114,8 +114,8 @@ def save(
     counters = ("batches", "examples", "targets", "chain", "numbers", "last_check")
     counts = {name: getattr(seen, name) for name in counters}
     about = json.dumps({"seen": counts, "layers": dict(layers), "settings": dict(settings)})
-    header = {"format": "rankopt-checkpoint", "about": about, "sha256": _digest(about, plain)}
-    with whole_file(path) as temporary:
+    header = {"format": CHECKPOINT, "about": about, "sha256": _digest(about, plain)}
+    with whole_file(path, is_format(CHECKPOINT)) as temporary:
         save_file(plain, temporary, header)
 
 
@@ -134,9 +134,11 @@ def load(
 
     Raises:
         DataError: it is not readable, or of other settings; says which.
+        RankoptError, WriteError: it could not be written.
     """
     from safetensors import SafetensorError, safe_open
 
+    require_file(path)
     if not Path(path).is_file():
         return None
     try:

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rankopt.errors import PlanError
-from rankopt.files import whole_file
+from rankopt.errors import PlanError, printable
+from rankopt.files import PLAN, is_format, whole_file
 from rankopt.layers import Layer
 from rankopt.plan.budget import Budget
 from rankopt.schema import STRICT, Count, Loss, Number, Share, first_of, parse
@@ -199,8 +199,12 @@ class Plan(BaseModel):
         return {entry.layer.name: entry.rank for entry in self.layers}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON; a reader never sees half of it."""
-        with whole_file(path) as temporary:
+        """Write the JSON; a reader never sees half of it.
+
+        Raises:
+            RankoptError: something is there that is no plan, or the system refuses.
+        """
+        with whole_file(path, is_format(PLAN)) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
@@ -257,20 +261,19 @@ class Plan(BaseModel):
                 f"  price           1,000 more parameters would save {1000 * proof.multiplier:.3g}"
                 f"{doubt}"
             ]
-        return "\n".join(
-            [
-                f"{self.solver} plan, objective {self.objective}, backend {self.backend}",
-                f"  planned layers  {size.planned:,} of {size.planned_dense:,} parameters "
-                f"({size.planned / size.planned_dense:.4%}; budget {self.budget.parameters:,})",
-                f"  whole model     {size.model:,} of {size.model_dense:,} parameters "
-                f"({size.model / size.model_dense:.2%}), "
-                f"{size.model_bytes / 2**20:,.1f} of {size.model_bytes_dense / 2**20:,.1f} MiB",
-                f"  retained Fisher {self.retained_total:.4%} in total, "
-                f"{self.retained_worst:.2%} in the worst layer ({self.worst_layer})",
-                f"  loss            {proof.loss:.6g} {proof.unit}, at least {proof.bound:.6g} "
-                f"(gap {proof.gap:.2g}, {proof.status})",
-                *price,
-                f"  layers          {len(self.layers)}: {dense} dense, "
-                f"{len(self.layers) - dense} low rank",
-            ]
-        )
+        lines = [
+            f"{self.solver} plan, objective {self.objective}, backend {self.backend}",
+            f"  planned layers  {size.planned:,} of {size.planned_dense:,} parameters "
+            f"({size.planned / size.planned_dense:.4%}; budget {self.budget.parameters:,})",
+            f"  whole model     {size.model:,} of {size.model_dense:,} parameters "
+            f"({size.model / size.model_dense:.2%}), "
+            f"{size.model_bytes / 2**20:,.1f} of {size.model_bytes_dense / 2**20:,.1f} MiB",
+            f"  retained Fisher {self.retained_total:.4%} in total, "
+            f"{self.retained_worst:.2%} in the worst layer ({self.worst_layer})",
+            f"  loss            {proof.loss:.6g} {proof.unit}, at least {proof.bound:.6g} "
+            f"(gap {proof.gap:.2g}, {proof.status})",
+            *price,
+            f"  layers          {len(self.layers)}: {dense} dense, "
+            f"{len(self.layers) - dense} low rank",
+        ]
+        return "\n".join(map(printable, lines))

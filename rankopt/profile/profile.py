@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from rankopt.errors import ProfileError
+from rankopt.files import PROFILE
 from rankopt.layers import FloatArray, Layer
 from rankopt.profile.curves import LossCurve
 from rankopt.profile.info import BackendInfo as BackendInfo
@@ -49,8 +50,6 @@ from rankopt.profile.tensors import (
     write_safetensors,
 )
 from rankopt.schema import parse
-
-_FORMAT = "rankopt-profile"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,7 +212,7 @@ class Profile:
             # Before the next one is read.
             del array
         metadata = {
-            "format": _FORMAT,
+            "format": PROFILE,
             "rankopt": _canonical(self.info),
             "sha256": self.digest(),
             "kept": json.dumps(kept),
@@ -229,7 +228,7 @@ class Profile:
         """
         source = Path(path)
         tensors, metadata = read(source, None)
-        if metadata.get("format") != _FORMAT:
+        if metadata.get("format") != PROFILE:
             raise ProfileError(f"{path} is a safetensors file but not a rankopt profile")
         try:
             info = ProfileInfo.from_json(metadata["rankopt"])

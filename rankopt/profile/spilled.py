@@ -1,16 +1,17 @@
 """Arrays that are too many for the memory."""
 
 import os
-import shutil
-import tempfile
 import threading
+import types
 import weakref
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rankopt.errors import RankoptError
+from rankopt.files import make_temporary_folder, told
 from rankopt.profile.tensors import Array
 
 
@@ -25,16 +26,18 @@ class SpilledArrays(MutableMapping[str, Array]):
 
     Raises:
         RankoptError: the folder does not exist.
+        WriteError: the system refuses to write there, now or when an array is put.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         if not Path(folder).is_dir():
             raise RankoptError(f"cannot keep arrays in {folder}: the folder does not exist")
-        self.folder = Path(tempfile.mkdtemp(prefix=".rankopt.", dir=folder))
+        with told(folder):
+            self.folder, remove = make_temporary_folder(Path(folder))
         self._places: dict[str, Path] = {}
         self._count = 0
         self._lock = threading.Lock()
-        self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._remove = weakref.finalize(self, remove)
 
     def __setitem__(self, name: str, array: Array) -> None:
         with self._lock:
@@ -42,7 +45,8 @@ class SpilledArrays(MutableMapping[str, Array]):
             self._count += 1
             place = self.folder / f"{self._count}.npy"
         # Outside the lock: several threads write at the same time.
-        np.save(place, array, allow_pickle=False)
+        with told(self.folder.parent):
+            _write(place, array)
         with self._lock:
             replaced = self._places.get(name)
             self._places[name] = place
@@ -86,3 +90,10 @@ class SpilledArrays(MutableMapping[str, Array]):
     def _require_open(self) -> None:
         if not self._remove.alive:
             raise RankoptError(f"{self.folder} is closed: its arrays are gone")
+
+
+def _write(place: Path, array: Array) -> None:
+    with open(place, "wb") as file:
+        # Not the file itself: what numpy does with one does not say why it fails.
+        opaque: Any = types.SimpleNamespace(write=file.write)
+        np.save(opaque, array, allow_pickle=False)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rankopt.errors import ProfileError
-from rankopt.files import whole_file
+from rankopt.files import is_format, whole_file
 
 Array = npt.NDArray[Any]
 KeptArray = npt.NDArray[np.float32]
@@ -179,7 +179,7 @@ def write_safetensors(
     Raises:
         ValueError: a dtype that the format has not, a name that it reserves, a header that is too
             long, or an array that is not what its entry said. Names the array.
-        RankoptError: the folder does not exist.
+        RankoptError: the folder does not exist, or the file is there and of another ``format``.
     """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     described: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
@@ -204,7 +204,8 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     if len(text) > _LONGEST_HEADER:
         raise ValueError(f"{path}: {len(order):,} arrays: the header takes {len(text):,} bytes")
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    ours = is_format(metadata["format"]) if metadata and "format" in metadata else None
+    with whole_file(path, ours) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in order:

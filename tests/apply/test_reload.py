@@ -242,8 +242,7 @@ def test_a_folder_with_something_in_it_is_not_touched(saved: Saved, tmp_path: Pa
 def test_overwriting_replaces_the_whole_folder(saved: Saved, tmp_path: Path) -> None:
     model, plan, folder = saved("llama")
     target = tmp_path / "model"
-    target.mkdir()
-    (target / "stale.safetensors").write_text("old")
+    save_model(tiny.llama(), target, tokenizer=tiny.tokenizer())
     save_model(model, target, plan=plan, overwrite=True)
     assert contents(target) == contents(folder)
     assert os.listdir(tmp_path) == ["model"]
@@ -254,8 +253,8 @@ def test_a_crash_while_saving_leaves_what_was_there(
 ) -> None:
     model, _, _ = saved("llama")
     target = tmp_path / "model"
-    target.mkdir()
-    (target / "old.txt").write_text("old")
+    save_model(model, target)
+    before = contents(target)
 
     def crash(self: Any, folder: Path, **options: Any) -> None:
         (Path(folder) / "half.safetensors").write_text("half")
@@ -266,7 +265,7 @@ def test_a_crash_while_saving_leaves_what_was_there(
         save_model(model, target, overwrite=True)
     with pytest.raises(OSError, match="no space left"):
         save_model(model, tmp_path / "new")
-    assert contents(tmp_path) == {"model/old.txt": b"old"}
+    assert contents(target) == before
     assert os.listdir(tmp_path) == ["model"]
 
 

@@ -101,7 +101,7 @@ def test_what_cannot_be_searched_is_refused(made: Any, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="unknown solver 'magic'; known: exact"):
         search_plan(model, profile, batches, keep=0.6, solver="magic")
     (tmp_path / "s").write_text("no journal\n")
-    with pytest.raises(RankoptError, match=r"line 1: the journal is damaged"):
+    with pytest.raises(RankoptError, match=r"s is not the journal of a search"):
         search_plan(model, profile, batches, keep=0.6, storage=tmp_path / "s")
 
 

@@ -6,6 +6,7 @@ samplers see only trials they can learn from. A trial's user attributes hold its
 ``failed`` (its loss is not a finite number).
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -16,7 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rankopt_solvers.problem import Problem
-from rankopt_solvers.search.records import Choice, Measured
+from rankopt_solvers.search.records import Choice, Measured, StudyError
 from rankopt_solvers.search.studies import heartbeat, open_study, owner, quiet, requeue_dead
 from rankopt_solvers.table import FloatArray
 
@@ -43,7 +44,7 @@ class Ledger:
     def queue(self, plans: Mapping[Choice, str], first: dict[str, float] | None) -> None:
         """Line up what nobody has measured or is measuring; ``first`` are a trial's parameters."""
         there = {
-            choice_of(trial)
+            self.choice_of(trial)
             for trial in self.plans.get_trials(deepcopy=False)
             if trial.state != TrialState.FAIL or "failed" in trial.user_attrs
         }
@@ -71,12 +72,31 @@ class Ledger:
         ended.sort(key=lambda trial: (str(trial.datetime_complete), trial.number))
         found: dict[Choice, Measured] = {}
         for trial in ended:
-            choice, attributes = choice_of(trial), trial.user_attrs
-            if choice is not None and "repeats" not in attributes:
-                seconds = float(attributes["seconds"])
-                loss = trial.value if trial.state == TrialState.COMPLETE else None
-                found.setdefault(choice, Measured(attributes["source"], choice, loss, seconds))
+            choice = self.choice_of(trial)
+            if choice is not None and "repeats" not in trial.user_attrs:
+                found.setdefault(choice, _measured(trial, choice))
         return found
+
+    def choice_of(self, trial: FrozenTrial | Trial) -> Choice | None:
+        """The choice that a trial measures; None if it has not got that far.
+
+        Raises:
+            StudyError: what the storage holds is no choice of the problem.
+        """
+        given = trial.user_attrs.get("choice")
+        if given is None:
+            return None
+        groups = self.problem.groups
+        if not (
+            isinstance(given, list)
+            and len(given) == len(groups)
+            and all(
+                type(j) is int and 0 <= j < group.cost.size
+                for j, group in zip(given, groups, strict=True)
+            )
+        ):
+            raise _damaged(trial, f"{given!s:.60} is no choice")
+        return tuple(given)
 
     def evidence(self) -> tuple[FloatArray, FloatArray]:
         """Discarded masses ``(n, G)`` and losses ``(n,)`` of what has a finite loss."""
@@ -131,7 +151,8 @@ class Ledger:
             if "choice" not in trial.user_attrs:
                 trial.set_user_attr("choice", list(propose(trial)))
                 trial.set_user_attr("source", source)
-            choice = tuple(trial.user_attrs["choice"])
+            choice = self.choice_of(trial)
+            assert choice is not None, "it has just been proposed, or was looked for above"
             if self._told(study, trial, choice):
                 return "repeat"
             return self._measure(study, trial, choice, evaluate)
@@ -150,7 +171,7 @@ class Ledger:
         else:
             proposals = self.search.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
             others = plans + [other for other in proposals if other.number != trial.number]
-        elsewhere = any(choice_of(other) == choice for other in others)
+        elsewhere = any(self.choice_of(other) == choice for other in others)
         known = self.known().get(choice)  # after it, so as to see what was finished in between
         if known is None and not elsewhere:
             return False
@@ -181,7 +202,20 @@ class Ledger:
         return Measured(source, choice, loss if finite else None, seconds)
 
 
-def choice_of(trial: FrozenTrial) -> Choice | None:
-    """The choice that a trial measures; None if it has not got that far."""
-    choice = trial.user_attrs.get("choice")
-    return None if choice is None else tuple(choice)
+def _measured(trial: FrozenTrial, choice: Choice) -> Measured:
+    attributes = trial.user_attrs
+    loss = trial.value if trial.state == TrialState.COMPLETE else None
+    try:
+        seconds, source = float(attributes["seconds"]), attributes["source"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(trial, "it has no source or no seconds") from error
+    if not isinstance(source, str) or not (loss is None or math.isfinite(loss)):
+        raise _damaged(trial, f"source {source!s:.60}, loss {loss}")
+    return Measured(source, choice, loss, seconds)
+
+
+def _damaged(trial: FrozenTrial | Trial, why: str) -> StudyError:
+    return StudyError(
+        f"trial {trial.number} in the storage is damaged ({why}): name another storage to start "
+        "again"
+    )
