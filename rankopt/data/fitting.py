@@ -97,6 +97,13 @@ def _check_numbers(model: Any, tokenizer: Any, batches: list[Batch]) -> None:
             f"model.resize_token_embeddings({len(tokenizer)}), or with the tokenizer it was "
             "trained with"
         )
+    outputs = getattr(model.config, "num_labels", None)
+    for labels in (batch["labels"] for batch in batches if "labels" in batch):
+        if labels.is_floating_point() and labels[0].numel() != outputs:
+            raise DataError(
+                f"a row has {labels[0].numel()} numbers as its label, the model has {outputs} "
+                "outputs: give a list of as many"
+            )
     kinds = [int(batch["token_type_ids"].max()) for batch in batches if "token_type_ids" in batch]
     for name, module in model.named_modules():
         known = _rows(module) if name.endswith("token_type_embeddings") else None

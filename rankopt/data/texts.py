@@ -98,10 +98,11 @@ def _chat(where: str, value: Any, tokenizer: Any, row: int, notes: Notes) -> str
     messages = [
         dict(each)
         if "role" in each
-        else {"role": _ROLES.get(each["from"], each["from"]), "content": each["value"]}
+        else {"role": _ROLES.get(str(each["from"]), each["from"]), "content": each["value"]}
         for each in value
     ]
-    if getattr(tokenizer, "chat_template", None) is None:
+    # Tokenizers that keep their template elsewhere have no such attribute.
+    if getattr(tokenizer, "chat_template", tokenizer) is None:
         notes[NO_TEMPLATE].append(row + 1)
         return "\n".join(f"{each['role']}: {_content(where, each)}" for each in messages)
     try:
