@@ -149,7 +149,8 @@ def _windows(
     examples: int | None,
 ) -> list[Batch]:
     texts = list(texts)
-    before, behind = affixes(tokenizer, next((text for text in texts if text.strip()), "")[:99])
+    sample = next((text for text in texts if text.strip()), "")[:99]
+    before, behind = affixes(tokenizer, valid(sample))
     end = tokenizer.eos_token_id
     between = behind if end is None else [end]
     size = max_length - len(before)

@@ -124,7 +124,7 @@ def _parsed(place: str, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise DataError(f"{place}: not JSON: {error.msg} at {at}column {error.colno}") from error
+        raise DataError(f"{place}: not JSON: {error.msg}, {at}column {error.colno}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not JSON that can be read: {error}") from error
 

@@ -31,7 +31,7 @@ def label_of(where: str, value: Any, task: str, label2id: Mapping[str, int]) -> 
         return _answers(where, value, label2id)
     if task == "regression":
         several = listed(value)
-        if several is None:
+        if not several:
             return _number(where, value)
         return [_number(where, each) for each in several]
     return class_of(where, value, label2id)

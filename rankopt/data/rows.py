@@ -42,7 +42,8 @@ def read_rows(source: str, split: str | None = None) -> Sequence[Row]:
     try:
         folder, there = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {source!r:.80}: {_reason(error)}") from error
+        reason = getattr(error, "strerror", None) or _reason(error)
+        raise DataError(f"cannot read {source!r:.80}: {reason}") from error
     if folder:
         rows = _read_saved(path, split) if _is_saved(path) else _read_dataset(source, None, split)
     elif there:

@@ -12,7 +12,7 @@ from rankopt.errors import DataError
 #: What was done with rows that could not be taken as they are -> their numbers, from 1.
 Notes = defaultdict[str, list[int]]
 
-REPLACED = "half of a surrogate pair is no character and is read as U+FFFD"
+REPLACED = "surrogates are no text: pairs are read as their character, halves as U+FFFD"
 NO_TEMPLATE = "the tokenizer has no chat template, messages are read as lines 'role: content'"
 _ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -131,9 +131,9 @@ def affixes(tokenizer: Any, sample: str = "") -> tuple[list[int], list[int]]:
 
     Args:
         tokenizer: of the model.
-        sample: a text to ask with, if the tokenizer knows none of the usual letters.
+        sample: a text to ask with; a letter if it is empty, or the tokenizer knows none of it.
     """
-    for text in ("x", sample):
+    for text in (sample, "x"):
         bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         whole = list(tokenizer(text, verbose=False)["input_ids"])
         for start in range(len(whole) - len(bare) + 1 if bare else 0):

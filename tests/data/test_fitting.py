@@ -66,10 +66,10 @@ def test_relative_positions_have_no_limit() -> None:
 
 def test_length_is_what_model_and_tokenizer_allow() -> None:
     tokenizer = tiny.tokenizer()
-    assert fit_length(tiny.roberta(), tokenizer, None) == 62
-    assert fit_length(tiny.roberta(), tokenizer, 62) == 62
-    with pytest.raises(DataError, match="max_length=63: the model takes at most 62 tokens"):
-        fit_length(tiny.roberta(), tokenizer, 63)
+    assert fit_length(tiny.roberta(), tokenizer, None) == 63
+    assert fit_length(tiny.roberta(), tokenizer, 63) == 63
+    with pytest.raises(DataError, match="max_length=64: the model takes at most 63 tokens"):
+        fit_length(tiny.roberta(), tokenizer, 64)
     assert fit_length(tiny.t5(), tokenizer, None) == 256
     tokenizer.model_max_length = 100
     assert fit_length(tiny.t5(), tokenizer, None) == 100
@@ -104,7 +104,9 @@ def test_tokens_and_types_without_an_embedding_are_named() -> None:
     ids = torch.tensor([[3, 14]])
     assert fit_batches(model, tokenizer, [{"input_ids": ids}])[0]["input_ids"].equal(ids)
     model.resize_token_embeddings(14)
-    with pytest.raises(DataError, match=r"gives token 14 \('and'\), the model's embedding has 14"):
+    with pytest.raises(
+        DataError, match=r"gives token 14 \('under'\), the model's embedding has 14"
+    ):
         fit_batches(model, tokenizer, [{"input_ids": ids}])
     kinds = {"input_ids": ids - 3, "token_type_ids": torch.tensor([[0, 2]])}
     with pytest.raises(DataError, match="gives token type 2, the model has 2 of them"):

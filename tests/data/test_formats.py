@@ -67,7 +67,7 @@ def test_joined_lines_have_a_mark_where_each_file_began(tmp_path: Path) -> None:
         ("a.json", b"[1]", "row 1: a JSON object is wanted, got 1"),
         ("a.json", b"3", "a list of JSON objects is wanted, it holds 3"),
         ("a.json", b"", "has no rows"),
-        ("a.json", b'[\n{"text"', "not JSON: .* at line 2, column"),
+        ("a.json", b'[\n{"text"', "not JSON: .*, line 2, column"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON that can be read"),
         ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1: not JSON that can be read"),
         ("a.jsonl.gz", b'{"text": "x"}', "cannot read .*a.jsonl.gz: Not a gzipped file"),
