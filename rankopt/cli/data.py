@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from rankopt.data.rows import Row as DataRow
     from rankopt.model.tasks import Batch
 
-_HELP = ".txt, .jsonl, .tsv or .csv file, or a data set NAME[:CONFIG]."
+_HELP = (
+    ".txt, .json, .jsonl, .tsv, .csv, .parquet or .arrow file (or packed: .jsonl.gz), a folder, or "
+    "a data set NAME[:CONFIG]."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,7 @@ class DataOptions:
     data: Annotated[str | None, typer.Option("--data", help=_HELP)] = None
     split: Annotated[str | None, typer.Option(help="Split of a data set (train).")] = None
     text_column: Annotated[
-        str, typer.Option(help="Column of the text, or of the list of words.")
+        str, typer.Option(help="Column of the text, the chat messages, or the list of words.")
     ] = "text"
     pair_column: Annotated[str | None, typer.Option(help="Column of a second text.")] = None
     label_column: Annotated[
@@ -84,31 +87,29 @@ class Source:
             DataError: more tokens than the model takes, or data that does not fit the task.
         """
         from rankopt.data.batches import load_batches
+        from rankopt.data.fitting import fit_batches, fit_length, fit_padding
         from rankopt.data.rows import Columns
-        from rankopt.errors import DataError
-        from rankopt.model.loading import hide_bars, load_model, load_tokenizer, longest_input
+        from rankopt.model.loading import hide_bars, load_model, load_tokenizer
         from rankopt.model.tasks import task_of
 
         hide_bars()
         asked = self.asked
         model = load_model(self.model, dtype, device_map)
-        longest, max_length = longest_input(model), asked.max_length
-        if max_length is None:
-            max_length = min(256, longest or 256)
-        elif longest is not None and max_length > longest:
-            raise DataError(f"--max-length {max_length}: the model takes at most {longest} tokens")
+        tokenizer, task = load_tokenizer(self.model), task_of(model)
+        if task != "causal-lm":
+            fit_padding(model, tokenizer, asked.batch_size)
         batches = load_batches(
             str(asked.data),
-            load_tokenizer(self.model),
-            task_of(model),
+            tokenizer,
+            task,
             columns=Columns(asked.text_column, asked.pair_column, asked.label_column),
-            max_length=max_length,
+            max_length=fit_length(model, tokenizer, asked.max_length),
             batch_size=asked.batch_size,
             examples=asked.examples,
             label2id={str(k): int(v) for k, v in (model.config.label2id or {}).items()},
             rows=self.rows,
         )
-        return model, batches
+        return model, fit_batches(model, tokenizer, batches)
 
 
 def with_data(

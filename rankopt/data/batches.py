@@ -1,28 +1,55 @@
-"""Text in, batches out: files with named columns, or data sets by name.
+"""Text in, batches out: files with named columns, folders, or data sets by name.
 
-A source is a ``.txt``, ``.jsonl``, ``.tsv`` or ``.csv`` file, or the name of a data set for the
-``datasets`` library: ``NAME`` or ``NAME:CONFIG`` (a local folder is a name too). TSV has no
-quoting, CSV has.
+A source is a ``.txt``, ``.json``, ``.jsonl``, ``.tsv``, ``.csv``, ``.parquet`` or ``.arrow`` file
+(the first five also packed: ``.jsonl.gz``), a folder with such files or written by
+``save_to_disk``, or the name of a data set for the ``datasets`` library: ``NAME`` or
+``NAME:CONFIG``. TSV has no quoting, CSV has.
 
 * Language models: all texts, joined by the end-of-text token, cut into windows of ``max_length``
-  tokens; what is left at the end is dropped. No padding.
+  tokens; what is left at the end is dropped. No padding. A window begins with the tokens that the
+  tokenizer itself puts before every text (``<bos>``), if it puts any.
 * Classification and regression: one example a row, texts padded to the longest of the batch.
+  Several labels a row are a list: of 0 and 1, or of names.
 * Token classification: the text column holds a list of words, the label column a list of classes
   (JSON lists in TSV and CSV); the first piece of a word carries its label.
+
+A text may be a chat, a list of messages with ``role`` and ``content``: it is written by the
+tokenizer's chat template, or as lines ``role: content`` if there is none. A row without a token or
+without a label to predict is skipped; how many were is said on stderr.
 
 With ``examples`` fewer than there are, they are taken at equal distances over the whole source.
 """
 
-import json
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from rankopt.data.rows import Columns, Row, column, read_rows, texts_of
+from rankopt.data.labels import Label, classes_of, label_of, list_of
+from rankopt.data.rows import Columns, Row, column, read_rows
+from rankopt.data.texts import (
+    Notes,
+    affixes,
+    say,
+    texts_of,
+    tokenized,
+    valid,
+    words_of,
+    words_tokenized,
+)
 from rankopt.errors import DataError, OptionError
 from rankopt.model.tasks import IGNORED, Batch
+
+_OF_ROWS = (
+    "sequence-classification",
+    "multi-label-classification",
+    "regression",
+    "token-classification",
+)
+_NO_TOKEN = "skipped, the tokenizer makes no token of it"
+_NO_LABEL = "skipped, no label within max_length that is not ignored"
 
 
 def load_batches(
@@ -63,32 +90,29 @@ def load_batches(
         )
     columns = columns or Columns()
     rows = read_rows(source, split) if rows is None else rows
+    notes = Notes(list)
     if task == "causal-lm":
-        texts = texts_of(source, rows, columns.text)
-        return text_batches(texts, tokenizer, max_length, batch_size, examples)
-    if task not in ("sequence-classification", "regression", "token-classification"):
+        values = enumerate(column(source, rows, columns.text))
+        texts = texts_of(source, values, columns.text, tokenizer, notes)
+        batches = _windows(f"{source}: ", texts, tokenizer, max_length, batch_size, examples)
+        say(source, notes)
+        return batches
+    if task not in _OF_ROWS:
         raise DataError(
             f"reading data for {task} models is not supported: make the batches yourself and call "
             "rankopt.profile_model"
         )
-    labels = column(source, rows, columns.label)
     taken = spread(len(rows), examples)
-    if task == "token-classification":
-        texts = column(source, rows, columns.text)
-        encoded = [
-            _encode_words(source, n, tokenizer, texts[n], labels[n], max_length, label2id or {})
-            for n in taken
-        ]
-        return _padded(tokenizer, encoded, batch_size)
-    texts = texts_of(source, rows, columns.text)
-    pairs = None if columns.pair is None else texts_of(source, rows, columns.pair)
-    encoded = []
-    for n in taken:
-        text = (texts[n],) if pairs is None else (texts[n], pairs[n])
-        entry = dict(tokenizer(*text, truncation=True, max_length=max_length))
-        entry["labels"] = _label(source, n, labels[n], task, label2id or {})
-        encoded.append(entry)
-    return _padded(tokenizer, encoded, batch_size)
+    named = label2id or {}
+    of_words = task == "token-classification"
+    if of_words:
+        encoded = _words(source, rows, taken, tokenizer, columns, max_length, named, notes)
+    else:
+        encoded = _texts(source, rows, taken, tokenizer, task, columns, max_length, named, notes)
+    say(source, notes)
+    if not encoded:
+        raise DataError(f"{source}: none of the {len(taken)} rows taken has anything to predict")
+    return _padded(tokenizer, encoded, batch_size, of_words)
 
 
 def text_batches(
@@ -113,20 +137,53 @@ def text_batches(
     Raises:
         DataError: less text than one window.
     """
+    return _windows("", texts, tokenizer, max_length, batch_size, examples)
+
+
+def _windows(
+    place: str,
+    texts: Iterable[str],
+    tokenizer: Any,
+    max_length: int,
+    batch_size: int,
+    examples: int | None,
+) -> list[Batch]:
+    texts = list(texts)
+    sample = next((text for text in texts if text.strip()), "")[:99]
+    before, behind = affixes(tokenizer, valid(sample))
+    end = tokenizer.eos_token_id
+    between = behind if end is None else [end]
+    size = max_length - len(before)
+    if size < 1:
+        raise OptionError(
+            f"max_length={max_length} leaves no token of the text: the tokenizer puts "
+            f"{len(before)} before every text"
+        )
+    if place and before:
+        shown = "".join(tokenizer.convert_ids_to_tokens(before))
+        tqdm.write(f"note: every window begins with {shown}, as the tokenizer does", sys.stderr)
     tokens: list[int] = []
-    for text in texts:
-        if tokens and tokenizer.eos_token_id is not None:
-            tokens.append(tokenizer.eos_token_id)
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = len(tokens) // max_length
+    for number, text in enumerate(texts, 1):
+        where = f"{place}text {number}"
+        found = tokenized(where, tokenizer, valid(text), add_special_tokens=False, verbose=False)
+        tokens += [*(between if tokens else []), *found["input_ids"]]
+    windows = len(tokens) // size
     if not windows:
-        raise DataError(f"the text has {len(tokens)} tokens, less than one window of {max_length}")
-    starts = [max_length * n for n in spread(windows, examples)]
-    ids = torch.tensor([tokens[start : start + max_length] for start in starts])
-    return [
-        {"input_ids": part, "attention_mask": torch.ones_like(part)}
-        for part in torch.split(ids, batch_size)
-    ]
+        raise DataError(
+            f"{place}the text has {len(tokens)} tokens, less than one window of {size}: give more "
+            "text, or a smaller max_length"
+        )
+    starts = [size * n for n in spread(windows, examples)]
+    ids = torch.tensor([[*before, *tokens[start : start + size]] for start in starts])
+    batches: list[Batch] = []
+    for part in torch.split(ids, batch_size):
+        batch = {"input_ids": part, "attention_mask": torch.ones_like(part)}
+        if len(before) > 1:
+            # Else what the tokenizer always writes would be learnt from.
+            batch["labels"] = part.clone()
+            batch["labels"][:, : len(before)] = IGNORED
+        batches.append(batch)
+    return batches
 
 
 def spread(available: int, wanted: int | None) -> list[int]:
@@ -136,77 +193,107 @@ def spread(available: int, wanted: int | None) -> list[int]:
     return [n * available // wanted for n in range(wanted)]
 
 
-def _label(
-    source: str, row: int, value: Any, task: str, label2id: Mapping[str, int]
-) -> int | float:
-    try:
-        if task != "regression" and str(value) in label2id:
-            return label2id[str(value)]
-        number = float(value)
-        if not math.isfinite(number):
-            raise ValueError
-        if task == "regression":
-            return number
-        if number != int(number) or int(number) < 0:
-            raise ValueError
-        if label2id and int(number) not in label2id.values():
-            raise ValueError
-        return int(number)
-    except (TypeError, ValueError) as error:
-        wanted = "a number" if task == "regression" else "a class number of the model"
-        known = f" or one of {', '.join(label2id)}" if label2id and task != "regression" else ""
-        raise DataError(
-            f"{source}, row {row + 1}: the label {value!r} is not {wanted}{known}"
-        ) from error
-
-
-def _encode_words(
+def _texts(
     source: str,
-    row: int,
+    rows: Sequence[Row],
+    taken: Sequence[int],
     tokenizer: Any,
-    words: Any,
-    labels: Any,
+    task: str,
+    columns: Columns,
     max_length: int,
     label2id: Mapping[str, int],
-) -> dict[str, Any]:
-    words, labels = (_list(source, row, value) for value in (words, labels))
-    if len(words) != len(labels):
-        raise DataError(f"{source}, row {row + 1}: {len(words)} words but {len(labels)} labels")
-    classes = [
-        IGNORED
-        if label == IGNORED
-        else _label(source, row, label, "token-classification", label2id)
-        for label in labels
-    ]
-    encoding = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
-    pieces: list[int | float] = []
-    previous = None
-    for word in encoding.word_ids():
-        pieces.append(IGNORED if word is None or word == previous else classes[word])
-        previous = word
-    return {**dict(encoding), "labels": pieces}
+    notes: Notes,
+) -> list[dict[str, Any]]:
+    labels = column(source, rows, columns.label)
+    parts = []
+    for name in (columns.text, columns.pair):
+        if name is not None:
+            values = column(source, rows, name)
+            chosen = ((n, values[n]) for n in taken)
+            parts.append(texts_of(source, chosen, name, tokenizer, notes))
+    encoded: list[dict[str, Any]] = []
+    for n, *texts in zip(taken, *parts, strict=True):
+        where = f"{source}, row {n + 1}"
+        label = label_of(where, labels[n], task, label2id)
+        entry = dict(tokenized(where, tokenizer, *texts, truncation=True, max_length=max_length))
+        if not len(entry["input_ids"]):
+            notes[_NO_TOKEN].append(n + 1)
+            continue
+        if encoded and _width(label) != _width(encoded[0]["labels"]):
+            first = _width(encoded[0]["labels"])
+            raise DataError(f"{where}: {_width(label)} labels, the rows before it have {first}")
+        encoded.append({**entry, "labels": label})
+    return encoded
 
 
-def _list(source: str, row: int, value: Any) -> list[Any]:
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        found = None
-    if not isinstance(found, list | tuple):
-        raise DataError(f"{source}, row {row + 1}: a list is wanted, got {value!r:.60}")
-    return list(found)
+def _width(label: Label) -> int | str:
+    return len(label) if isinstance(label, list) else "one"
 
 
-def _padded(tokenizer: Any, encoded: list[dict[str, Any]], batch_size: int) -> list[Batch]:
+def _words(
+    source: str,
+    rows: Sequence[Row],
+    taken: Sequence[int],
+    tokenizer: Any,
+    columns: Columns,
+    max_length: int,
+    label2id: Mapping[str, int],
+    notes: Notes,
+) -> list[dict[str, Any]]:
+    labels = column(source, rows, columns.label)
+    texts = column(source, rows, columns.text)
+    encoded = []
+    for n in taken:
+        where = f"{source}, row {n + 1}"
+        words = words_of(where, list_of(where, texts[n]), n, notes)
+        given = list_of(where, labels[n])
+        if len(words) != len(given):
+            raise DataError(f"{where}: {len(words)} words but {len(given)} labels")
+        classes = classes_of(where, given, label2id)
+        pieces: list[int] = []
+        if words:
+            entry, word_of = words_tokenized(where, tokenizer, words, max_length)
+            for previous, word in zip([None, *word_of], word_of, strict=False):
+                first = word is not None and word != previous
+                pieces.append(classes[word] if first and word is not None else IGNORED)
+        if all(label == IGNORED for label in pieces):
+            notes[_NO_LABEL].append(n + 1)
+        else:
+            encoded.append({**entry, "labels": pieces})
+    return encoded
+
+
+def _padded(
+    tokenizer: Any, encoded: list[dict[str, Any]], batch_size: int, of_words: bool
+) -> list[Batch]:
     batches: list[Batch] = []
+    masked = "attention_mask" in getattr(tokenizer, "model_input_names", ["attention_mask"])
     for start in range(0, len(encoded), batch_size):
         part = encoded[start : start + batch_size]
         labels = [entry["labels"] for entry in part]
         inputs = [{k: v for k, v in entry.items() if k != "labels"} for entry in part]
-        batch = dict(tokenizer.pad(inputs, padding=True, return_tensors="pt"))
-        if isinstance(labels[0], list):
+        uneven = len({len(entry["input_ids"]) for entry in part}) > 1
+        if uneven and tokenizer.pad_token_id is None:
+            raise DataError(
+                "the tokenizer has no padding token, and the texts of a batch are not of one "
+                "length: set tokenizer.pad_token and save it, or take batch_size=1"
+            )
+        batch = dict(
+            tokenizer.pad(
+                inputs,
+                padding=uneven,
+                return_attention_mask=uneven or masked,
+                return_tensors="pt",
+            )
+        )
+        if of_words:
             width = batch["input_ids"].shape[1]
-            labels = [row + [IGNORED] * (width - len(row)) for row in labels]
+            missing = [[IGNORED] * (width - len(row)) for row in labels]
+            left = getattr(tokenizer, "padding_side", "right") == "left"
+            labels = [
+                [*gap, *row] if left else [*row, *gap]
+                for gap, row in zip(missing, labels, strict=True)
+            ]
         batch["labels"] = torch.tensor(labels)
         batches.append(batch)
     return batches

@@ -1,16 +1,16 @@
-"""Rows with named columns, from files and data sets."""
+"""Rows with named columns, from files, folders and data sets."""
 
-import csv
 import dataclasses
-import json
-import sys
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rankopt.data.formats import FORMATS, Row, ending, read_file
 from rankopt.errors import DataError, MissingExtraError
 
-Row = Mapping[str, Any]
+#: NAME or OWNER/NAME, and a configuration; anything else can only be a path.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Columns:
     """Which columns to read.
 
     Attributes:
-        text: the text, or the list of words.
+        text: the text, the messages of a chat, or the list of words.
         pair: the second text, if there is one.
         label: class (number or name), number, or list of classes; not read for language models.
     """
@@ -29,105 +29,112 @@ class Columns:
 
 
 def read_rows(source: str, split: str | None = None) -> Sequence[Row]:
-    """Rows of a file or data set, as mappings from column to value; ``.txt`` is one row.
+    """Rows of a file, a folder or a data set, as mappings from column to value.
+
+    A ``.txt`` file is one row. A folder is one that ``save_to_disk`` of the ``datasets`` library
+    wrote, or one with data files.
 
     Raises:
         DataError: missing or unreadable, or a split of a file.
+        MissingExtraError: it needs the ``datasets`` library.
     """
     path = Path(source)
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".tsv": _read_table, ".csv": _read_table}
-    if path.suffix.lower() not in readers:
-        return _read_dataset(source, split)
-    if not path.is_file():
-        raise DataError(f"no data file at {source}")
-    if split is not None:
-        raise DataError(f"{source} is a file and has no split {split!r}")
     try:
-        rows = readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8 text: {error}") from error
-    if not rows:
+        folder, there = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or _reason(error)
+        raise DataError(f"cannot read {source!r:.80}: {reason}") from error
+    if folder:
+        rows = _read_saved(path, split) if _is_saved(path) else _read_dataset(source, None, split)
+    elif there:
+        if ending(path) is None:
+            raise DataError(
+                f"{source} is there, but files with such a name are not read: give a {FORMATS} "
+                "file (packed: .jsonl.gz), or a folder of them"
+            )
+        if split is not None:
+            raise DataError(f"{source} is a file and has no split {split!r}")
+        rows = read_file(path)
+    elif ending(path) is not None:
+        raise DataError(f"no data file at {source}")
+    elif _HUB_NAME.fullmatch(source) is None:
+        raise DataError(f"no data file or folder at {source}")
+    else:
+        name, _, config = source.partition(":")
+        rows = _read_dataset(name, config or None, split)
+    if not len(rows):
         raise DataError(f"{source} has no rows")
     return rows
 
 
-def _read_txt(path: Path) -> list[Row]:
-    return [{"text": path.read_text(encoding="utf-8")}]
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a JSON object is wanted")
-        rows.append(row)
+def _read_saved(path: Path, split: str | None) -> Sequence[Row]:
+    datasets = _datasets(path)
+    try:
+        saved: Any = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"cannot load the data set saved in {path}: {_reason(error)}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        wanted = split or ("train" if len(saved) != 1 else next(iter(saved)))
+        if wanted not in saved:
+            raise DataError(f"{path} has no split {wanted!r}; it has: {', '.join(saved)}")
+        saved = saved[wanted]
+    elif split is not None and split != str(saved.split):
+        raise DataError(f"{path} is one saved split and has no split {split!r}")
+    rows: Sequence[Row] = saved
     return rows
 
 
-def _read_table(path: Path) -> list[Row]:
-    # A cell may be a whole document; the default limit is 128 KiB.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    tabs = path.suffix.lower() == ".tsv"
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if tabs:
-            reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            reader = csv.DictReader(file)
-        rows: list[Row] = []
-        for row in reader:
-            if None in row or None in row.values():
-                columns = len(reader.fieldnames or [])
-                raise DataError(f"{path}, line {reader.line_num}: not {columns} columns")
-            rows.append(row)
-    return rows
-
-
-def _read_dataset(source: str, split: str | None) -> Sequence[Row]:
+def _read_dataset(name: str, config: str | None, split: str | None) -> Sequence[Row]:
+    datasets = _datasets(name)
     try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError(f"the data set {source!r}", "datasets", "data") from error
-    name, _, config = source.partition(":")
-    try:
-        loaded: Any = datasets.load_dataset(name, config or None, split=split or "train")
+        loaded: Any = datasets.load_dataset(name, config, split=split or "train")
     except Exception as error:
         # datasets raises a dozen unrelated types for "not found"; all are the user's to mend.
         raise DataError(
-            f"{source!r} is neither a .txt, .jsonl, .tsv or .csv file nor a data set that could "
-            f"be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
+            f"{name!r} is neither a {FORMATS} file nor a folder or data set that could be loaded: "
+            f"{_reason(error)}"
         ) from error
     rows: Sequence[Row] = loaded
     return rows
+
+
+def _datasets(source: object) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError(f"the data set '{source}'", "datasets", "data") from error
+    return datasets
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def require_columns(source: str, rows: Sequence[Row], *names: str | None) -> None:
     """Raise DataError if the first row lacks a column, naming those that it has."""
     for name in names:
         if name is not None and name not in rows[0]:
-            columns = ", ".join(map(str, rows[0]))
+            columns = ", ".join(_shown(str(each)) for each in rows[0]) or "none"
             raise DataError(f"{source} has no column {name!r}; it has: {columns}")
+
+
+def _shown(name: str) -> str:
+    """As it is, or quoted where blanks and what cannot be printed would not be seen."""
+    return name if name.isprintable() and name == name.strip() != "" else repr(name)
 
 
 def column(source: str, rows: Sequence[Row], name: str) -> list[Any]:
     """A column of all rows; DataError names the row that lacks it."""
     require_columns(source, rows, name)
-    try:
-        return [row[name] for row in rows]
-    except KeyError as error:
-        number = next(n for n, row in enumerate(rows, 1) if name not in row)
-        raise DataError(f"{source}, row {number}: no column {name!r}") from error
-
-
-def texts_of(source: str, rows: Sequence[Row], name: str) -> list[str]:
-    """A column of texts; DataError names the row that holds something else."""
-    texts = column(source, rows, name)
-    for number, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            raise DataError(f"{source}, row {number}: {name!r} is not text: {text!r:.60}")
-    return texts
+    # A data set decodes what it hands out, pictures too.
+    select = getattr(rows, "select_columns", None)
+    found = []
+    for number, row in enumerate(rows if select is None else select([name]), 1):
+        if name not in row:
+            raise DataError(f"{source}, row {number}: no column {name!r}")
+        found.append(row[name])
+    return found

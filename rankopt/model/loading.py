@@ -188,23 +188,75 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer, with padding by the end-of-text token if it has none of its own.
 
     Raises:
-        ModelError: not found.
+        ModelError: not found, or without a vocabulary.
     """
     import transformers
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
+    except Exception as error:
+        # The library, and those below it, raise many unrelated types for files that are not there.
+        raise ModelError(
+            f"cannot load a tokenizer from {name!r}: {_first_line(error)}; save the model's "
+            "tokenizer beside it (tokenizer.save_pretrained)"
+        ) from error
+    # Some classes make one of special tokens alone where there are no files.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise ModelError(
+            f"{name} has no tokenizer: save the model's tokenizer into it "
+            "(tokenizer.save_pretrained)"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+#: Names that configurations have for it, the usual ones first.
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_sequence_length",
+    "max_seq_len",
+    "max_seq_length",
+    "seq_length",
+)
+
+
 def longest_input(model: Any) -> int | None:
-    """Positions that a model has, if it has a fixed number of them."""
-    for name in ("max_position_embeddings", "n_positions"):
-        positions = getattr(model.config, name, None)
-        if isinstance(positions, int) and positions > 0:
-            return positions
-    return None
+    """Tokens that a model takes at most; None if there is no limit.
+
+    It is the number in the configuration, and never more than the table of positions beside the
+    table of tokens has rows for: RoBERTa's and BART's begin with rows that no token has.
+    """
+    config = model.config.get_text_config()
+    given = [getattr(config, name, None) for name in _POSITIONS]
+    numbers = [number for number in given if isinstance(number, int) and number > 0][:1]
+    if getattr(config, "relative_attention", False):
+        # Beyond the number distances are clipped; a table of positions, if there is one, counts.
+        numbers = []
+    limits = [*numbers, *_rows_of_positions(model)]
+    return min(limits) if limits else None
+
+
+def _rows_of_positions(model: Any) -> list[int]:
+    try:
+        tokens = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return []
+    weight = None if tokens is None else tokens._parameters.get("weight")
+    found = []
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        if not any(
+            child is tokens or (weight is not None and child._parameters.get("weight") is weight)
+            for child in children.values()
+        ):
+            continue
+        for name, child in children.items():
+            table = child._parameters.get("weight")
+            if ("position" in name or name == "wpe") and table is not None and table.dim() == 2:
+                padding = getattr(child, "padding_idx", None)
+                unused = 0 if padding is None else padding + 1
+                found.append(len(table) - getattr(child, "offset", unused))
+    return [rows for rows in found if rows > 0]
