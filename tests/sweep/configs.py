@@ -1,7 +1,7 @@
 """Tiny configurations of any architecture: usual names with small values, and few exceptions.
 
-``tiny`` takes a configuration class as transformers ships it, asks its default for the settings that
-it has, and makes those with a usual name small. What is left over has a line in FAMILIES.
+``tiny`` takes a configuration class as transformers ships it, asks its default for the settings
+that it has, and makes those with a usual name small. What is left over has a line in FAMILIES.
 """
 
 import re
@@ -13,16 +13,16 @@ from tests.sweep.families import FAMILIES
 #: Name of a setting, whole, as a pattern -> its small value; the first that fits counts.
 NUMBERS: dict[str, int] = {
     r"embedding_size|projection_dim|proj_dim|adapter_dim": 16,
-    r"(\w+_)?(intermediate_size|intermediate_dim|ffn_dim|ffn_hidden_size|ffn_size|d_ff|d_inner)": 48,
-    r"hidden_dim|mlp_dim|mlp_hidden_size|n_inner|dim_feedforward|ffn_hidden": 48,
+    r"(\w+_)?(intermediate_size|intermediate_dim|ffn_dim|ffn_hidden_size|d_ff|d_inner)": 48,
+    r"ffn_size|hidden_dim|mlp_dim|mlp_hidden_size|n_inner|dim_feedforward|ffn_hidden": 48,
     r"(\w+_)?(hidden_size|d_model|n_embd|embed_dim|emb_dim|hidden_dim|output_size|output_dim)": 32,
     r"dim|width|d_embed|word_embed_proj_dim|model_dim|output_hidden_size|hidden_channels": 32,
     r"(\w+_)?(head_dim|attention_head_size|v_head_size)|d_kv|d_head|kv_channels|head_size": 8,
     r"rotary_dim": 4,
     r"(\w+_)?lora_rank": 16,
     r"(\w+_)?num_(key_value_heads|kv_heads|query_groups)|(num_)?kv_heads|kv_n_heads": 2,
-    r"(\w+_)?(num_|n_)(\w+_)?(heads|head)|n_head|encoder_attention_heads|decoder_attention_heads": 4,
-    r"(\w+_)?(num_|n_)(hidden_)?(layers|layer|blocks|stages_)|(en|de)coder_layers|n_layer|depth": 2,
+    r"(\w+_)?(num_|n_)(\w+_)?(heads|head)|n_head|(en|de)coder_attention_heads": 4,
+    r"(\w+_)?(num_|n_)(hidden_)?(layers|layer|blocks)|(en|de)coder_layers|n_layer|depth": 2,
     r"num_(\w+_)?layers": 2,
     r"(\w+_)?vocab_size": 64,
     r"(num_|n_)(\w+_)?experts|moe_num_experts": 4,
@@ -47,7 +47,7 @@ LISTS: dict[str, int] = {
     r"tdnn_dim|intermediate_size": 32,
 }
 #: These follow from others.
-_DERIVED = {"num_feat_extract_layers", "num_stages"}
+_DERIVED = {"num_feat_extract_layers", "num_stages", "qk_head_dim"}
 _RESERVED = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 #: Special tokens beyond these are counted down from the end of the vocabulary.
 VOCABULARY = 64
@@ -68,7 +68,11 @@ def tiny(kind: type, changes: Mapping[str, Any] | None = None) -> Any:
     for name, value in vars(default).items():
         if name in {*sub, *given, *_DERIVED} or name.startswith("_"):
             continue
+        if name == "head_dim" and hasattr(default, "qk_head_dim"):
+            continue
         new = _small(name, value, layers, tokens)
+        if name == "num_key_value_heads" and value == getattr(default, "num_attention_heads", 0):
+            new = min(value, 4)
         if new is not None:
             small[name] = new
     small |= {name: x for name, x in family.items() if name != "start"}

@@ -4,6 +4,9 @@ from typing import Any
 
 _ALTERNATING = ["linear_attention", "full_attention"]
 _MLA = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+_SECTIONS = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+}
 _SWIN = {
     "start": {"depths": (1, 1), "num_heads": (2, 2)},
     "embed_dim": 16,
@@ -14,6 +17,21 @@ _SWIN = {
 
 #: Configuration class -> settings; those under ``start`` are given before its default can be made.
 FAMILIES: dict[str, dict[str, Any]] = {
+    **{
+        f"{name}TextConfig": _SECTIONS
+        for name in (
+            "Qwen2VL",
+            "Qwen2_5_VL",
+            "Qwen2_5Omni",
+            "GlmOcr",
+            "Glm46V",
+            "Glm4v",
+            "HunYuanVL",
+            "PaddleOCR",
+        )
+    },
+    "PaddleOCRTextConfig": _SECTIONS | {"head_dim": 8},
+    "HunYuanVLTextConfig": _SECTIONS | {"head_dim": 8},
     "BambaConfig": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
     "BitConfig": {"num_groups": 4, "embedding_size": 16},
     "BltConfig": {"encoder_hash_byte_group_vocab": 64},
@@ -85,7 +103,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "LiltConfig": {"hidden_size": 48},
-    "LongcatFlashConfig": _MLA,
+    "LongcatFlashConfig": _MLA | {"head_dim": 8, "expert_ffn_hidden_size": 24},
     "LayoutLMv3Config": {
         "coordinate_size": 6,
         "shape_size": 4,
@@ -98,6 +116,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "MobileBertConfig": {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "MobileNetV1Config": {"depth_multiplier": 0.125},
     "MobileViTV2Config": {"base_attn_unit_dims": (16, 16, 16), "width_multiplier": 0.25},
+    "Glm4vMoeTextConfig": _SECTIONS | {"head_dim": 8, "partial_rotary_factor": 1.0},
+    "Step3p7TextConfig": {"sliding_window": 8},
     "NemotronConfig": {"head_dim": 8, "num_key_value_heads": 2},
     "NemotronHConfig": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
@@ -139,10 +159,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "lsh_attn_chunk_length": 4,
         "hash_seed": 0,
         "num_buckets": 4,
-        "is_decoder": True,
         "feed_forward_size": 48,
     },
-    "SegformerConfig": {"num_attention_heads": (1, 1, 2, 2)},
+    "SegformerConfig": {"num_attention_heads": (1, 1, 2, 2), "num_encoder_blocks": 4},
     "SqueezeBertConfig": {"embedding_size": 32},
     "SwinConfig": _SWIN,
     "Swinv2Config": _SWIN
@@ -163,10 +182,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "adapter_rank": 8,
     },
     "ZambaConfig": {
-        "start": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "n_mamba_heads": 2,
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
         "mamba_dt_rank": 4,
     },
+    "CvtConfig": {"depth": (1, 2, 3)},
+    "FunAsrNanoAdaptorConfig": {"intermediate_size": 8},
+    "AriaConfig": {"projector_patch_to_query_dict": {16: 4}},
+    "Gemma3Config": {"mm_tokens_per_image": 4},
+    "PaliGemmaConfig": {"projection_dim": 32},
+    "SiglipVisionConfig": {"projection_dim": 32},
+    "VipLlavaConfig": {"vision_feature_layers": [-1, -2]},
 }

@@ -10,8 +10,6 @@ EXAMPLES, TOKENS, IGNORED = 3, 10, -100
 #: Token ids that no architecture's tiny configuration gives a meaning to.
 _ORDINARY = (3, 30)
 LABELS = 3
-#: Forward's arguments that are left out unless a head cannot do without.
-_PICTURES = ("pixel_values", "input_values", "input_features")
 
 
 class LeftOut(Exception):
@@ -38,7 +36,8 @@ def make_batches(head: str, model: Any, count: int = 2) -> list[dict[str, Tensor
 
 def _batch(head: str, model: Any, generator: torch.Generator, number: int) -> dict[str, Tensor]:
     taken = inspect.signature(type(model).forward).parameters
-    if "labels" not in taken:
+    open_ended = any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    if "labels" not in taken and not open_ended:
         raise LeftOut("its forward takes no labels")
     kind, what = model.main_input_name, predicts(head, model)
     batch: dict[str, Tensor] = {}
@@ -74,6 +73,74 @@ def _batch(head: str, model: Any, generator: torch.Generator, number: int) -> di
     else:
         batch["labels"] = torch.randint(0, LABELS, (EXAMPLES,), generator=generator)
     return batch
+
+
+def with_pictures(model: Any, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]] | None:
+    """The same texts, each behind the places of one picture, which the model fills itself.
+
+    None for a model that takes its pictures in no usual manner.
+    """
+    names = ("image_token_id", "image_token_index")
+    places = [x for x in (getattr(model.config, name, None) for name in names) if x is not None]
+    size = getattr(getattr(model.config, "vision_config", None), "image_size", None) or 32
+    if not places or not hasattr(model, "get_image_features"):
+        return None
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    sizes = {"image_sizes": torch.tensor([[height, width]] * EXAMPLES)}
+    pictures = [(EXAMPLES, 3, height, width), (EXAMPLES, 1, 3, height, width)]
+    manners: list[tuple[tuple[int, ...], dict[str, Tensor]]] = [
+        (shape, extra) for shape in pictures for extra in ({}, sizes)
+    ]
+    vision = getattr(model.config, "vision_config", None)
+    patch = getattr(vision, "patch_size", None)
+    if isinstance(patch, int):
+        # The patches of all pictures one after the other, and how they lie in each.
+        grid = torch.tensor([[1, 4, 4]] * EXAMPLES)
+        values = 3 * patch**2 * (getattr(vision, "temporal_patch_size", None) or 1)
+        manners.append(((EXAMPLES * 16, values), {"image_grid_thw": grid}))
+    for shape, extra in manners:
+        try:
+            found = [_illustrated(model, batch, places[0], shape, extra) for batch in batches]
+            with torch.no_grad():
+                if bool(torch.isfinite(model(**found[0]).loss)):
+                    return found
+        except Exception:
+            continue
+    return None
+
+
+def example(batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    """One example of a batch, of which every tensor holds as much for each, one after the other."""
+    size = len(batch["labels"])
+    return {
+        name: value[number * len(value) // size : (number + 1) * len(value) // size]
+        for name, value in batch.items()
+    }
+
+
+def _illustrated(
+    model: Any,
+    batch: dict[str, Tensor],
+    place: int,
+    shape: tuple[int, ...],
+    sizes: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(8)
+    pictures = {"pixel_values": torch.randn(shape, generator=generator), **sizes}
+    with torch.no_grad():
+        features = model.get_image_features(**pictures)
+    features = getattr(features, "pooler_output", features)
+    many = sum(each.numel() for each in features) // (EXAMPLES * features[0].shape[-1])
+    fillings = {"input_ids": place, "attention_mask": 1, "labels": IGNORED}
+    longer = {
+        name: torch.cat([x.new_full((EXAMPLES, many), fillings[name]), x], 1)
+        for name, x in batch.items()
+    }
+    taken = inspect.signature(type(model).forward).parameters
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in taken:
+            longer[name] = (longer["input_ids"] == place).long()
+    return {**longer, **pictures}
 
 
 def _signal(kind: str, model: Any, generator: torch.Generator) -> Tensor:

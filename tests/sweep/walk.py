@@ -9,8 +9,6 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,16 @@ from rankopt import (
 from rankopt.model.lowrank import LowRank
 from rankopt.model.size import model_size
 from tests.sweep.configs import tiny
-from tests.sweep.inputs import LABELS, LeftOut, likelihood, make_batches, predicts, terms_by_hand
+from tests.sweep.inputs import (
+    LABELS,
+    LeftOut,
+    example,
+    likelihood,
+    make_batches,
+    predicts,
+    terms_by_hand,
+    with_pictures,
+)
 
 PARAMETERS = 3_000_000
 Batch = dict[str, Tensor]
@@ -47,6 +54,7 @@ class Outcome:
         stage: the last that was begun.
         reason: why it is not ok.
         remedy: of rankopt's own errors, that were followed.
+        pictures: whether there were any beside the text.
         parameters: of the tiny model.
         layers: planned.
         targets: that the profile counted.
@@ -60,6 +68,7 @@ class Outcome:
     stage: str = "build"
     reason: str = ""
     remedy: str = ""
+    pictures: bool = False
     parameters: int = 0
     layers: int = 0
     targets: int = 0
@@ -98,6 +107,10 @@ def build(architecture: str, head: str) -> Any:
                 parameter.add_(0.1 * noise)
             else:
                 parameter.copy_(noise * min(0.3, parameter[0].numel() ** -0.5))
+        for module in model.modules():
+            # Loading makes it zero, so it is from the beginning.
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0
     return model.eval()
 
 
@@ -145,6 +158,8 @@ class Walk:
     def outputs(self, model: Any) -> Tensor:
         """Of the first batch, from a copy, whose weights are aligned in memory."""
         with torch.no_grad():
+            # What some models keep of their last pass has no graph then, and can be copied.
+            self.logits(model, self.batches[0])
             return self.logits(copy.deepcopy(model).eval(), self.batches[0])
 
     def mean_loss(self, model: Any) -> float:
@@ -163,6 +178,9 @@ class Walk:
         """The dense model runs and says something."""
         try:
             self.batches = make_batches(self.found.head, self.model)
+            illustrated = with_pictures(self.model, self.batches) if self.what == "next" else None
+            self.found.pictures = illustrated is not None
+            self.batches = illustrated or self.batches
             with torch.no_grad():
                 output = self.model(**self.batches[0])
                 if getattr(output, "loss", None) is None:
@@ -176,6 +194,11 @@ class Walk:
             raise LeftOut(f"needs inputs that are not made here: {_line(error)}") from error
         if not np.isfinite(self.dense_loss):
             raise LeftOut(f"its loss is {self.dense_loss} on random weights")
+        try:
+            self.model.save_pretrained(self.folder / "original")
+            self.same(self.load("original"), self.outputs(self.model))
+        except Exception as error:
+            raise LeftOut(f"transformers alone does not reload it: {_line(error)}") from error
 
     def profile(self) -> None:
         """Measured, following what rankopt's own errors advise; compared with single gradients."""
@@ -207,9 +230,7 @@ class Walk:
         named = [name for name in named if name not in self.exclude]
         if "batch size 1" in line and len(self.batches[0]["labels"]) > 1:
             self.batches = [
-                {name: value[n : n + 1] for name, value in batch.items()}
-                for batch in self.batches
-                for n in range(len(batch["labels"]))
+                example(batch, n) for batch in self.batches for n in range(len(batch["labels"]))
             ]
             self.found.remedy = "batch size 1"
         elif "exclude" in line and named and len(self.exclude) < 200:
@@ -234,14 +255,14 @@ class Walk:
 
     def rows_by_hand(self, names: list[str]) -> dict[str, Tensor]:
         """Squared gradients of single examples, summed over outputs and examples; (in,) each."""
-        model = copy.deepcopy(self.model).requires_grad_(False)
+        model = build(self.found.architecture, self.found.head).requires_grad_(False)
         weights = {name: model.get_submodule(name).weight for name in names}
         total = {}
         for weight in weights.values():
             weight.requires_grad_(True)
         for batch in self.batches:
             for n in range(len(batch["labels"])):
-                one = {name: value[n : n + 1] for name, value in batch.items()}
+                one = example(batch, n)
                 loss = likelihood(self.what, self.logits(model, one), one).sum()
                 gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
                 for name, gradient in zip(weights, gradients, strict=True):
@@ -308,7 +329,7 @@ class Walk:
 
     def evaluate(self) -> None:
         """The loss is the likelihood of what came back, and of the dense model."""
-        found = evaluate(self.again, self.batches, progress=False)
+        found = evaluate(self.again, self.batches, layers=self.measured.info.layers, progress=False)
         wanted = self.mean_loss(self.again)
         assert found.targets == self.targets(), f"{found.targets} targets, by hand {self.targets()}"
         assert abs(found.loss - wanted) < 1e-4 * abs(wanted), (
