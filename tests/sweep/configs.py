@@ -63,7 +63,7 @@ def tiny(kind: type, changes: Mapping[str, Any] | None = None) -> Any:
     sub = {name: value for name, value in vars(default).items() if hasattr(value, "to_dict")}
     for name, value in sub.items():
         small[name] = tiny(type(value))
-    layers = _layers(default)
+    layers = -1 if hasattr(default, "depths") else _layers(default)
     tokens = iter(range(VOCABULARY - 1, 2, -1))
     for name, value in vars(default).items():
         if name in {*sub, *given, *_DERIVED} or name.startswith("_"):
@@ -71,7 +71,8 @@ def tiny(kind: type, changes: Mapping[str, Any] | None = None) -> Any:
         if name == "head_dim" and hasattr(default, "qk_head_dim"):
             continue
         new = _small(name, value, layers, tokens)
-        if name == "num_key_value_heads" and value == getattr(default, "num_attention_heads", 0):
+        of_queries = name.replace("key_value", "attention")
+        if name.endswith("num_key_value_heads") and value == getattr(default, of_queries, 0):
             new = min(value, 4)
         if new is not None:
             small[name] = new

@@ -37,9 +37,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "BltConfig": {"encoder_hash_byte_group_vocab": 64},
     "BrosConfig": {
         "dim_bbox": 8,
-        "dim_bbox_sinusoid_emb_2d": 8,
+        "hidden_size": 64,
+        "dim_bbox_sinusoid_emb_2d": 16,
         "dim_bbox_sinusoid_emb_1d": 2,
-        "dim_bbox_projection": 8,
+        "dim_bbox_projection": 16,
     },
     "CohereCompassTextConfig": {
         "rope_parameters": {
@@ -52,14 +53,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "DonutSwinConfig": _SWIN,
     "EfficientNetConfig": {
         "start": {
-            "in_channels": (16, 16),
+            "in_channels": (32, 16),
             "out_channels": (16, 16),
             "kernel_sizes": (3, 3),
             "strides": (1, 2),
             "num_block_repeats": (1, 1),
             "expand_ratios": (1, 6),
         },
-        "hidden_dim": 32,
+        "hidden_dim": 1280,
         "width_coefficient": 1.0,
         "depth_coefficient": 1.0,
     },
@@ -76,7 +77,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "laurel_rank": 8,
     },
     "Gemma4TextConfig": {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8},
-    "Glm5NextTextConfig": {"num_key_value_heads": 4},
+    "Glm5NextTextConfig": {"num_key_value_heads": 4, "index_topk": 16},
     "GraniteMoeHybridConfig": {
         "layer_types": _ALTERNATING,
         "mamba_n_heads": 8,
@@ -111,11 +112,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_2d_position_embeddings": 64,
     },
     "Mamba2Config": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
-    "MarkupLMConfig": {"xpath_unit_hidden_size": 4, "max_depth": 4, "bos_token_id": 1},
+    "MarkupLMConfig": {
+        "tag_pad_id": 60,
+        "subs_pad_id": 60,
+        "xpath_unit_hidden_size": 4,
+        "max_depth": 4,
+        "bos_token_id": 1,
+    },
     "MinistralConfig": {"head_dim": 8},
     "MobileBertConfig": {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "MobileNetV1Config": {"depth_multiplier": 0.125},
-    "MobileViTV2Config": {"base_attn_unit_dims": (16, 16, 16), "width_multiplier": 0.25},
+    "MobileViTV2Config": {
+        "base_attn_unit_dims": (16, 16, 16),
+        "image_size": 64,
+        "width_multiplier": 0.25,
+    },
     "Glm4vMoeTextConfig": _SECTIONS | {"head_dim": 8, "partial_rotary_factor": 1.0},
     "Step3p7TextConfig": {"sliding_window": 8},
     "NemotronConfig": {"head_dim": 8, "num_key_value_heads": 2},
@@ -138,6 +149,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_latents": 8,
         "num_self_attends_per_block": 2,
         "num_blocks": 1,
+        "num_self_attention_heads": 1,
+        "num_cross_attention_heads": 1,
     },
     "Qwen4ExpTextConfig": {
         "indexer_n_heads": 2,
@@ -196,4 +209,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "PaliGemmaConfig": {"projection_dim": 32},
     "SiglipVisionConfig": {"projection_dim": 32},
     "VipLlavaConfig": {"vision_feature_layers": [-1, -2]},
+    "DbrxAttentionConfig": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
+    "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
+    "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "MoonshineStreamingConfig": {"num_key_value_heads": 4},
 }

@@ -52,6 +52,8 @@ def _batch(head: str, model: Any, generator: torch.Generator, number: int) -> di
             last = mask.sum(1, keepdim=True) - 1
             ids.scatter_(1, last, model.config.eos_token_id)
         batch["input_ids"] = ids.masked_fill(mask == 0, 0)
+        if "pixel_values" in taken and taken["pixel_values"].default is inspect.Parameter.empty:
+            batch["pixel_values"] = _signal("pixel_values", model, generator)
         if "bbox" in taken:
             corners = torch.randint(0, 30, (EXAMPLES, TOKENS, 2), generator=generator)
             batch["bbox"] = torch.cat([corners, corners + 5], 2)
@@ -150,11 +152,11 @@ def _signal(kind: str, model: Any, generator: torch.Generator) -> Tensor:
         inner = getattr(config, part, None)
         if not hasattr(config, "image_size") and not hasattr(config, "num_mel_bins") and inner:
             config = inner
-    if kind in ("pixel_values", "pixel_values_videos"):
+    if kind in ("pixel_values", "pixel_values_videos", "inputs"):
         size = getattr(config, "image_size", None) or 32
         height, width = size if isinstance(size, list | tuple) else (size, size)
         frames = [getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)]
-        frames = [n for n in frames if n]
+        frames = [n for n in frames if n and kind != "inputs"]
         channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None)
         channels = channels if isinstance(channels, int) else 3
         shape: tuple[int, ...] = (EXAMPLES, *frames, channels, height, width)
@@ -162,8 +164,10 @@ def _signal(kind: str, model: Any, generator: torch.Generator) -> Tensor:
         bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_dim", None) or 16
         length = 2 * getattr(config, "max_source_positions", 16)
         shape = (EXAMPLES, bins, length)
-        if "wav2vec2" in config.model_type or "speech_to_text" in config.model_type:
-            shape = (EXAMPLES, 40, getattr(config, "feature_projection_input_dim", bins))
+        if hasattr(config, "feature_projection_input_dim"):
+            shape = (EXAMPLES, 40, config.feature_projection_input_dim)
+        elif not hasattr(config, "max_source_positions") or hasattr(config, "conv_channels"):
+            shape = (EXAMPLES, 64, bins)
     elif getattr(config, "max_length", None) and getattr(config, "num_mel_bins", None):
         shape = (EXAMPLES, config.max_length, config.num_mel_bins)
     else:

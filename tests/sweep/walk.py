@@ -100,7 +100,7 @@ def build(architecture: str, head: str) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() or not parameter.requires_grad:
                 continue
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             if parameter.dim() < 2:
