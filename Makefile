@@ -16,7 +16,7 @@ test: $(VENV)/.test
 	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.test
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not sweep"
 
 test-all: $(VENV)/.test
 	$(PYTEST)
