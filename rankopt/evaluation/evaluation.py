@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from rankopt.errors import DataError, MissingExtraError
 from rankopt.layers import Layer
 from rankopt.measure.loss import Summed, find_loss
-from rankopt.model.inputs import listed
+from rankopt.model.inputs import IGNORED, listed
 from rankopt.model.size import model_size
-from rankopt.model.tasks import IGNORED, LossFunction, in_eval
+from rankopt.model.tasks import LossFunction, in_eval
 from rankopt.model.weights import device_of, unwrapped
 from rankopt.progress import bar
 

@@ -10,9 +10,8 @@ from rankopt.errors import ModelError
 from rankopt.measure.collector import Collector
 from rankopt.measure.layout import Layout, widened
 from rankopt.measure.taps import tap
+from rankopt.model.inputs import IGNORED, OF_TOKENS
 from rankopt.model.tasks import (
-    IGNORED,
-    OF_TOKENS,
     Batch,
     likelihood,
     loss_terms,

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from rankopt.errors import OptionError
 from rankopt.measure.checks import no_plain_mean
+from rankopt.model.inputs import OF_TOKENS
 from rankopt.model.tasks import (
-    OF_TOKENS,
     Batch,
     draw_labels,
     loss_terms,

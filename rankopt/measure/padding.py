@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankopt.measure.layout import Frames, Layout, Use
-from rankopt.model.inputs import document_starts, real_positions
-from rankopt.model.tasks import IGNORED, Batch
+from rankopt.model.inputs import IGNORED, document_starts, real_positions
+from rankopt.model.tasks import Batch
 
 #: Runs the model on a batch.
 Run = Callable[[Any], object]

@@ -179,7 +179,8 @@ def fitting_labels(
     where = f"batch {number + 1}: labels"
     if not isinstance(labels, Tensor) or not labels.dim():
         raise DataError(f"{where} are {_kind(labels)}: a tensor with one row an example is wanted")
-    shape, ids = tuple(labels.shape), batch.get("input_ids")
+    shape: tuple[int, ...] = tuple(labels.shape)
+    ids: Any = batch.get("input_ids")
     if not len(labels):
         raise DataError(f"batch {number + 1} has no examples")
     if labels.dim() < 3 and isinstance(ids, Tensor) and len(ids) != len(labels):
@@ -204,10 +205,10 @@ def fitting_labels(
         )
     if labels.is_floating_point() and not bool((labels == labels.long()).all()):
         raise DataError(f"{where} are no whole numbers: class numbers are wanted")
-    labels = labels.long()
+    classes: Tensor = labels.to(torch.long)
     limit = int(ids.shape[1]) if task == "multiple-choice" and ids is not None else limits.classes
-    _in_range(labels, limit, frozenset({IGNORED}), number, "label", "the model has classes")
-    return labels
+    _in_range(classes, limit, frozenset({IGNORED}), number, "label", "the model has classes")
+    return classes
 
 
 def _answers(labels: Tensor, limits: Limits, where: str) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from rankopt.errors import DataError, ModelError
+from rankopt.model.inputs import IGNORED as IGNORED
 from rankopt.model.inputs import (
-    IGNORED,
     OF_TOKENS,
     UNKNOWN,
     UNSHIFTED,

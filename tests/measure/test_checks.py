@@ -44,7 +44,7 @@ def contrastive(model: nn.Module, batch: Tensor) -> Tensor:
 
 def last_two(model: nn.Module, batch: Tensor) -> Tensor:
     found = losses(model, batch)
-    return torch.cat([found[:-2], (found[-2] * found[-1])[None], found[-1:]])
+    return torch.cat([found[:-2], found[-2:-1] * found[-1:], found[-1:]])
 
 
 @pytest.mark.parametrize("size", [2, 5, 9, 33])
@@ -53,7 +53,7 @@ def test_examples_that_are_mixed_are_refused(
     loss: Callable[[nn.Module, Tensor], Tensor], size: int
 ) -> None:
     batch = torch.randn(size, size, 6, generator=torch.Generator().manual_seed(size))
-    with pytest.raises(ModelError, match="layer layers.*which example an input belongs to"):
+    with pytest.raises(ModelError, match=r"layer layers.*which example an input belongs to"):
         profile_model(Blocks(), [batch], loss_fn=loss, progress=False)
     # One example tells nothing of it; the first batch of several does.
     with pytest.raises(ModelError, match="which example an input belongs to"):
@@ -98,7 +98,7 @@ def test_weights_of_classes_are_refused_whenever_they_show(labels: list[list[int
 @pytest.mark.parametrize("size", [1, 3])
 def test_an_auxiliary_loss_is_refused_for_one_example_too(size: int) -> None:
     model = tiny.mixtral(output_router_logits=True)
-    with pytest.raises(ModelError, match="not a plain mean .* an auxiliary loss is added"):
+    with pytest.raises(ModelError, match=r"not a plain mean .* an auxiliary loss is added"):
         profile_model(model, tiny.batches(model, size=size), progress=False)
 
 
