@@ -14,7 +14,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    if first.endswith(":") and more:
+        return f"{first} {more[0].strip()}"
+    # These say what was met and not what is wrong.
+    terse = isinstance(error, LookupError | ArithmeticError | AssertionError)
+    return f"{type(error).__name__} {first}" if terse else first
 
 
 def hide_bars() -> None:
@@ -77,6 +82,8 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
         # A stranger's files: anything may come out of reading them, and it is about the files.
         local = "" if Path(name).is_dir() else " (no folder of this name is here)"
         why = what_is_wrong(name) or _first_line(error)
+        if "gated repo" in why:
+            why += " Ask for access on its page, then log in with `hf auth login`."
         raise ModelError(f"cannot load the model {name!r}{local}: {why}") from error
     _require_complete(name, loaded, report)
     return loaded
@@ -153,7 +160,13 @@ def require_model(name: str) -> None:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{name} is not a transformers model folder: it has no config.json")
+            adapter = (path / "adapter_config.json").is_file()
+            raise ModelError(
+                f"{name} holds an adapter of PEFT and not the model that it is for: load them "
+                "together, merge_and_unload, save_pretrained, and give that folder"
+                if adapter
+                else f"{name} is not a transformers model folder: it has no config.json"
+            )
     elif path.exists():
         raise ModelError(
             f"cannot load the model {name!r}: that is a file; give a model folder or a hub name"

@@ -255,3 +255,11 @@ def test_commands_that_measure_load_what_they_are_told(
         "apply", model, plan, "--profile", profile, "-o", tmp_path / "out", "--backend", LIGHT
     )
     assert code == 2 and f"--backend {LIGHT} is 'light', the plan has the backend 'svd'" in err
+    other = tmp_path / "other.json"
+    done(run("plan", profile, "--keep", 0.7, "--backend", "light", "-o", other))
+    another_process(monkeypatch)
+    monkeypatch.setattr("rankopt.model.loading.load_model", lambda *_: pytest.fail("loaded"))
+    apply = ("apply", model, other, "--profile", profile, "-o", tmp_path / "out")
+    for command in (apply, (*row, "--strategy", "exact@light")):
+        code, _, err = run(*command)
+        assert code == 2 and f"--backend {LIGHT}" in err, "known before the model is loaded"

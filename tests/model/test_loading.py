@@ -74,6 +74,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
         r"config\.json is damaged",
     ),
+    "an adapter": (
+        "one",
+        lambda f: (f / "config.json").rename(f / "adapter_config.json"),
+        "adapter of PEFT.*merge_and_unload",
+    ),
     "config list": (
         "one",
         lambda f: (f / "config.json").write_text("[1]"),
@@ -115,7 +120,12 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a word for a size": (
         "one",
         lambda f: edit(f / "config.json", hidden_size="large"),
-        "hidden_size",
+        "hidden_size.*expected int, got str",
+    ),
+    "an unknown word": (
+        "one",
+        lambda f: edit(f / "config.json", hidden_act="frog"),
+        "KeyError 'frog'",
     ),
     "no heads": ("one", lambda f: edit(f / "config.json", num_attention_heads=0), "cannot load"),
     "other sizes": (
