@@ -204,11 +204,11 @@ class Ledger:
 
 def _measured(trial: FrozenTrial, choice: Choice) -> Measured:
     attributes = trial.user_attrs
-    loss = trial.value if trial.state == TrialState.COMPLETE else None
     try:
+        loss = trial.value if trial.state == TrialState.COMPLETE else None
         seconds, source = float(attributes["seconds"]), attributes["source"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(trial, "it has no source or no seconds") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(trial, "it has no source, no seconds, or several losses") from error
     if not isinstance(source, str) or not (loss is None or math.isfinite(loss)):
         raise _damaged(trial, f"source {source!s:.60}, loss {loss}")
     return Measured(source, choice, loss, seconds)
