@@ -110,7 +110,8 @@ class Findings:
     Attributes:
         refused: layer name -> why its weight is not what the taps say.
         silent: layer name -> why no gradient reached it; on another batch one may.
-        copied: whether inputs are changed in place after a layer was given them.
+        copied: whether inputs must be copied: they are changed in place after a layer was given
+            them, or were made under torch.inference_mode.
     """
 
     refused: dict[str, str]
@@ -204,7 +205,10 @@ class Probe:
     def _add(self, name: str, module: nn.Module, x: Tensor, g: Tensor) -> None:
         self._heard.add(name)
         if self._examples > 1 and g.dim() != 2 and g.shape[:-1].numel() % self._examples:
-            self._refused[name] = "all examples share its input: plan it with batch size 1"
+            shape = tuple(x.shape)
+            self._refused[name] = (
+                f"not each example has an input {shape}: plan it with batch size 1"
+            )
         weight = module.get_parameter("weight")
         if weight.is_meta:
             return
@@ -234,7 +238,7 @@ class Probe:
             limits = torch.finfo(weight.dtype)
             slack += limits.tiny * limits.eps * weight.numel() ** 0.5
             if apart > 0.01 * size + slack:
-                why = "its weight is used outside its forward too, where no hook is"
+                why = "its weight is used outside its forward too, or a hook changes its output"
                 for name in self._heard.intersection(names):
                     self._refused.setdefault(name, why)
 
@@ -267,7 +271,7 @@ def probe(
             run(one)
         return one.findings()
     except RuntimeError as error:
-        if not _in_place(error):
+        if not _in_place(error) and "Inference tensors" not in str(error):
             raise
     try:
         with copied_inputs(modules.values()), Probe(model, modules) as one:
