@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rankopt.errors import ModelError
+from rankopt.errors import DataError, ModelError
 from rankopt.model.matrices import is_output
 from rankopt.model.weights import is_conv1d
 
@@ -110,8 +110,7 @@ class Findings:
     Attributes:
         refused: layer name -> why its weight is not what the taps say.
         silent: layer name -> why no gradient reached it; on another batch one may.
-        copied: whether inputs must be copied: they are changed in place after a layer was given
-            them, or were made under torch.inference_mode.
+        copied: whether inputs are changed in place after a layer was given them.
     """
 
     refused: dict[str, str]
@@ -265,13 +264,19 @@ def probe(
 
     Raises:
         ModelError: the model changes in place what its own backward pass needs.
+        DataError: the batch was made under ``torch.inference_mode``.
     """
     try:
         with Probe(model, modules) as one:
             run(one)
         return one.findings()
     except RuntimeError as error:
-        if not _in_place(error) and "Inference tensors" not in str(error):
+        if "Inference tensors" in str(error):
+            raise DataError(
+                "a batch was made under torch.inference_mode, where nothing has a gradient: make "
+                "the batches outside of it"
+            ) from error
+        if not _in_place(error):
             raise
     try:
         with copied_inputs(modules.values()), Probe(model, modules) as one:
