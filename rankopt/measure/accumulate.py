@@ -105,7 +105,7 @@ def gather(
     """
     seen, check, device = Seen(), first_check, device_of(model)
     checkpoint = None if checkpoint is None else checkpoint.of(processes)
-    with _eager(model), Collector(model, modules, needs) as collector:
+    with eager(model), Collector(model, modules, needs) as collector:
         if checkpoint is not None:
             seen = _resumed(checkpoint, collector)
         resumed, checked, chain, number = seen.batches, 0, "", -1
@@ -158,7 +158,7 @@ def _located(model: nn.Module, loss: Loss, ready: Any, number: int) -> Iterator[
         raise ModelError(f"batch {number + 1}: {error}{where}") from error
 
 
-def _eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+def eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:
     """Compiled parts run as they were written: hooks come after their compilation."""
     compiled = any(
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

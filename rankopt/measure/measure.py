@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from rankopt.backends import find_backends
 from rankopt.backends.base import Backend, recomputable
 from rankopt.errors import ModelError, OptionError
 from rankopt.layers import Layer
-from rankopt.measure.accumulate import Gathered, gather
+from rankopt.measure.accumulate import Gathered, eager, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
 from rankopt.measure.decompose import ScaledCurve, Store, decompose_layers
 from rankopt.measure.estimators import Estimator, Kind, Unit
@@ -128,7 +129,7 @@ def profile_model(
     with _differentiable(model) as around:
         subject, silent, batches = _examined(subject, batches, around)
         selection = subject.selection
-        passes = _passes(selection.layers, layers_at_a_time, stop, checkpoint)
+        passes = _passes(selection.layers, layers_at_a_time, stop, checkpoint, silent)
         _warn_of_memory(model, selection, needs, len(passes[0]))
         if len(passes) > 1:
             batches = list(batches)
@@ -172,7 +173,7 @@ def _require_gradients(model: nn.Module) -> None:
             "outside of it (torch.no_grad does no harm)"
         )
     for name, parameter in model.named_parameters():
-        if parameter.is_inference():
+        if not is_lazy(parameter) and parameter.is_inference():
             raise ModelError(
                 f"parameter {name} was made under torch.inference_mode, where nothing has a "
                 "gradient: load the model outside of it"
@@ -197,7 +198,7 @@ def _examined(
     batches = listed(batches)
     rest = iter(batches)
     firsts = list(itertools.islice(rest, 1))
-    if rest is batches:
+    if not isinstance(batches, Sequence):
         batches = itertools.chain(firsts, rest)
     if not firsts:
         return subject, {}, batches
@@ -205,7 +206,8 @@ def _examined(
     loss = subject.loss.settled(model, firsts[0])
     subject = dataclasses.replace(subject, loss=loss)
     ready = loss.ready(firsts[0], device_of(model))
-    found = probe(model, modules, lambda one: loss.backward(one, model, ready, 0))
+    with eager(model):
+        found = probe(model, modules, lambda one: loss.backward(one, model, ready, 0))
     found = subject.processes.agree(found)
     if found.copied:
         around.enter_context(copied_inputs(modules.values()))
@@ -235,7 +237,8 @@ def _unheard(
 
 
 def _warn_of_zeros(profile: Profile) -> None:
-    zero = [name for name, rows in profile.fisher_rows.items() if not rows.any()]
+    members = [member for layer in profile.info.layers for member in layer.members]
+    zero = [name for name in members if not profile.fisher_rows[name].any()]
     if zero:
         tqdm.write(
             f"warning: the Fisher information of {len(zero)} layers is exactly zero "
@@ -310,9 +313,13 @@ def _decomposed(
 
 
 def _passes(
-    layers: tuple[Layer, ...], part: int | None, stop: Stop | None, checkpoint: object
-) -> list[tuple[Layer, ...]]:
-    """The layers of each pass over the data."""
+    layers: tuple[Layer, ...],
+    part: int | None,
+    stop: Stop | None,
+    checkpoint: object,
+    silent: Collection[str] = (),
+) -> list[list[Layer]]:
+    """The layers of each pass over the data; silent ones need no memory, and come with others."""
     if part is None or part >= len(layers):
         part = len(layers)
     if part < 1:
@@ -324,7 +331,15 @@ def _passes(
         )
     if part < len(layers) and checkpoint is not None:
         raise OptionError("a checkpoint holds one pass: it does not go with layers_at_a_time")
-    return [layers[k : k + part] for k in range(0, len(layers), part)]
+    passes, heard = [list[Layer]()], 0
+    for layer in layers:
+        speaks = layer.name not in silent
+        if speaks and heard == part:
+            passes.append([])
+            heard = 0
+        passes[-1].append(layer)
+        heard += speaks
+    return passes
 
 
 def _warn_of_memory(

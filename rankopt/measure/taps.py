@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from rankopt.errors import ModelError
+from rankopt.errors import DataError, ModelError
 from rankopt.model.matrices import is_output
 from rankopt.model.weights import is_conv1d
 
@@ -64,20 +65,24 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def frozen(model: nn.Module) -> Iterator[None]:
     """The model in eval mode (no dropout), its weights without gradients; as it was afterwards."""
     modes = {module: module.training for module in model.modules()}
-    # By module and name: offloading puts other objects in their place.
-    required = [
+    # By module and name: offloading puts other objects in their place. What is not initialised yet
+    # will be in the first forward pass.
+    held = [
         (module, name, parameter.requires_grad)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
+        if not is_lazy(parameter)
     ]
     try:
-        model.eval().requires_grad_(False)
+        model.eval()
+        for module, name, _ in held:
+            module.get_parameter(name).requires_grad_(False)
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-        for module, name, flag in required:
-            module.get_parameter(name).requires_grad_(flag)
+        for module, name, required in held:
+            module.get_parameter(name).requires_grad_(required)
 
 
 @contextlib.contextmanager
@@ -128,6 +133,7 @@ class Probe:
         self._refused: dict[str, str] = {}
         self._used, self._heard, self._reached = set[str](), set[str](), set[int]()
         self._made: dict[int, tuple[Tensor, float]] = {}
+        self._examples = 1
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Probe":
@@ -142,8 +148,9 @@ class Probe:
             self._stack.callback(setattr, weight, "grad", weight.grad)
             weight.grad = None
             weight.requires_grad_(True)
-            compare = weight.register_post_accumulate_grad_hook(self._comparison(sharing))
-            self._stack.callback(compare.remove)
+            compare = self._comparison(sharing)
+            handle = weight.register_post_accumulate_grad_hook(compare)  # type: ignore[no-untyped-call]
+            self._stack.callback(handle.remove)
         return self
 
     def __exit__(
@@ -154,11 +161,13 @@ class Probe:
     ) -> None:
         self._stack.close()
 
-    def begin(self, *_: Any, **__: Any) -> None:
-        """As a Collector; nothing that is asked here depends on examples."""
-
-    def expect(self, *_: Any) -> None:
+    def begin(self, examples: int, *_: Any, **__: Any) -> None:
         """As a Collector."""
+        self._examples = examples
+
+    def expect(self, examples: int, *_: Any) -> None:
+        """As a Collector."""
+        self._examples = examples
 
     def backward(self, loss: Tensor, *, again: bool = False) -> None:
         """As a Collector."""
@@ -194,6 +203,11 @@ class Probe:
 
     def _add(self, name: str, module: nn.Module, x: Tensor, g: Tensor) -> None:
         self._heard.add(name)
+        if self._examples > 1 and g.dim() != 2 and g.shape[:-1].numel() % self._examples:
+            shape = tuple(x.shape)
+            self._refused[name] = (
+                f"not each example has an input {shape}: plan it with batch size 1"
+            )
         weight = module.get_parameter("weight")
         if weight.is_meta:
             return
@@ -223,8 +237,9 @@ class Probe:
             limits = torch.finfo(weight.dtype)
             slack += limits.tiny * limits.eps * weight.numel() ** 0.5
             if apart > 0.01 * size + slack:
-                why = "its weight is used outside its forward too, where no hook is"
-                self._refused.update({name: why for name in names if name in self._heard})
+                why = "its weight is used outside its forward too, or a hook changes its output"
+                for name in self._heard.intersection(names):
+                    self._refused.setdefault(name, why)
 
         return compare
 
@@ -249,12 +264,18 @@ def probe(
 
     Raises:
         ModelError: the model changes in place what its own backward pass needs.
+        DataError: the batch was made under ``torch.inference_mode``.
     """
     try:
         with Probe(model, modules) as one:
             run(one)
         return one.findings()
     except RuntimeError as error:
+        if "Inference tensors" in str(error):
+            raise DataError(
+                "a batch was made under torch.inference_mode, where nothing has a gradient: make "
+                "the batches outside of it"
+            ) from error
         if not _in_place(error):
             raise
     try:

@@ -63,7 +63,8 @@ class Selection:
             + tuple(_left_alone(name, self.modules[name], why) for name, why in gone.items()),
         )
         if not found.layers:
-            raise ModelError(f"nothing to plan is left: {_nothing(found)}")
+            why = "; ".join(dict.fromkeys(gone.values()))
+            raise ModelError(f"nothing to plan is left: {few(gone)}: {why}")
         return found
 
 

@@ -90,6 +90,7 @@ def computed(module: nn.Module) -> str | None:
     """Why a weight or bias is no parameter that a layer holds, with the remedy; None if it is."""
     held, buffers = module._parameters, module._buffers
     for own in ("weight", "bias"):
+        parameter = held.get(own)
         if parametrize.is_parametrized(module, own):
             how, remedy = "parametrize", f"parametrize.remove_parametrizations(module, {own!r})"
         elif f"{own}_mask" in buffers:
@@ -102,9 +103,9 @@ def computed(module: nn.Module) -> str | None:
             if own == "weight" or getattr(module, own, None) is not None:
                 return f"its {own} is no parameter of its own: make it an nn.Parameter first"
             continue
-        elif held[own] is None and own == "weight":
+        elif parameter is None and own == "weight":
             return "it has no weight"
-        elif held[own] is not None and is_lazy(held[own]):
+        elif parameter is not None and is_lazy(parameter):
             return "its weights are not initialised: run the model on a batch first"
         else:
             continue

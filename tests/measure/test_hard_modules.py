@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.nn.utils import parametrizations, prune
 
-from rankopt import ModelError, Profile, apply_plan, make_plan, profile_model
+from rankopt import DataError, ModelError, Profile, apply_plan, make_plan, profile_model
 from rankopt.plan.stability import Stability
 from tests import tiny
 
@@ -281,6 +281,19 @@ def test_mamba_uses_a_weight_without_its_module() -> None:
     assert kinds.isdisjoint(name.rsplit(".", 1)[-1] for name in silent)
 
 
+def test_a_layer_that_all_examples_share_is_left_alone_in_batches() -> None:
+    model = Net(lambda m, x: m.two(m.one(x)) + m.shared(x.new_ones(1, 4, 12)).mean(1))
+    model.shared = nn.Linear(12, 16)
+    profile = measured(model)
+    assert names(profile) == ["one", "two", "head"]
+    assert left(profile)["shared"].endswith("(1, 4, 12): plan it with batch size 1")
+    alone = [(x[n : n + 1], y[n : n + 1]) for x, y in data() for n in range(len(x))]
+    found = measured(model, alone)
+    assert names(found) == ["one", "two", "head", "shared"]
+    wanted = exact(model, "shared", alone)
+    assert found.fisher_rows["shared"] == pytest.approx(wanted, rel=1e-4)
+
+
 class Renamed(nn.Linear):
     """Another name for the input, and the bias added by hand."""
 
@@ -292,7 +305,7 @@ class Lying(nn.Linear):
     """As nn.Linear for small inputs only."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * (1.0 if float(input.abs().max()) <= 1.0 else 2.0)
+        return super().forward(input) * (1.0 if bool(input.abs().max() <= 1.0) else 2.0)
 
 
 def test_subclasses_are_judged_by_what_they_compute() -> None:
@@ -351,13 +364,21 @@ def test_what_the_caller_has_switched_changes_nothing(switch: str) -> None:
     assert found.digest() == wanted.digest()
 
 
+def test_batches_made_in_inference_mode_are_refused() -> None:
+    model = Net(lambda m, x: m.two(m.one(x)))
+    with torch.inference_mode():
+        batches = data()
+    with pytest.raises(DataError, match="a batch was made under torch.inference_mode"):
+        measured(model, batches)
+
+
 def test_inference_mode_is_refused() -> None:
     model = tiny.llama()
     with torch.inference_mode(), pytest.raises(ModelError, match="inference_mode is on"):
         profile_model(model, tiny.batches(model), progress=False)
     with torch.inference_mode():
         made = tiny.llama()
-    with pytest.raises(ModelError, match=r"parameter model\.embed_tokens.* inference_mode"):
+    with pytest.raises(ModelError, match=r"parameter model\.embed_tokens.*inference_mode"):
         profile_model(made, tiny.batches(made), progress=False)
 
 
