@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankopt.data.formats import FORMATS, Row, ending, read_file
+from rankopt.data.formats import FORMATS, ending, read_file
+from rankopt.data.formats import Row as Row
 from rankopt.errors import DataError, MissingExtraError
 
 #: NAME or OWNER/NAME, and a configuration; anything else can only be a path.

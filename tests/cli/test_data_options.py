@@ -1,6 +1,8 @@
 """The data options are written once: every command has all of them, with a few differences."""
 
+import gzip
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import typer
 
 from rankopt.cli import app
 from rankopt.cli.data import READING, DataOptions, with_data
+from rankopt.errors import DataError
+from tests import tiny
 
 GROUP: Any = typer.main.get_command(app)
 DEFAULTS = {"split": None, "text_column": "text", "pair_column": None, "label_column": "label",
@@ -52,3 +56,30 @@ def test_the_model_is_looked_at_before_the_data(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match="does not exist"):
         DataOptions(data=str(tmp_path / "none.txt")).read(str(tmp_path / "none"))
+
+
+def test_data_is_cut_and_padded_as_the_model_takes_it(tmp_path: Path) -> None:
+    tiny.roberta(pad_token_id=1, max_position_embeddings=20).save_pretrained(tmp_path / "m")
+    tiny.tokenizer(tmp_path / "m")
+    data = tmp_path / "d.jsonl.gz"
+    rows = [{"text": "cat " * count, "label": count % 2} for count in (50, 3)]
+    data.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    _, (batch,) = DataOptions(data=str(data)).read(str(tmp_path / "m")).load("float32")
+    assert batch["input_ids"].shape == (2, 18)
+    # The model's own padding, by which it counts positions; the tokenizer's is another.
+    assert batch["input_ids"][1].tolist() == [5, 5, 5, *[1] * 15]
+    assert batch["attention_mask"][1].tolist() == [1, 1, 1, *[0] * 15]
+    with pytest.raises(DataError, match="max_length=19: the model takes at most 18 tokens"):
+        DataOptions(data=str(data), max_length=19).read(str(tmp_path / "m")).load("float32")
+
+
+def test_tokenizer_of_another_model_is_refused_before_the_first_batch(tmp_path: Path) -> None:
+    tiny.llama(vocab_size=14).save_pretrained(tmp_path / "m")
+    tiny.tokenizer(tmp_path / "m")
+    (tmp_path / "d.txt").write_text("the cat sees and " * 40)
+    asked = DataOptions(data=str(tmp_path / "d.txt"), max_length=8)
+    _, batches = asked.read(str(tmp_path / "m")).load("float32")
+    assert batches[0]["input_ids"].shape == (4, 8)
+    (tmp_path / "d.txt").write_text("the cat under " * 40)
+    with pytest.raises(DataError, match=r"token 14 \('under'\), the model's embedding has 14 rows"):
+        asked.read(str(tmp_path / "m")).load("float32")
