@@ -3,6 +3,8 @@
 ``experiments/08_faults`` reads more than 50,000.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,12 @@ def test_many_wrong_files_end_in_documented_errors(
     monkeypatch.setattr("rankopt_solvers.search.studies.NOBODY_SECONDS", 0.05)
     found = fuzz(READERS[kind](), tmp_path, 40 if kind == "journal" else 200, start=2)
     assert not found.counts, found.counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["kill", "full"])
+def test_what_is_interrupted_goes_on_and_leaves_nothing(part: str) -> None:
+    run = Path(__file__).parents[1] / "experiments" / "08_faults" / "run.py"
+    command = [sys.executable, str(run), "--only", part, "--quick"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (ended.returncode, ended.stdout.splitlines()[-1:]) == (0, ["ok"]), ended.stderr
