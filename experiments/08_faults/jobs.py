@@ -82,7 +82,7 @@ def make_profile(given: Given, output: Path, every: int = 1) -> None:
 def search(given: Given, output: Path) -> None:
     """The command ``rankopt plan --solver search``: plans only, so that the best is known."""
     how = ("--solver", "search", "--model", given.model, "--data", given.data, "--examples", 4)
-    what = ("--max-length", 16, "--trials", 7, "-o", output, "--force")
+    what = ("--max-length", 16, "--trials", 6, "-o", output, "--force")
     command("plan", given.profile, "--keep", 0.6, *how, *what)
 
 
@@ -126,10 +126,13 @@ def fork(work: Callable[[], None], said: Path) -> int:
         return child
     code = 99
     try:
+        from optuna.storages.journal import JournalFileOpenLock
+
         from rankopt_solvers.search import studies
 
-        # A trial that was taken in the moment of the kill is waited for so long.
+        # A trial, or a lock, that was taken in the moment of the kill is waited for so long.
         studies.NOBODY_SECONDS = 0.3
+        JournalFileOpenLock.__init__.__defaults__ = (1,)
         out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -186,10 +189,12 @@ def outcome(job: str, folder: Path) -> Any:
     """
     if job == "profile":
         from rankopt import Profile
+        from rankopt.profile.tensors import sha256_of
 
         profile = Profile.load(folder / "p.st")
-        kept = {name: array.sum() for name, array in profile.kept_arrays.items()}
-        return [profile.digest(), len(kept), sha256(folder / "p.st")]
+        # In the file they stand in the order in which threads were done with them.
+        kept = sorted(sha256_of(name, array) for name, array in profile.kept_arrays.items())
+        return [profile.digest(), *kept]
     if job == "search":
         from rankopt import Plan
         from rankopt_solvers.search.studies import open_storage

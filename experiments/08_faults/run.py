@@ -27,6 +27,7 @@ sys.path.insert(0, str(HERE))
 
 def interruptions(only: str | None, quick: bool) -> dict[str, Any]:
     """Kills and full disks, in children of this process."""
+    import full
     import jobs
     import kill
 
@@ -38,6 +39,10 @@ def interruptions(only: str | None, quick: bool) -> dict[str, Any]:
             (folder / "kill").mkdir()
             found["kill"] = kill.killed(given, folder / "kill", 2 if quick else 50)
             print("kill", found["kill"], flush=True)
+        if only in (None, "full"):
+            (folder / "full").mkdir()
+            found["full"] = full.full(given, folder / "full", 2 if quick else 20)
+            print("full", found["full"], flush=True)
     return found
 
 

@@ -52,7 +52,9 @@ class LossCurve:
                 f"got {losses.dtype} {losses.shape}"
             )
         if ranks.dtype != np.int64 or not ranks.size or ranks[0] != 0 or ranks[-1] > largest:
-            raise ProfileError(f"{what} needs ranks from 0 to at most {largest}, got {ranks!r}")
+            raise ProfileError(
+                f"{what} needs ranks from 0 to at most {largest}, got {ranks.tolist()[:5]}"
+            )
         if (np.diff(ranks) <= 0).any():
             raise ProfileError(f"{what} has ranks that do not increase")
         if not np.isfinite(losses).all() or (losses < 0).any():

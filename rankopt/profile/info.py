@@ -186,6 +186,8 @@ class ProfileInfo(BaseModel):
             raise ValueError(
                 f"{info.planned_parameters} of {info.model_parameters} parameters are planned"
             )
+        if info.planned_bytes > info.model_bytes:
+            raise ValueError(f"{info.planned_bytes} of {info.model_bytes} bytes are planned")
         return info
 
     @property

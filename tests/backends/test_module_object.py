@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rankopt import (
+    ModelError,
     OptionError,
     Profile,
     ProfileError,
@@ -47,6 +48,24 @@ TEXT = """
     SVD = dataclasses.replace(find_backend("fwsvd"), name="svd")
     SPACED = dataclasses.replace(LIGHT, name="two words")
     NUMBER = 3
+    SCALELESS = dataclasses.replace(LIGHT, name="scaleless", scales={})
+    NEEDY = dataclasses.replace(LIGHT, name="needy", needs=7)
+
+
+    class Broken:
+        source, needs, scales = LIGHT.source, LIGHT.needs, LIGHT.scales
+        factors, error = LIGHT.factors, LIGHT.error
+
+        @property
+        def name(self):
+            raise KeyError("no name")
+
+        def decompose(self, weight, statistics, largest):
+            raise KeyError("first\\nsecond")
+
+
+    BROKEN = Broken()
+    FAILING = type("Failing", (Broken,), {"name": "failing"})()
     CLASS = type("Shell", (), {name: None for name in (
         "name", "source", "needs", "scales", "decompose", "factors", "error")})
 """
@@ -64,6 +83,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / f"{MODULE}.py").write_text(textwrap.dedent(TEXT))
     (folder / "raises_on_import.py").write_text("raise RuntimeError('no licence found')")
+    (folder / "leaves_on_import.py").write_text("raise SystemExit('goodbye')")
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     another_process(monkeypatch)
@@ -178,6 +198,11 @@ def test_what_was_loaded_has_its_own_name_from_then_on(module: Path) -> None:
         (f"{MODULE}:", "does not load"),
         (":X", "does not load"),
         ("raises_on_import:X", "does not load: no licence found"),
+        ("leaves_on_import:X", "does not load: goodbye"),
+        ("unittest.mock:call", "without the attributes of rankopt.backends.base.Backend"),
+        (f"{MODULE}:SCALELESS", "without the attributes of rankopt.backends.base.Backend"),
+        (f"{MODULE}:NEEDY", "without the attributes of rankopt.backends.base.Backend"),
+        (f"{MODULE}:BROKEN", "is a Broken without the attributes"),
         (f"{MODULE}:NUMBER", "is a int without the attributes of rankopt.backends.base.Backend"),
         (f"{MODULE}:CLASS", "is the class Shell: name an object of it"),
         (f"{MODULE}:SPACED", "has the name 'two words', which becomes part of names in files"),
@@ -191,6 +216,15 @@ def test_what_cannot_be_a_backend_is_refused(module: Path, where: str, complaint
         profile_model(tiny.bert(), iter(()), backends=[where])
     assert repr(where) in str(caught.value)
     assert find_backend("svd").source.startswith("Eckart") and find_backend("light").name == "light"
+
+
+def test_a_backend_that_fails_is_named_with_the_layer(module: Path) -> None:
+    model = tiny.bert()
+    with pytest.raises(
+        ModelError, match=r"layer bert\.\S+: backend failing: KeyError: 'first"
+    ) as at:
+        profile_model(model, tiny.batches(model), backends=[f"{MODULE}:FAILING"])
+    assert "\n" not in str(at.value)
 
 
 def test_a_built_in_may_be_named_by_its_module(module: Path) -> None:

@@ -1,11 +1,12 @@
 """A profile that was interrupted anywhere goes on to the same bits, and with nothing else."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,52 @@ def test_a_damaged_checkpoint_says_delete(damage: str, tmp_path: Path) -> None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=rf"{path} cannot be read .*: delete it to start again"):
         measured(checkpoint=path)
+
+
+def resealed(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
+    """Change what a checkpoint says, and its sha256 with it."""
+    with safe_open(path, framework="pt") as file:
+        header = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about = json.loads(header["about"])
+    change(about, tensors)
+    header["about"] = json.dumps(about)
+    header["sha256"] = resume._digest(header["about"], tensors)
+    save_file(tensors, path, header)
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda about, _: about["seen"].update(batches=-1), r"seen\.batches: .*greater than"),
+        (lambda about, _: about["seen"].update(batches=[2]), r"seen\.batches: .*integer"),
+        (lambda about, _: about["seen"].update(numbers=[1, 0, 2]), "contradict each other"),
+        (lambda about, _: about["seen"].pop("chain"), r"seen\.chain: Field required"),
+        (lambda about, _: about["seen"].update(more=1), r"seen\.more: Extra"),
+        (lambda about, _: about.update(seen=None), "seen: "),
+        (lambda about, _: about["layers"]["owners"].update(other="other"), "not those of the mod"),
+        (lambda about, _: about["layers"]["seen"].update({LAYER: "1"}), "layers.seen"),
+        (lambda _, tensors: tensors.pop(f"{LAYER}/rows"), f"{LAYER}/rows is not there"),
+        (lambda _, tensors: tensors.update({f"{LAYER}/rows": torch.ones(3)}), "another shape"),
+        (lambda _, tensors: tensors[f"{LAYER}/rows"].mul_(float("nan")), "no finite number"),
+        (lambda _, tensors: tensors.pop("seen.units"), "seen.units"),
+        (lambda _, tensors: tensors["seen.units"].zero_(), "contradict each other"),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_says_delete(
+    change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None],
+    complaint: str,
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "partial"
+    measured(checkpoint=path, checkpoint_every=1)
+    resealed(path, change)
+    with pytest.raises(DataError, match=rf"cannot be read \(.*{complaint}.*delete it") as caught:
+        measured(checkpoint=path, checkpoint_every=1)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_checkpoint_is_no_error_and_what_was_saved_is_read_back(tmp_path: Path) -> None:

@@ -265,6 +265,8 @@ def test_profile_with_a_tensor_taken_out_is_refused(saved: Path) -> None:
         ("rankopt", "[" * 100_000),
         ("kept", "basis"),
         ("kept", "7"),
+        ("kept", "[" * 100_000),
+        ("kept", '{"a": 1, "a": 1}'),
         ("kept", '{"block.1.proj/basis.pca": "0"}'),
         ("sha256", "0" * 64),
     ],
@@ -272,6 +274,63 @@ def test_profile_with_a_tensor_taken_out_is_refused(saved: Path) -> None:
 def test_damaged_description_is_refused(saved: Path, key: str, value: str) -> None:
     rewritten(saved, lambda _, metadata: metadata.update({key: value}))
     with pytest.raises(ProfileError, match=r"p\.safetensors"):
+        Profile.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("model_parameters", 5, "of 5 parameters are planned"),
+        ("model_parameters", 2**62 + 1, "parameters are planned"),
+        ("model_bytes", 5, "of 5 bytes are planned"),
+        ("model_bytes", 10**400, "has 401 digits"),
+        ("layers", [], "factors for 0 layers"),
+        ("units", float("nan"), "NaN is not a number"),
+        ("architecture", [[]], "architecture: Input should be a valid string"),
+    ],
+)
+def test_impossible_description_is_refused_in_one_line(
+    saved: Path, key: str, value: Any, complaint: str
+) -> None:
+    def change(_: object, metadata: dict[str, str]) -> None:
+        metadata["rankopt"] = json.dumps({**json.loads(metadata["rankopt"]), key: value})
+
+    rewritten(saved, change)
+    with pytest.raises(ProfileError, match=complaint) as caught:
+        Profile.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def header_changed(path: Path, name: str, **changes: Any) -> None:
+    """Announce an array as something else, and seal nothing."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header[name] |= changes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
+def test_dtype_that_profiles_have_not_is_refused_before_it_is_read(saved: Path) -> None:
+    name = "block.0.proj/fisher_rows"
+    header_changed(saved, name, dtype="BF16", shape=[4 * 16])
+    with pytest.raises(ProfileError, match=rf"{name} is of dtype BF16, which no profile has"):
+        Profile.load(saved)
+
+
+def test_header_longer_than_the_file_is_refused(saved: Path) -> None:
+    content = saved.read_bytes()
+    for length in (10**18, 2**64 - 1, len(content), 0):
+        saved.write_bytes(length.to_bytes(8, "little") + content[8:])
+        with pytest.raises(ProfileError, match="truncated or not a profile"):
+            Profile.load(saved)
+
+
+def test_arrays_too_large_for_any_profile_are_not_read(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rankopt.profile.tensors.MOST_BYTES", 1000)
+    with pytest.raises(ProfileError, match=r"the measures take .* GiB, .*not a profile"):
         Profile.load(saved)
 
 
