@@ -8,6 +8,7 @@ import dataclasses
 import re
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,6 @@ def _line(error: BaseException) -> str:
 
 class Walk:
     """The steps of one architecture, in order."""
-
-    STAGES = ("inputs", "profile", "plan", "apply", "save", "reload", "resave", "dequantize")
 
     def __init__(self, found: Outcome, folder: Path) -> None:
         self.found, self.folder = found, folder
@@ -367,8 +366,6 @@ def walk(architecture: str, head: str) -> Outcome:
             found.outcome, found.reason = "refused", f"{type(error).__name__}: {error}"
         except Exception as error:
             found.outcome, found.reason = "FAULT", _line(error)
-            import traceback
-
             last = traceback.extract_tb(error.__traceback__)[-1]
             found.reason += f" [{Path(last.filename).name}:{last.lineno}]"
     found.seconds = round(time.perf_counter() - started, 2)
