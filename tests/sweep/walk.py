@@ -134,7 +134,7 @@ def _line(error: BaseException) -> str:
 
 
 def _furthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative error, and whose; what is all but zero beside the rest counts as such."""
+    """The largest relative error, and whose; beside the rest, all but zero counts as zero."""
     floor = 1e-12 * max(float(rows.norm()) for rows in wanted.values())
     return max(
         (float((found[name] - rows).norm()) / max(float(rows.norm()), floor), name)
@@ -259,19 +259,17 @@ class Walk:
         wanted = self.rows_by_hand(list(found))
         worst = _furthest(found, wanted)
         if worst[0] > TOLERANCE:
-            off, _ = _furthest(self.rows_by_hand(list(found), frozen=False), wanted)
+            alone = self.rows_by_hand([worst[1]])
+            off, _ = _furthest(alone, {name: wanted[name] for name in alone})
             if off > TOLERANCE:
                 raise LeftOut(
                     f"torch's gradients of it differ by {off:.1g} with what else requires them"
                 )
         return worst
 
-    def rows_by_hand(self, names: list[str], frozen: bool = True) -> dict[str, Tensor]:
-        """Squared gradients of single examples, summed over outputs and examples; (in,) each.
-
-        All other weights are ``frozen``, or not.
-        """
-        model = build(self.found.architecture, self.found.head).requires_grad_(not frozen)
+    def rows_by_hand(self, names: list[str]) -> dict[str, Tensor]:
+        """Squared gradients of single examples, summed over outputs and examples; (in,) each."""
+        model = build(self.found.architecture, self.found.head).requires_grad_(False)
         weights = {name: model.get_submodule(name).weight for name in names}
         total = {}
         for weight in weights.values():
