@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 
 from tests.readers import Reader
 
 #: Seconds for one file, and bytes of address space for all of them beside what is there already.
 LONGEST, MOST_MEMORY = 20, 2**30
-#: Files drawn at once: what hypothesis does beside drawing takes longer than reading a file.
-BATCH = 16
 _WRITES = {
     "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.link",
     "os.symlink", "shutil.rmtree", "shutil.move", "subprocess.Popen", "os.system", "os.exec",
@@ -132,17 +129,13 @@ def fuzz(reader: Reader, folder: Path, count: int, start: int = 0) -> Tally:
 
     @seed(start)
     @settings(
-        max_examples=4 * count // BATCH + 1,
+        max_examples=4 * count,
         database=None,
         deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.lists(reader.wrong, min_size=BATCH, max_size=BATCH))
-    def several(contents: list[bytes]) -> None:
-        for content in contents:
-            one(content)
-
+    @given(reader.wrong)
     def one(content: bytes) -> None:
         digest = hashlib.sha256(content).digest()
         if tally.files == count or digest in seen:
@@ -168,7 +161,7 @@ def fuzz(reader: Reader, folder: Path, count: int, start: int = 0) -> Tally:
             tally.note(f"written: {written[0]}", content)
         tally.slowest = max(tally.slowest, time.perf_counter() - began)
 
-    several()
+    one()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most
     tally.memory_mib = round(grown / 1024, 1)
     return tally
