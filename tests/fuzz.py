@@ -76,7 +76,13 @@ def watched(folder: Path, own: Path) -> Iterator[list[str]]:
     before = _listing(folder, own)
 
     def see(event: str, path: str) -> None:
-        if own.name not in path and "__pycache__" not in path and path != "/dev/null":
+        # A folder is opened to see whether it may be written to.
+        if (
+            own.name not in path
+            and not os.path.isdir(path)
+            and "__pycache__" not in path
+            and path != "/dev/null"
+        ):
             found.append(f"{event} {path}")
 
     _watched[:] = [see]

@@ -14,7 +14,7 @@ from tests.fuzz import fuzz
 from tests.readers import READERS
 
 #: Files of each kind; data files of the other kinds.
-COUNTS = {"plan": 10_000, "profile": 10_000, "journal": 3_000, "checkpoint": 6_000}
+COUNTS = {"plan": 10_000, "profile": 10_000, "journal": 2_000, "checkpoint": 6_000}
 OTHERS = 1_700
 
 

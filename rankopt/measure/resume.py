@@ -182,7 +182,7 @@ def _seen(counted: _Counted, tensors: dict[str, Tensor]) -> Seen:
     numbers = counted.numbers
     rows = 0 if totals is None else len(totals)
     ordered = all(a < b for a, b in zip(numbers, (*numbers[1:], counted.batches), strict=True))
-    if not (units.shape == (rows,) == (len(numbers),) and ordered and bool((units > 0).all())):
+    if not (units.shape == (rows,) == (len(numbers),) and ordered and _positive(units)):
         raise ValueError("its counts contradict each other")
     return Seen(
         counted.batches,
@@ -194,6 +194,10 @@ def _seen(counted: _Counted, tensors: dict[str, Tensor]) -> Seen:
         list(numbers),
         last_check=list(counted.last_check),
     )
+
+
+def _positive(units: Tensor) -> bool:
+    return bool((units > 0).all()) and bool(torch.isfinite(units.sum()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ KeptArray = npt.NDArray[np.float32]
 
 
 #: numpy's dtypes by their name in safetensors files.
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
