@@ -174,7 +174,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_buckets": 4,
         "feed_forward_size": 48,
     },
-    "SegformerConfig": {"num_attention_heads": (1, 1, 2, 2), "num_encoder_blocks": 4},
+    "SegformerConfig": {
+        "num_attention_heads": (1, 1, 2, 2),
+        "num_encoder_blocks": 4,
+        "image_size": 64,
+    },
     "SqueezeBertConfig": {"embedding_size": 32},
     "SwinConfig": _SWIN,
     "Swinv2Config": _SWIN
