@@ -368,7 +368,7 @@ def test_batches_made_in_inference_mode_are_refused() -> None:
     model = Net(lambda m, x: m.two(m.one(x)))
     with torch.inference_mode():
         batches = data()
-    with pytest.raises(DataError, match=r"a batch was made under torch\.inference_mode"):
+    with pytest.raises(DataError, match="a batch was made under torch"):
         measured(model, batches)
 
 
