@@ -51,7 +51,12 @@ def attach(model: nn.Module, plan: Plan) -> Ties | None:
 
 
 def _untie(model: PreTrainedModel, low_rank: Collection[str]) -> Ties:
-    parts = {name: m for name, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+    # A part that was not set up as a model of its own knows of no ties.
+    parts = {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, PreTrainedModel) and hasattr(part, "all_tied_weights_keys")
+    }
     keys = {part: dict(part.all_tied_weights_keys) for part in parts.values()}
     configs: dict[int, Any] = {}
     for prefix, part in parts.items():

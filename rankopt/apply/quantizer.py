@@ -281,8 +281,12 @@ def _models_in(model: nn.Module) -> dict[str, "PreTrainedModel"]:
 
 def _skeleton(model: "PreTrainedModel") -> "PreTrainedModel":
     """A dense model of the same config, without memory."""
+    config = copy.deepcopy(model.config)
+    if isinstance(getattr(config, "dtype", None), str):
+        # save_pretrained leaves a name where some architectures want the dtype.
+        config.dtype = getattr(torch, config.dtype.removeprefix("torch."), None)
     with torch.device("meta"):
-        return type(model)(copy.deepcopy(model.config))
+        return type(model)(config)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
