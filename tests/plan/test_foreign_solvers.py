@@ -96,6 +96,7 @@ def test_what_a_solver_prints_is_not_in_the_way_of_the_plan(
     synthetic_profile().save(path)
     command = ["rankopt", "plan", str(path), "--keep", "0.7", "--json"]
     monkeypatch.setattr(sys, "argv", [*command, "--solver", f"{module}:shouts"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr()
