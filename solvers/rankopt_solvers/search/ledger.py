@@ -185,11 +185,14 @@ class Ledger:
     def _measure(
         self, study: Study, trial: Trial, choice: Choice, evaluate: Callable[[Choice], float]
     ) -> Measured | str:
+        source = trial.user_attrs.get("source")
+        if not isinstance(source, str):
+            raise _damaged(trial, "it has no source")
         began = time.perf_counter()
         with heartbeat(study, self.storage, trial):
             loss = float(evaluate(choice))
         seconds = time.perf_counter() - began
-        source, finite = trial.user_attrs["source"], bool(np.isfinite(loss))
+        finite = bool(np.isfinite(loss))
         try:
             trial.set_user_attr("seconds", seconds)
             if finite:
