@@ -66,8 +66,8 @@ class OptionError(RankoptError, ValueError):
     """An unknown name, a number out of range, or options that do not go together."""
 
 
-class NotFiniteError(RankoptError):
-    """The dense model's loss is NaN or infinite: nothing can be compared with it."""
+class NotFiniteError(ModelError):
+    """A loss or a gradient of the dense model is NaN or infinite."""
 
 
 class InfeasibleBudgetError(RankoptError):

@@ -176,7 +176,7 @@ def _table(source: str, lines: Iterable[str], **dialect: Any) -> list[Row]:
 def _columnar(path: Path, kind: str) -> Sequence[Row]:
     try:
         import datasets
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise MissingExtraError(f"reading {path}", "datasets", "data") from error

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from rankopt.backends.statistics import Statistics
 from rankopt.data.digest import chained
-from rankopt.errors import DataError, ModelError
+from rankopt.errors import DataError, NotFiniteError
 from rankopt.measure import resume
-from rankopt.measure.collector import Collector, NotFiniteError
+from rankopt.measure.collector import Collector
 from rankopt.measure.loss import Loss
 from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint, Seen
@@ -155,7 +155,7 @@ def _located(model: nn.Module, loss: Loss, ready: Any, number: int) -> Iterator[
     except NotFiniteError as error:
         first = first_not_finite(model, lambda: loss.summed(model, ready))
         where = "" if first is None else f"; the first to make NaN or infinity is {first}"
-        raise ModelError(f"batch {number + 1}: {error}{where}") from error
+        raise NotFiniteError(f"batch {number + 1}: {error}{where}") from error
 
 
 def eager(model: nn.Module) -> contextlib.AbstractContextManager[object]:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.backends.statistics import STATISTICS
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, NotFiniteError
 from rankopt.measure.fisher import (
     SquaredGradients,
     as_inputs,
@@ -45,10 +45,6 @@ from rankopt.measure.layout import Frames, Layout, Use, flattened, widened
 from rankopt.measure.sums import Sums
 from rankopt.measure.taps import frozen, input_of, tap
 from rankopt.model.weights import device_of, tensor_of, weight_of, weight_shape
-
-
-class NotFiniteError(ModelError):
-    """A loss or a gradient that is NaN or infinite."""
 
 
 class Collector:
