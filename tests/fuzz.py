@@ -62,6 +62,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watched:
         return
     path, flags = (arguments[0], arguments[2]) if event == "open" else (arguments[:1], 0)
+    if isinstance(path, int):
+        # It was seen when it was opened under its name.
+        return
     writes = event in _WRITES or bool(
         event == "open" and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     )
@@ -76,9 +79,10 @@ def watched(folder: Path, own: Path) -> Iterator[list[str]]:
     before = _listing(folder, own)
 
     def see(event: str, path: str) -> None:
-        # A folder is opened to see whether it may be written to.
+        # A folder is opened to see whether it may be written to; temporaries are gone at the end.
         if (
             own.name not in path
+            and "/.rankopt." not in path
             and not os.path.isdir(path)
             and "__pycache__" not in path
             and path != "/dev/null"

@@ -91,7 +91,7 @@ def gather(
         model: unwrapped; left as it was.
         modules: layer name -> module.
         batches: the same for all processes.
-        loss: what is back-propagated; settled.
+        loss: what is back-propagated.
         needs: statistics beyond the rows.
         processes: that share the data.
         checkpoint: go on from it if it is there, and write it.
@@ -112,6 +112,7 @@ def gather(
         # Where some have passed a check, the others need not wait for them there.
         passed, seen.last_check = processes.latest(resumed, seen.last_check)
         for number, batch in enumerate(bar(batches, "Fisher", "batch", progress)):
+            loss = loss if number else loss.settled(model, batch)
             ready = loss.ready(batch, device, number)
             chain = chained(chain, ready)
             while number + 1 > check:

@@ -60,8 +60,16 @@ def check_apart(
 
     def energies(weights: Tensor, *, again: bool) -> dict[str, Tensor]:
         found.clear()
-        (losses * weights).sum().backward(retain_graph=again)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(losses, weights.to(losses.dtype), retain_graph=again)
         return dict(found)
+
+    def largest_scale() -> float:
+        """Times which no gradient overflows: in float16 those of a plain loss may vanish."""
+        for power in range(12, -25, -4):
+            most = energies(torch.full_like(losses, 8 * 2.0**power), again=True)
+            if all(bool(energy.isfinite().all()) for energy in most.values()):
+                return 2.0**power
+        return 1.0
 
     hooks = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
@@ -70,11 +78,13 @@ def check_apart(
         if count < 2 or not losses.requires_grad:
             return
         layout = Layout.of(count, tokens)
-        plain = energies(torch.ones_like(losses), again=True)
+        half = any(x.get_parameter("weight").dtype == torch.float16 for x in modules.values())
+        scale = largest_scale() if half else 1.0
+        plain = energies(torch.full_like(losses, scale), again=True)
         digits = [4**k for k in range(count.bit_length()) if 4**k < count]
         for digit in digits:
             weights = 2.0 ** (torch.arange(count, device=losses.device) // digit % 4)
-            scaled = energies(weights.to(losses.dtype), again=digit != digits[-1])
+            scaled = energies(scale * weights, again=digit != digits[-1])
             for name, energy in plain.items():
                 wanted = energy * weights.double().cpu().square()
                 slack = 10 * tolerance(model) * (wanted + 1e-6 * wanted.max())

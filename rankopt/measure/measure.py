@@ -146,7 +146,7 @@ def profile_model(
                 model,
                 {member: selection.modules[member] for x in layers for member in x.members},
                 batches,
-                loss,
+                subject.loss,
                 needs,
                 processes=subject.processes,
                 checkpoint=saved,

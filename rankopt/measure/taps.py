@@ -173,19 +173,12 @@ class Probe:
         """As a Collector.
 
         Raises:
-            ModelError: autograd refuses the model as it runs without training.
+            ModelError: the model makes no graph where it is not trained.
         """
-        kind = type(self._model).__name__
         if not loss.requires_grad:
+            kind = type(self._model).__name__
             raise ModelError(f"the loss of {kind} has no gradient in eval mode: not covered")
-        try:
-            loss.backward(retain_graph=again)  # type: ignore[no-untyped-call]
-        except RuntimeError as error:
-            # Its subclasses are of other things, of memory most of all.
-            if type(error) is not RuntimeError:
-                raise
-            why = str(error).split(". ")[0]
-            raise ModelError(f"{kind} cannot be differentiated in eval mode: {why}") from error
+        loss.backward(retain_graph=again)  # type: ignore[no-untyped-call]
 
     def findings(self) -> Findings:
         """After a batch."""

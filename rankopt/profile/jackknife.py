@@ -36,9 +36,11 @@ def relative_standard_errors(sums: FloatArray, units: FloatArray) -> FloatArray:
     count = units.size
     if count < 2:
         return np.full(sums.shape[1], math.inf)
-    # The jackknife is linear in a layer's sums: with shares of their total nothing overflows.
-    total = sums.sum(axis=0)
-    shares = sums / np.where(total > 0, total, 1.0)
+    # The jackknife is linear in a layer's sums: with shares of their total nothing overflows, and
+    # with shares of the largest neither does the total.
+    largest = sums.max(axis=0)
+    parts, units = sums / np.where(largest > 0, largest, 1.0), units / units.max()
+    shares = parts / np.where(largest > 0, parts.sum(axis=0), 1.0)
     without = (shares.sum(axis=0) - shares) / (units.sum() - units)[:, None]
     spread = np.square(without - without.mean(axis=0)).sum(axis=0)
     # The ratio of the shares is 1 / U.

@@ -162,6 +162,7 @@ def test_a_profile_that_may_not_be_read_is_one_line(
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "read_text", denied)
+    monkeypatch.setattr("rankopt.data.formats.open", denied, raising=False)
     for command in (
         "apply dense plan.json --profile p.st -o small",
         "evaluate dense --data train.txt",

@@ -190,7 +190,9 @@ def test_no_proof_makes_a_bound_above_the_optimum_acceptable(
 ) -> None:
     problem = data.draw(ugly())
     best = optimum(problem)
-    worse = [c for c in feasible_choices(problem) if problem.loss_of(c) > best * (1 + 1e-9)]
+    # What verify allows for rounding, which of the smallest numbers is one of them.
+    slack = 1e-9 * best + math.ulp(0.0) * 4 * len(problem.groups) * (1 + len(problem.side_budgets))
+    worse = [c for c in feasible_choices(problem) if problem.loss_of(c) > best + slack]
     assume(worse)
     honest = certify(problem, data.draw(st.sampled_from(worse[:20])), "any")
     slopes = problem.hulls.slope[problem.hulls.slope > 0].tolist()
