@@ -268,7 +268,11 @@ class Walk:
         return worst
 
     def rows_by_hand(self, names: list[str]) -> dict[str, Tensor]:
-        """Squared gradients of single examples, summed over outputs and examples; (in,) each."""
+        """Squared gradients of single examples, summed over outputs and examples; (in,) each.
+
+        Raises:
+            LeftOut: torch cannot differentiate the model where its weights require a gradient.
+        """
         model = build(self.found.architecture, self.found.head).requires_grad_(False)
         weights = {name: model.get_submodule(name).weight for name in names}
         total = {}
@@ -278,7 +282,10 @@ class Walk:
             for n in range(len(batch["labels"])):
                 one = example(batch, n)
                 loss = likelihood(self.what, self.logits(model, one), one).sum()
-                gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                try:
+                    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                except RuntimeError as error:
+                    raise LeftOut(f"torch has no gradients of it: {_line(error)}") from error
                 for name, gradient in zip(weights, gradients, strict=True):
                     turned = type(model.get_submodule(name)).__name__ == "Conv1D"
                     if gradient is None:
