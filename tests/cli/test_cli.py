@@ -337,7 +337,10 @@ def test_mistake_found_after_loading_a_model_is_one_line_in_a_process_of_its_own
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: the text has 2 tokens, less than one window of 128\n"
+    assert done.stderr == (
+        "error: short.txt: the text has 2 tokens, less than one window of 128: give more text, or a "
+        "smaller --max-length\n"
+    )
 
 
 def test_module_runs_as_a_program_and_planning_needs_no_torch(tmp_path: Path) -> None:
