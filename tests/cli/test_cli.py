@@ -338,8 +338,8 @@ def test_mistake_found_after_loading_a_model_is_one_line_in_a_process_of_its_own
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: short.txt: the text has 2 tokens, less than one window of 128: give more text, or a "
-        "smaller --max-length\n"
+        "error: short.txt: the text has 2 tokens, less than one window of 128: give more text, or "
+        "a smaller --max-length\n"
     )
 
 
