@@ -1,9 +1,7 @@
 """Files and folders that are whole or not there, and replace nothing that is somebody else's.
 
-What is written comes into being in a temporary folder ``.rankopt.HOST.*`` beside its place and gets
-its name at the end. A process holds a lock (flock) on its temporary folder, which the system takes
-back when the process dies: whoever writes beside it later removes the folders of this host and user
-whose lock is free. A folder that was being replaced at that moment gets its name back first.
+What is written comes into being in a temporary folder beside its place, and gets its name at the
+end.
 
 Files of ours say what they are (``format``), and folders have a list of what was written into them.
 Only such files and folders are replaced. A link is never written through, nor replaced.
@@ -11,15 +9,10 @@ Only such files and folders are replaced. A link is never written through, nor r
 
 import contextlib
 import errno
-import functools
-import hashlib
 import json
 import os
 import re
-import shutil
-import socket
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,16 +20,11 @@ from typing import Any
 
 from rankopt._version import __version__
 from rankopt.errors import RankoptError, WriteError
-
-try:
-    import fcntl
-except ImportError:  # no leftovers are swept on Windows
-    fcntl = None  # type: ignore[assignment]
+from rankopt.temporary import MARK, temporary_folder
 
 PLAN, PROFILE, CHECKPOINT = "rankopt-plan", "rankopt-profile", "rankopt-checkpoint"
 #: Of a folder of ours: its files and their sizes.
 LIST_OF_FILES = "rankopt_files.json"
-_TEMPORARY = ".rankopt."
 #: A longer text or header is not looked at: it is none of ours.
 _LONGEST = 100_000_000
 #: What folders have in them that were written before there was a list.
@@ -75,7 +63,7 @@ def _reason(error: Exception, looking: bool) -> str | None:
     """The system's words, if it is the system that refuses to write."""
     if isinstance(error, OSError) and error.errno is not None:
         # A file that is read meanwhile has another name.
-        ours = looking or error.filename is None or _TEMPORARY in str(error.filename)
+        ours = looking or error.filename is None or MARK in str(error.filename)
         return os.strerror(error.errno) if ours else None
     # Of libraries in Rust (safetensors, tokenizers), each of which has its own type of error.
     if isinstance(error, RankoptError):
@@ -320,81 +308,3 @@ def _require_parent(target: Path) -> None:
 def _sync(path: Path) -> None:
     with open(path, "rb") as written:
         os.fsync(written.fileno())
-
-
-@contextmanager
-def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder in a folder, removed at the end or by who comes after a kill."""
-    folder, remove = make_temporary_folder(parent)
-    try:
-        yield folder
-    finally:
-        remove()
-
-
-def make_temporary_folder(parent: Path) -> tuple[Path, Callable[[], None]]:
-    """A temporary folder in a folder, and what removes it; dead processes' are swept before."""
-    _sweep(parent)
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
-        try:
-            lock = _hold(folder)
-        except OSError:
-            return folder, functools.partial(_remove, folder, None)  # no locks: nobody sweeps
-        if lock is not None:
-            return folder, functools.partial(_remove, folder, lock)
-
-
-def _prefix() -> str:
-    """The beginning of this host's temporary names: a lock says nothing about another's."""
-    return f"{_TEMPORARY}{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}."
-
-
-def _hold(folder: Path) -> int | None:
-    """The lock of a temporary folder; None if a process has it, or if the folder is gone.
-
-    Raises:
-        OSError: there are no locks here.
-    """
-    if fcntl is None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who sweeps takes the lock, too: what was swept in between is no place to write.
-        if os.path.samestat(os.fstat(handle), folder.lstat()):
-            return handle
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        os.close(handle)
-        raise
-    os.close(handle)
-    return None
-
-
-def _remove(folder: Path, lock: int | None) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    if lock is not None:
-        os.close(lock)
-
-
-def _sweep(parent: Path) -> None:
-    """Remove this user's temporary folders in a folder whose processes are dead."""
-    for folder in sorted(parent.glob(f"{_prefix()}*")):
-        try:
-            found = folder.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-                continue
-            lock = _hold(folder)
-        except (OSError, AttributeError):  # swept by another, or not on this system
-            continue
-        if lock is None:
-            continue
-        for replaced in (folder / "old").glob("*"):
-            if not os.path.lexists(parent / replaced.name):
-                os.replace(replaced, parent / replaced.name)
-        _remove(folder, lock)

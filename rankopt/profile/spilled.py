@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from rankopt.errors import RankoptError
-from rankopt.files import make_temporary_folder, told
+from rankopt.files import told
 from rankopt.profile.tensors import Array
+from rankopt.temporary import make_temporary_folder
 
 
 class SpilledArrays(MutableMapping[str, Array]):
