@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankopt.errors import DataError, MissingExtraError
 from rankopt.layers import Layer
-from rankopt.measure.loss import Summed, find_loss
+from rankopt.measure.loss import Loss, Summed, find_loss
 from rankopt.model.inputs import IGNORED, listed
 from rankopt.model.size import model_size
 from rankopt.model.tasks import LossFunction, in_eval
@@ -49,7 +49,6 @@ class Evaluation:
     notes: tuple[str, ...] = ()
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -72,8 +71,22 @@ def evaluate(
     Raises:
         DataError: no batches, or batches without targets.
     """
+    loss = find_loss(unwrapped(model), loss_fn)
+    return measured(model, batches, loss, layers=layers, progress=progress)
+
+
+@torch.no_grad()
+def measured(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    *,
+    layers: Iterable[Layer] | None = None,
+    progress: bool | None = None,
+) -> Evaluation:
+    """See evaluate; of a loss that was settled, the first batch is run once."""
     model = unwrapped(model)
-    loss, device = find_loss(model, loss_fn), device_of(model)
+    device = device_of(model)
     summed, examples, targets = 0.0, 0, 0
     notes: list[str] = []
     truths: list[Tensor] = []

@@ -1,6 +1,8 @@
 """The measured loss of plans: apply one, evaluate, restore the dense model, take the next."""
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,8 +11,11 @@ from torch import nn
 
 from rankopt.apply.apply import FactorCache, applied
 from rankopt.errors import NotFiniteError
-from rankopt.evaluation.evaluation import Evaluation, evaluate
+from rankopt.evaluation.evaluation import Evaluation, measured
+from rankopt.measure.loss import Loss, find_loss
+from rankopt.model.inputs import listed
 from rankopt.model.tasks import Batch
+from rankopt.model.weights import unwrapped
 from rankopt.plan.compare import ComparedPlan
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
@@ -62,9 +67,18 @@ class PlanEvaluator:
         ) as compressed:
             return self._evaluated(compressed)
 
+    @functools.cached_property
+    def _loss(self) -> Loss:
+        """What the first batch tells of the loss, told once for all plans."""
+        model = unwrapped(self.model)
+        loss = find_loss(model, None)
+        for first in itertools.islice(listed(self.batches), 1):
+            loss = loss.settled(model, first)
+        return loss
+
     def _evaluated(self, model: nn.Module) -> Evaluation:
         layers = self.profile.info.layers
-        return evaluate(model, self.batches, layers=layers, progress=self.progress)
+        return measured(model, self.batches, self._loss, layers=layers, progress=self.progress)
 
 
 def measure_rows(
