@@ -130,7 +130,7 @@ def test_a_trial_without_a_finite_loss_is_said_and_counts_as_failed(
 ) -> None:
     pytest.importorskip("optuna")
     model, profile, batches = made
-    honest = plans.evaluate
+    honest = plans.measured
 
     def fail(numbers: Iterable[int]) -> None:
         """The dense model is measured as number 0."""
@@ -142,7 +142,7 @@ def test_a_trial_without_a_finite_loss_is_said_and_counts_as_failed(
                 return found
             return dataclasses.replace(found, loss=math.nan, notes=("loss is NaN (batch 1)",))
 
-        monkeypatch.setattr(plans, "evaluate", measured)
+        monkeypatch.setattr(plans, "measured", measured)
 
     fail((1, 2))
     found = search_plan(model, profile, batches, keep=0.6, trials=8, progress=False)
