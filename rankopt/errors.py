@@ -1,6 +1,7 @@
 """Errors that a user can act on. The command line prints their message and no traceback."""
 
 import unicodedata
+from collections.abc import Iterable
 
 #: Categories of characters that a terminal obeys or does not show: control, format (writing
 #: direction), surrogates, line and paragraph separators.
@@ -22,6 +23,18 @@ def printable(text: str, keep: str = "") -> str:
         else each
         for each in text
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says first, or its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def few(names: Iterable[str], shown: int = 3, between: str = ", ") -> str:
+    """The first of some names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return between.join(listed[:shown]) + more
 
 
 class RankoptError(Exception):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rankopt._version import __version__
-from rankopt.errors import RankoptError, WriteError
+from rankopt.errors import RankoptError, WriteError, few
 from rankopt.temporary import MARK, temporary_folder
 
 PLAN, PROFILE, CHECKPOINT = "rankopt-plan", "rankopt-profile", "rankopt-checkpoint"
@@ -254,11 +254,9 @@ def _require_ours(folder: Path) -> None:
             )
         other = [name for name in found if not _MODEL_FILES.fullmatch(name)]
     if other or linked:
-        names = sorted({*other, *linked})
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise RankoptError(
             f"{folder} has in it what rankopt did not write, so it is not replaced: "
-            f"{', '.join(names[:3])}{more}: move that elsewhere, or name another folder"
+            f"{few(sorted({*other, *linked}))}: move that elsewhere, or name another folder"
         )
 
 

@@ -10,7 +10,7 @@ from rankopt.apply.marking import attach, detach, require_unquantised
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, recomputable
 from rankopt.backends.statistics import Statistics
-from rankopt.errors import ModelError, OptionError, PlanError
+from rankopt.errors import ModelError, OptionError, PlanError, few
 from rankopt.model.lowrank import low_rank, replace
 from rankopt.model.matrices import NOT_SELECTED
 from rankopt.model.selection import Selection, find_planned
@@ -218,8 +218,6 @@ def _require_same(
     more_layers = [n for n, why in reasons.items() if why == NOT_SELECTED and n not in known]
     differences += [f"{name} is not in the plan" for name in more_layers] + other_weights
     if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise PlanError(
-            f"the plan is for another model ({plan.architecture}): "
-            f"{'; '.join(differences[:3])}{more}"
+            f"the plan is for another model ({plan.architecture}): {few(differences, between='; ')}"
         )

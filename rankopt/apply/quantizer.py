@@ -32,7 +32,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, few
 from rankopt.model.lowrank import LowRank, LowRankEmbedding, LowRankLinear, replace
 from rankopt.model.weights import is_conv1d, tensor_of, weight_shape
 
@@ -197,10 +197,9 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
             if found.get(name) != expected.get(name)
         ]
         if differences:
-            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise ModelError(
                 f"the saved model would not load again, because a {type(model).__name__} made from "
-                f"its config has other weights: {'; '.join(differences[:3])}{more}: change the "
+                f"its config has other weights: {few(differences, between='; ')}: change the "
                 "config as the model was changed, or save the state_dict"
             )
 

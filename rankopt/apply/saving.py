@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankopt.apply.verify import require_reloadable
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, first_line
 from rankopt.files import whole_folder
 from rankopt.model.weights import unwrapped
 from rankopt.plan.plan import Plan
@@ -51,8 +51,7 @@ def save_model(
         try:
             inner.save_pretrained(folder)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"transformers cannot save this model: {why}") from error
+            raise ModelError(f"transformers cannot save this model: {first_line(error)}") from error
         require_reloadable(inner, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

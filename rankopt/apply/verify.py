@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from rankopt.apply.quantizer import RankoptQuantizer
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, few, first_line
 from rankopt.model.weights import tensor_of
 
 
@@ -51,11 +51,10 @@ def require_reloadable(model: PreTrainedModel, folder: Path) -> None:
         values = _values(found, folder)
         lost = {name for name, tensor in got.items() if not _same(model, name, tensor, values)}
     if lost:
-        first, more = sorted(lost)[:3], len(lost) - 3
         raise ModelError(
-            f"the saved model would come back with other weights: {', '.join(first)}"
-            f"{f' and {more} more' if more > 0 else ''}: move it to one dtype before saving "
-            f"(model.to({model.dtype})) if they differ in it; else save its state_dict"
+            f"the saved model would come back with other weights: {few(sorted(lost))}: move it to "
+            f"one dtype before saving (model.to({model.dtype})) if they differ in it; else save "
+            "its state_dict"
         )
 
 
@@ -87,7 +86,7 @@ def _loaded(model: PreTrainedModel, folder: Path, lean: bool) -> tuple[Any, dict
         raise
     except Exception as error:
         # Whatever it is that keeps the folder from loading.
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise ModelError(
             f"the saved {type(model).__name__} would not load again ({type(error).__name__}: "
             f"{why.replace(str(folder), 'the folder')}): save its state_dict instead"

@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from typing import cast
 
 from rankopt.backends.base import Backend, Scale
-from rankopt.errors import OptionError
+from rankopt.errors import OptionError, first_line
 from rankopt.profile.info import NAME
 
 GROUP = "rankopt.backends"
@@ -52,7 +52,7 @@ def find_backend(name: str) -> Backend:
     try:
         loaded = point.load()
     except (Exception, SystemExit) as error:
-        why = f"does not load: {_first_line(error)}"
+        why = f"does not load: {first_line(error)}"
         raise OptionError(f"the backend {name!r} ({point.value}) {why}") from error
     return _checked(loaded, f"the backend {name!r} ({point.value})")
 
@@ -102,10 +102,6 @@ def _checked(loaded: object, what: str) -> Backend:
     return cast(Backend, loaded)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _load_object(where: str) -> Backend:
     module, _, path = where.partition(":")
     what = f"the backend {where!r}"
@@ -115,7 +111,7 @@ def _load_object(where: str) -> Backend:
             loaded = getattr(loaded, part)
     except (Exception, SystemExit) as error:  # whatever others do when they are imported
         raise OptionError(
-            f"{what} does not load: {_first_line(error)}; wanted is module:object, of a module "
+            f"{what} does not load: {first_line(error)}; wanted is module:object, of a module "
             "that Python finds"
         ) from error
     backend = _checked(loaded, what)

@@ -10,7 +10,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperOption
 
-from rankopt.errors import RankoptError, WriteError
+from rankopt.errors import RankoptError, WriteError, first_line
 
 
 class Command(TyperCommand):
@@ -69,9 +69,7 @@ class Command(TyperCommand):
             return None
         except OSError as error:
             if error.errno is None:
-                raise WriteError(
-                    (str(error).strip() or type(error).__name__).splitlines()[0]
-                ) from error
+                raise WriteError(first_line(error)) from error
             what = f"read or write {error.filename}"
             if error.filename is None:
                 what = "write the output"

@@ -3,9 +3,8 @@
 import inspect
 from typing import Any
 
-from torch import nn
-
 from rankopt.errors import DataError
+from rankopt.model.inputs import size_of, vocabulary_of
 from rankopt.model.loading import longest_input
 from rankopt.model.tasks import Batch
 
@@ -49,7 +48,7 @@ def fit_padding(model: Any, tokenizer: Any, batch_size: int) -> None:
 def _padding(model: Any) -> int | None:
     """The model's own padding token, if it is one that it has an embedding for."""
     number = getattr(model.config.get_text_config(), "pad_token_id", None)
-    rows = _rows(_embedding(model))
+    rows = vocabulary_of(model)
     known = isinstance(number, int) and number >= 0 and (rows is None or number < rows)
     return number if known else None
 
@@ -89,7 +88,10 @@ def _check_numbers(model: Any, tokenizer: Any, batches: list[Batch]) -> None:
     ids = [batch["input_ids"] for batch in batches]
     if any(each.is_floating_point() for each in ids):
         raise DataError(f"{type(tokenizer).__name__} gives tokens that are no whole numbers")
-    rows, largest = _rows(_embedding(model)), max(int(each.max()) for each in ids)
+    rows, largest = (
+        vocabulary_of(model),
+        max(int(each.max()) for each in ids),
+    )
     if rows is not None and largest >= rows:
         raise DataError(
             f"the tokenizer gives token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), "
@@ -106,22 +108,10 @@ def _check_numbers(model: Any, tokenizer: Any, batches: list[Batch]) -> None:
             )
     kinds = [int(batch["token_type_ids"].max()) for batch in batches if "token_type_ids" in batch]
     for name, module in model.named_modules():
-        known = _rows(module) if name.endswith("token_type_embeddings") else None
+        of_types = module if name.endswith("token_type_embeddings") else None
+        known = size_of(of_types, "num_embeddings")
         if known is not None and max(kinds, default=0) >= known:
             raise DataError(
                 f"the tokenizer gives token type {max(kinds)}, the model has {known} of them: "
                 "save the tokenizer that the model was trained with beside it"
             )
-
-
-def _embedding(model: Any) -> nn.Module | None:
-    try:
-        found: nn.Module | None = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        return None
-    return found
-
-
-def _rows(module: nn.Module | None) -> int | None:
-    rows = getattr(module, "num_embeddings", None)
-    return rows if isinstance(rows, int) else None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rankopt.errors import DataError, MissingExtraError
+from rankopt.errors import DataError, MissingExtraError, first_line
 
 Row = Mapping[str, Any]
 
@@ -193,8 +193,7 @@ def _columnar(path: Path, kind: str) -> Sequence[Row]:
         rows: Sequence[Row] = datasets.Dataset(table)
     except Exception as error:
         # Both libraries raise many unrelated types for a file that is damaged.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} cannot be read as {kind[1:]}: {reason}") from error
+        raise DataError(f"{path} cannot be read as {kind[1:]}: {first_line(error)}") from error
     return rows
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from rankopt.errors import DataError
+from rankopt.errors import DataError, few
 from rankopt.model.tasks import IGNORED
 
 Label = int | float | list[int] | list[float]
@@ -52,7 +52,7 @@ def class_of(where: str, value: Any, label2id: Mapping[str, int]) -> int:
     number = _finite(value)
     whole = number is not None and number == int(number) and 0 <= number < 2**31
     if number is None or not whole or (label2id and number not in label2id.values()):
-        named = f" or one of {_names(label2id)}" if label2id else ""
+        named = f" or one of {few(label2id, 12)}" if label2id else ""
         _refuse(where, value, f"a class number of the model{named}")
     return int(number)
 
@@ -86,7 +86,7 @@ def _answers(where: str, value: Any, label2id: Mapping[str, int]) -> list[float]
     numbers = [_finite(each) for each in found or [None]]
     answers = [each for each in numbers if each is not None and 0 <= each <= 1]
     if len(answers) != len(numbers) or len(answers) != (len(label2id) or len(answers)):
-        among = f", or of names among {_names(label2id)}" if label2id else ""
+        among = f", or of names among {few(label2id, 12)}" if label2id else ""
         wanted = f"a list of {len(label2id) or 'several'} answers from 0 to 1"
         _refuse(where, value, wanted + among)
     return answers
@@ -105,11 +105,6 @@ def _finite(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _names(label2id: Mapping[str, int]) -> str:
-    names = list(label2id)
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _refuse(where: str, value: Any, wanted: str) -> NoReturn:

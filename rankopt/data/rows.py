@@ -8,7 +8,7 @@ from typing import Any
 
 from rankopt.data.formats import FORMATS, ending, read_file
 from rankopt.data.formats import Row as Row
-from rankopt.errors import DataError, MissingExtraError
+from rankopt.errors import DataError, MissingExtraError, first_line
 
 #: NAME or OWNER/NAME, and a configuration; anything else can only be a path.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.+)?")
@@ -43,7 +43,7 @@ def read_rows(source: str, split: str | None = None) -> Sequence[Row]:
     try:
         folder, there = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or _reason(error)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise DataError(f"cannot read {source!r:.80}: {reason}") from error
     if folder:
         rows = _read_saved(path, split) if _is_saved(path) else _read_dataset(source, None, split)
@@ -77,7 +77,7 @@ def _read_saved(path: Path, split: str | None) -> Sequence[Row]:
     try:
         saved: Any = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise DataError(f"cannot load the data set saved in {path}: {_reason(error)}") from error
+        raise DataError(f"cannot load the data set saved in {path}: {first_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         wanted = split or ("train" if len(saved) != 1 else next(iter(saved)))
         if wanted not in saved:
@@ -97,7 +97,7 @@ def _read_dataset(name: str, config: str | None, split: str | None) -> Sequence[
         # datasets raises a dozen unrelated types for "not found"; all are the user's to mend.
         raise DataError(
             f"{name!r} is neither a {FORMATS} file nor a folder or data set that could be loaded: "
-            f"{_reason(error)}"
+            f"{first_line(error)}"
         ) from error
     rows: Sequence[Row] = loaded
     return rows
@@ -109,10 +109,6 @@ def _datasets(source: object) -> Any:
     except ImportError as error:
         raise MissingExtraError(f"the data set '{source}'", "datasets", "data") from error
     return datasets
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def require_columns(source: str, rows: Sequence[Row], *names: str | None) -> None:

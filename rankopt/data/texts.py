@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rankopt.errors import DataError
+from rankopt.errors import DataError, first_line
 
 #: What was done with rows that could not be taken as they are -> their numbers, from 1.
 Notes = defaultdict[str, list[int]]
@@ -109,8 +109,8 @@ def _chat(where: str, value: Any, tokenizer: Any, row: int, notes: Notes) -> str
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:
         # A template is a program of the tokenizer's author.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{where}: the chat template refuses the messages: {reason}") from error
+        said = first_line(error)
+        raise DataError(f"{where}: the chat template refuses the messages: {said}") from error
     # Most templates write what the tokenizer puts before every text itself.
     for token in tokenizer.convert_ids_to_tokens(affixes(tokenizer)[0]):
         text = text.removeprefix(token)
@@ -152,8 +152,7 @@ def tokenized(where: str, tokenizer: Any, *texts: Any, **how: Any) -> Any:
         return tokenizer(*texts, **how)
     except Exception as error:
         # Tokenizers are written in several languages, each with errors of its own.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{where}: the tokenizer cannot take it: {reason}") from error
+        raise DataError(f"{where}: the tokenizer cannot take it: {first_line(error)}") from error
 
 
 def words_tokenized(

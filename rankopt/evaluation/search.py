@@ -8,7 +8,6 @@ ranks are fitted to: measure the result on other data.
 
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,6 +38,7 @@ from rankopt_solvers.search import (
     SearchError,
     SearchResult,
     search,
+    without_password,
 )
 
 #: Measured before anything is searched; the search cannot end worse than the best of them.
@@ -86,8 +86,7 @@ class OtherSearchError(RankoptError):
     """
 
     def __init__(self, storage: Any, difference: str) -> None:
-        shown = re.sub(r"(://[^/@]*:)[^/]*@", r"\1***@", str(storage))
-        self.found = f"{shown} holds a search with {difference}"
+        self.found = f"{without_password(str(storage))} holds a search with {difference}"
         super().__init__(f"{self.found}: another storage or study_name starts a new one")
 
 

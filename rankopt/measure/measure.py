@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rankopt.backends import find_backends
 from rankopt.backends.base import Backend, recomputable
-from rankopt.errors import ModelError, OptionError
+from rankopt.errors import ModelError, OptionError, few
 from rankopt.layers import Layer
 from rankopt.measure.accumulate import Gathered, eager, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
@@ -30,7 +30,7 @@ from rankopt.measure.resume import Checkpoint
 from rankopt.measure.sums import bytes_of_sums
 from rankopt.measure.taps import copied_inputs, probe
 from rankopt.model.inputs import listed
-from rankopt.model.selection import Selection, few, find_layers
+from rankopt.model.selection import Selection, find_layers
 from rankopt.model.size import model_size
 from rankopt.model.tasks import LossFunction
 from rankopt.model.weights import device_of, memory_for, unwrapped, weight_of, weight_shape
@@ -39,6 +39,9 @@ from rankopt.profile.profile import Profile
 #: (the profile of the data so far, what it found when it was asked before) -> what it finds now, a
 #: few numbers that a checkpoint keeps, and why to stop, or None.
 Stop = Callable[[Profile, Sequence[float]], tuple[Sequence[float], str | None]]
+
+#: Said of layers after the first batch.
+_SILENT = "are silent on the first batch, and left alone if they are on all"
 
 #: Bases are kept while they fit in this many bytes; beyond, ``apply_plan`` decomposes again.
 BASES_LIMIT = 2 * 2**30
@@ -219,9 +222,6 @@ def _examined(
         left = subject.selection.without(found.refused)
         subject = dataclasses.replace(subject, selection=left)
     return subject, found.silent, batches
-
-
-_SILENT = "are silent on the first batch, and left alone if they are on all"
 
 
 def _unheard(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.errors import DataError
+from rankopt.model.weights import embedding_of
 
 IGNORED = -100
 #: A causal language model whose head takes labels that have been shifted; a causal-lm in reports.
@@ -62,26 +63,30 @@ def limits_of(model: nn.Module, task: str) -> Limits:
     config: Any = getattr(model, "config", None)
     # Of a user's class, any of these may be missing.
     labels = getattr(config, "num_labels", None)
-    classes = _size(model, "get_output_embeddings", "out_features") if "-lm" in task else labels
+    classes = labels
+    if "-lm" in task:
+        classes = size_of(embedding_of(model, "output"), "out_features")
     special = {
         value
         for name, value in getattr(config, "__dict__", {}).items()
         if name.startswith(_OTHER_KINDS) and "_token_i" in name and isinstance(value, int)
     }
     return Limits(
-        _size(model, "get_input_embeddings", "num_embeddings"),
+        vocabulary_of(model),
         classes if task not in ("regression", "multiple-choice") else None,
         labels if task in ("regression", "multi-label-classification") else None,
         frozenset(special),
     )
 
 
-def _size(model: nn.Module, getter: str, name: str) -> int | None:
-    try:
-        found = getattr(getattr(model, getter)(), name, None)
-    except (AttributeError, NotImplementedError):
-        # transformers' way to say that there is none.
-        return None
+def vocabulary_of(model: nn.Module) -> int | None:
+    """Rows of the embedding, where a model has one that says so."""
+    return size_of(embedding_of(model), "num_embeddings")
+
+
+def size_of(module: nn.Module | None, name: str) -> int | None:
+    """A size that a module has as an attribute, or None."""
+    found = getattr(module, name, None)
     return found if isinstance(found, int) else None
 
 

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rankopt.errors import ModelError, OptionError, RankoptError
+from rankopt.errors import ModelError, OptionError, RankoptError, few
 from rankopt.model.checkpoint import what_is_wrong
+from rankopt.model.weights import embedding_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -118,18 +119,14 @@ def _require_complete(name: str, model: Any, report: dict[str, Any]) -> None:
     if absent:
         raise ModelError(
             f"the model {name!r} lacks weights of {kind}, which would be drawn at random: "
-            f"{_some(absent)}; fine-tune and save it first, or name the class that was saved "
+            f"{few(absent, 4)}; fine-tune and save it first, or name the class that was saved "
             'under "architectures" in config.json'
         )
     if other:
         raise ModelError(
             f"the model {name!r} has weights of other sizes than its config.json says: "
-            f"{_some(other)}; correct the config, or download the model again"
+            f"{few(other, 4)}; correct the config, or download the model again"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 @contextmanager
@@ -253,11 +250,10 @@ def longest_input(model: Any) -> int | None:
 
 
 def _rows_of_positions(model: Any) -> list[int]:
-    try:
-        tokens = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
+    tokens = embedding_of(model)
+    if tokens is None:
         return []
-    weight = None if tokens is None else tokens._parameters.get("weight")
+    weight = tokens._parameters.get("weight")
     found = []
     for parent in model.modules():
         children = dict(parent.named_children())

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, few
 from rankopt.layers import Layer, LeftAlone
 from rankopt.model.lowrank import LowRank
 from rankopt.model.matrices import Matrix, matrices_of
@@ -177,11 +177,6 @@ def _included(pattern: str, matrices: dict[str, Matrix], untie: bool) -> list[st
         raise ModelError(f"{first} cannot be planned: {matrices[first].skip_reason(untie)}{more}")
     # Of a pair it is the head that stands for both.
     return [(matrices[name].pair or (name,))[0] for name in usable]
-
-
-def few(names: Collection[str]) -> str:
-    """The first three, and how many more."""
-    return ", ".join(list(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _nothing(found: Selection) -> str:

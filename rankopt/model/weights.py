@@ -113,6 +113,21 @@ def computed(module: nn.Module) -> str | None:
     return None
 
 
+def embedding_of(model: nn.Module, side: str = "input") -> nn.Module | None:
+    """What looks tokens up, or what scores them; None if a model has none, or does not say.
+
+    Args:
+        model: of transformers, or anybody's.
+        side: ``input`` or ``output``.
+    """
+    try:
+        found: nn.Module | None = getattr(model, f"get_{side}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        # transformers' way to say that there is none; of a user's class, the method may be missing.
+        return None
+    return found
+
+
 def numel_of(parameter: nn.Parameter) -> int:
     """Of a parameter; 0 of one that is not initialised."""
     return 0 if is_lazy(parameter) else parameter.numel()

@@ -6,5 +6,6 @@ from rankopt_solvers.search.records import OtherStudyError as OtherStudyError
 from rankopt_solvers.search.records import SearchError as SearchError
 from rankopt_solvers.search.records import SearchResult as SearchResult
 from rankopt_solvers.search.records import StudyError as StudyError
+from rankopt_solvers.search.records import without_password as without_password
 from rankopt_solvers.search.run import SAMPLERS as SAMPLERS
 from rankopt_solvers.search.run import search as search

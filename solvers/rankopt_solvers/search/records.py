@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 
 from rankopt_solvers.solution import Solution
 
@@ -80,3 +81,8 @@ class SearchResult:
     def improvement(self) -> float:
         """How much less the search loses than the best plan; never negative."""
         return self.plan_loss - self.loss
+
+
+def without_password(url: str) -> str:
+    """A storage's URL as it may be shown."""
+    return re.sub(r"(://[^/@]*:)[^/]*@", r"\1***@", url)

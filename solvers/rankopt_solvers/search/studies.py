@@ -31,7 +31,7 @@ from optuna.storages.journal._file import get_lock_file
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from rankopt_solvers.search.records import OtherStudyError, StudyError
+from rankopt_solvers.search.records import OtherStudyError, StudyError, without_password
 
 HEARTBEAT_SECONDS, GRACE_SECONDS, RETRIES = 30, 120, 3
 #: A trial that does not say whose it is, since its process died in the moment of taking it, is
@@ -104,11 +104,6 @@ def require_storage(where: str | os.PathLike[str] | None) -> None:
                 )
     except OSError as error:
         raise StudyError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def without_password(url: str) -> str:
-    """A URL as it may be shown."""
-    return re.sub(r"(://[^/@]*:)[^/]*@", r"\1***@", url)
 
 
 def _is_file(path: Path) -> bool:
