@@ -1,5 +1,6 @@
 """Checks of the first batch: that the loss and the layers are what the sums take them for."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from rankopt.errors import ModelError
 from rankopt.measure.collector import Collector
 from rankopt.measure.layout import Layout, widened
-from rankopt.measure.taps import tap
+from rankopt.measure.taps import largest_scale, tap
 from rankopt.model.inputs import IGNORED, OF_TOKENS
 from rankopt.model.tasks import (
     Batch,
@@ -63,23 +64,21 @@ def check_apart(
         torch.autograd.backward(losses, weights.to(losses.dtype), retain_graph=again)
         return dict(found)
 
-    def largest_scale() -> float:
-        """Times which no gradient overflows: in float16 those of a plain loss may vanish."""
-        for power in range(12, -25, -4):
-            most = energies(torch.full_like(losses, 8 * 2.0**power), again=True)
-            if all(bool(energy.isfinite().all()) for energy in most.values()):
-                return 2.0**power
-        return 1.0
+    def fits(scale: float) -> bool:
+        scaled = energies(torch.full_like(losses, scale), again=True)
+        return all(bool(energy.isfinite().all()) for energy in scaled.values())
 
-    hooks = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(hook(name)))
         losses = run()
         count = len(losses)
         if count < 2 or not losses.requires_grad:
             return
         layout = Layout.of(count, tokens)
         half = any(x.get_parameter("weight").dtype == torch.float16 for x in modules.values())
-        scale = largest_scale() if half else 1.0
+        # The largest of the weights below is eight.
+        scale = (largest_scale(fits) or 8.0) / 8.0 if half else 1.0
         plain = energies(torch.full_like(losses, scale), again=True)
         digits = [4**k for k in range(count.bit_length()) if 4**k < count]
         for digit in digits:
@@ -90,9 +89,6 @@ def check_apart(
                 slack = 10 * tolerance(model) * (wanted + 1e-6 * wanted.max())
                 if bool(((scaled[name] - wanted).abs() > slack).any()):
                     raise ModelError(f"layer {name}: {_MIXED}")
-    finally:
-        for each in hooks:
-            each.remove()
 
 
 def stated_losses(model: nn.Module, task: str, batch: Batch) -> Tensor:

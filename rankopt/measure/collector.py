@@ -23,12 +23,10 @@ two that lets none of them overflow, which is found anew for each batch, and tak
 gradients are in float32: exactly.
 """
 
-import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +41,11 @@ from rankopt.measure.fisher import (
 )
 from rankopt.measure.layout import Frames, Layout, Use, flattened, widened
 from rankopt.measure.sums import Sums
-from rankopt.measure.taps import frozen, input_of, tap
+from rankopt.measure.taps import Hooked, input_of, largest_scale, name_of_input, tap
 from rankopt.model.weights import device_of, tensor_of, weight_of, weight_shape
 
 
-class Collector:
+class Collector(Hooked):
     """Collects statistics of layers while used as a context manager.
 
     In the context the model is in eval mode (no dropout) and its weights are frozen; both are
@@ -70,7 +68,8 @@ class Collector:
         self, model: nn.Module, modules: Mapping[str, nn.Module], needs: Collection[str] = ()
     ) -> None:
         assert set(needs) <= set(STATISTICS)
-        self.model, self.modules, self.needs = model, dict(modules), frozenset(needs)
+        super().__init__(model, modules)
+        self.needs = frozenset(needs)
         self.sums: dict[str, Sums] = {}
         self.owners: dict[str, str] = {}
         self.totals = torch.zeros(len(self.modules), dtype=torch.float64)
@@ -87,26 +86,15 @@ class Collector:
         weights = [module.get_parameter("weight") for module in self.modules.values()]
         self._half = any(weight.dtype == torch.float16 for weight in weights)
         self._scale, self._trying, self._overflown = 1.0, False, ""
-        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "Collector":
-        self._stack.enter_context(frozen(self.model))
+    def __enter__(self) -> Self:
+        super().__enter__()
         for name, module in self.modules.items():
-            hook = module.register_forward_hook(self._forward_hook(name), with_kwargs=True)
-            self._stack.callback(hook.remove)
             n_out, n_in = self._shapes[name]
             if "gradient_moment" in self.needs and n_in < n_out and not _is_embedding(module):
                 before = module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True)
-                self._stack.callback(before.remove)
+                self._stack.enter_context(before)
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     def begin(
         self,
@@ -199,19 +187,23 @@ class Collector:
             raise NotFiniteError(f"layer {name}: inputs or gradients are NaN or infinite")
 
     def _largest_scale(self, loss: Tensor) -> float:
-        """The largest power of two, of some, times which no gradient overflows."""
-        for power in range(15, -25, -4):
+        """Times which no gradient overflows."""
+
+        def fits(scale: float) -> bool:
             self._trying, self._overflown = True, ""
             try:
-                loss.backward(torch.full_like(loss, 2.0**power), retain_graph=True)  # type: ignore[no-untyped-call]
+                loss.backward(torch.full_like(loss, scale), retain_graph=True)  # type: ignore[no-untyped-call]
             finally:
                 self._trying = False
-            if not self._overflown:
-                return 2.0**power
-        raise NotFiniteError(
-            f"layer {self._overflown}: gradients overflow float16; load the model in bfloat16 or "
-            "float32"
-        )
+            return not self._overflown
+
+        found = largest_scale(fits)
+        if found is None:
+            raise NotFiniteError(
+                f"layer {self._overflown}: gradients overflow float16; load the model in bfloat16 "
+                "or float32"
+            )
+        return found
 
     def _tried(self, name: str, gradient: Tensor) -> bool:
         """Whether this backward pass only looks for overflow."""
@@ -248,7 +240,7 @@ class Collector:
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if not self._active or not torch.is_grad_enabled():
                 return None
-            key = None if args else next(iter(kwargs))
+            key = None if args else name_of_input(kwargs)
             # Taps are new tensors: who shares an input is seen before.
             passed = self._given[name] = args[0] if key is None else kwargs[key]
 

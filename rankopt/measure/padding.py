@@ -8,6 +8,7 @@ whose positions no mask fits are tried with other contents of the padding; where
 they see, padding enters their moments, which is said on stderr.
 """
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankopt.measure.layout import Frames, Layout, Use
+from rankopt.measure.taps import input_of
 from rankopt.model.inputs import IGNORED, document_starts, real_positions
 from rankopt.model.tasks import Batch
 
@@ -152,24 +154,18 @@ def _seen(
 
     def hook(name: str, embedding: bool) -> Callable[..., None]:
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = input_of(args, kwargs)
             uses[name] = uses.get(name, 0) + 1
             shape = x.shape if embedding else x.shape[:-1]
             found[name, uses[name]] = shape, float(x.double().abs().sum())
 
         return look
 
-    hooks = [
-        module.register_forward_pre_hook(
-            hook(name, isinstance(module, nn.Embedding)), with_kwargs=True
-        )
-        for name, module in modules.items()
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            look = hook(name, isinstance(module, nn.Embedding))
+            hooks.enter_context(module.register_forward_pre_hook(look, with_kwargs=True))
         run(batch)
-    finally:
-        for each in hooks:
-            each.remove()
     return found
 
 

@@ -10,14 +10,16 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rankopt.errors import DataError, ModelError
-from rankopt.model.matrices import is_output
+from rankopt.measure.layout import widened
+from rankopt.model.matrices import is_output, is_subclass
+from rankopt.model.tasks import in_eval
 from rankopt.model.weights import is_conv1d
 
 Sink = Callable[[Tensor, Tensor], None]
@@ -56,15 +58,22 @@ def tap(passed: Tensor, saved: Tensor, sink: Sink) -> Tensor:
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a layer was given: its first argument, or ``input`` by name."""
-    if args:
-        return args[0]
-    return kwargs["input"] if "input" in kwargs else next(iter(kwargs.values()))
+    return args[0] if args else kwargs[name_of_input(kwargs)]
+
+
+def name_of_input(kwargs: Mapping[str, Any]) -> str:
+    """The name of what a layer was given, where it was given by name."""
+    return "input" if "input" in kwargs else next(iter(kwargs))
+
+
+def largest_scale(fits: Callable[[float], bool]) -> float | None:
+    """The largest power of two, of some, that fits: gradients in float16 vanish or overflow."""
+    return next((2.0**power for power in range(15, -25, -4) if fits(2.0**power)), None)
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """The model in eval mode (no dropout), its weights without gradients; as it was afterwards."""
-    modes = {module: module.training for module in model.modules()}
     # By module and name: offloading puts other objects in their place. What is not initialised yet
     # will be in the first forward pass.
     held = [
@@ -74,13 +83,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
         if not is_lazy(parameter)
     ]
     try:
-        model.eval()
-        for module, name, _ in held:
-            module.get_parameter(name).requires_grad_(False)
-        yield
+        with in_eval(model):
+            for module, name, _ in held:
+                module.get_parameter(name).requires_grad_(False)
+            yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for module, name, required in held:
             module.get_parameter(name).requires_grad_(required)
 
@@ -95,12 +102,10 @@ def copied_inputs(modules: Iterable[nn.Module]) -> Iterator[None]:
             {k: x.clone() if isinstance(x, Tensor) else x for k, x in kwargs.items()},
         )
 
-    hooks = [module.register_forward_pre_hook(copy, with_kwargs=True) for module in modules]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(copy, with_kwargs=True))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +123,38 @@ class Findings:
     copied: bool = False
 
 
-class Probe:
+class Hooked:
+    """A context in which a model is frozen and every layer has a forward hook.
+
+    Args:
+        model: whose layers they are.
+        modules: layer name -> plain nn.Linear, Conv1D or nn.Embedding.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        self.model, self.modules = model, dict(modules)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(frozen(self.model))
+        for name, module in self.modules.items():
+            hook = module.register_forward_hook(self._forward_hook(name), with_kwargs=True)
+            self._stack.enter_context(hook)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def _forward_hook(self, name: str) -> Callable[..., Any]:
+        raise NotImplementedError
+
+
+class Probe(Hooked):
     """Stands in the place of a Collector for one batch.
 
     Args:
@@ -129,19 +165,16 @@ class Probe:
     needs: frozenset[str] = frozenset()
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-        self._model, self._modules = model, modules
+        super().__init__(model, modules)
         self._refused: dict[str, str] = {}
         self._used, self._heard, self._reached = set[str](), set[str](), set[int]()
         self._made: dict[int, tuple[Tensor, float]] = {}
         self._examples = 1
-        self._stack = contextlib.ExitStack()
 
-    def __enter__(self) -> "Probe":
-        self._stack.enter_context(frozen(self._model))
+    def __enter__(self) -> Self:
+        super().__enter__()
         names: dict[nn.Parameter, list[str]] = {}
-        for name, module in self._modules.items():
-            hook = module.register_forward_hook(self._hook(name), with_kwargs=True)
-            self._stack.callback(hook.remove)
+        for name, module in self.modules.items():
             if not module.get_parameter("weight").is_meta:
                 names.setdefault(module.get_parameter("weight"), []).append(name)
         for weight, sharing in names.items():
@@ -150,16 +183,8 @@ class Probe:
             weight.requires_grad_(True)
             compare = self._comparison(sharing)
             handle = weight.register_post_accumulate_grad_hook(compare)  # type: ignore[no-untyped-call]
-            self._stack.callback(handle.remove)
+            self._stack.enter_context(handle)
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     def begin(self, examples: int, *_: Any, **__: Any) -> None:
         """As a Collector."""
@@ -176,14 +201,14 @@ class Probe:
             ModelError: the model makes no graph where it is not trained.
         """
         if not loss.requires_grad:
-            kind = type(self._model).__name__
+            kind = type(self.model).__name__
             raise ModelError(f"the loss of {kind} has no gradient in eval mode: not covered")
         loss.backward(retain_graph=again)  # type: ignore[no-untyped-call]
 
     def findings(self) -> Findings:
         """After a batch."""
         silent = {}
-        for name, module in self._modules.items():
+        for name, module in self.modules.items():
             if name in self._heard or name in self._refused:
                 continue
             if id(module.get_parameter("weight")) in self._reached:
@@ -194,13 +219,13 @@ class Probe:
                 silent[name] = "no gradient reached it: the model did not use it"
         return Findings(self._refused, silent)
 
-    def _hook(self, name: str) -> Callable[..., Any]:
+    def _forward_hook(self, name: str) -> Callable[..., Any]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Any:
             x = input_of(args, kwargs).detach()
             self._used.add(name)
-            if _subclass(module) and not is_output(module, x, output):
+            if is_subclass(module) and not is_output(module, x, output):
                 self._refused[name] = "what it made of the first batch is not what nn.Linear makes"
             if not torch.is_grad_enabled() or not isinstance(output, Tensor):
                 return output
@@ -218,14 +243,14 @@ class Probe:
         weight = module.get_parameter("weight")
         if weight.is_meta:
             return
-        flat = _wide(g).reshape(-1, g.shape[-1])
+        flat = widened(g).reshape(-1, g.shape[-1])
         if isinstance(module, nn.Embedding):
             made = flat.new_zeros(weight.shape).index_add_(0, x.reshape(-1), flat)
             if module.padding_idx is not None:
                 made[module.padding_idx] = 0.0
             size = float(flat.norm())
         else:
-            inputs = _wide(x).reshape(-1, x.shape[-1])
+            inputs = widened(x).reshape(-1, x.shape[-1])
             made = inputs.T @ flat if is_conv1d(module) else flat.T @ inputs
             size = float(flat.norm() * inputs.norm())
         low = max(torch.finfo(t.dtype).eps for t in (g, weight))
@@ -236,7 +261,7 @@ class Probe:
         def compare(weight: Tensor) -> None:
             self._reached.add(id(weight))
             assert weight.grad is not None
-            true = _wide(weight.grad.to_dense())
+            true = widened(weight.grad.to_dense())
             weight.grad = None
             made, slack = self._made.pop(id(weight), (torch.zeros_like(true), 0.0))
             apart, size = float((true - made).norm()), float(true.norm())
@@ -249,14 +274,6 @@ class Probe:
                     self._refused.setdefault(name, why)
 
         return compare
-
-
-def _subclass(module: nn.Module) -> bool:
-    return type(module) not in (nn.Linear, nn.Embedding) and not is_conv1d(module)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def probe(
@@ -318,12 +335,10 @@ def first_not_finite(model: nn.Module, run: Callable[[], object]) -> str | None:
 
         return hook
 
-    leaves = [(name, each) for name, each in model.named_modules() if not any(each.children())]
-    hooks = [module.register_forward_hook(hook_of(name)) for name, module in leaves]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if not any(module.children()):
+                hooks.enter_context(module.register_forward_hook(hook_of(name)))
         with frozen(model), torch.no_grad():
             run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found[0] if found else None

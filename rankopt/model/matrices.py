@@ -200,7 +200,7 @@ def is_plain(module: nn.Module) -> bool:
 
     A subclass is tried on a few inputs.
     """
-    if type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module):
+    if not is_subclass(module):
         return True
     held = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
     if held or not isinstance(module, nn.Linear | nn.Embedding) or computed(module) is not None:
@@ -224,6 +224,11 @@ def is_plain(module: nn.Module) -> bool:
     finally:
         module.training = training
     return is_output(module, x, made)
+
+
+def is_subclass(module: nn.Module) -> bool:
+    """Whether a layer's class is none of those whose mathematics are known."""
+    return type(module) not in (nn.Linear, nn.Embedding) and not is_conv1d(module)
 
 
 @torch.no_grad()
