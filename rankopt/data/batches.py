@@ -20,6 +20,7 @@ without a label to predict is skipped; how many were is said on stderr.
 With ``examples`` fewer than there are, they are taken at equal distances over the whole source.
 """
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -103,12 +104,9 @@ def load_batches(
             "rankopt.profile_model"
         )
     taken = spread(len(rows), examples)
-    named = label2id or {}
+    given = _Given(source, rows, taken, tokenizer, max_length, label2id or {}, notes)
     of_words = task == "token-classification"
-    if of_words:
-        encoded = _words(source, rows, taken, tokenizer, columns, max_length, named, notes)
-    else:
-        encoded = _texts(source, rows, taken, tokenizer, task, columns, max_length, named, notes)
+    encoded = _words(given, columns) if of_words else _texts(given, columns, task)
     say(source, notes)
     if not encoded:
         raise DataError(f"{source}: none of the {len(taken)} rows taken has anything to predict")
@@ -193,31 +191,53 @@ def spread(available: int, wanted: int | None) -> list[int]:
     return [n * available // wanted for n in range(wanted)]
 
 
-def _texts(
-    source: str,
-    rows: Sequence[Row],
-    taken: Sequence[int],
-    tokenizer: Any,
-    task: str,
-    columns: Columns,
-    max_length: int,
-    label2id: Mapping[str, int],
-    notes: Notes,
-) -> list[dict[str, Any]]:
-    labels = column(source, rows, columns.label)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Given:
+    """Rows to encode, and with what.
+
+    Attributes:
+        source: for errors.
+        rows: all of them.
+        taken: numbers of those to encode, from 0.
+        tokenizer: of the model.
+        max_length: tokens at most.
+        label2id: for labels given as names; empty if the classes are not known.
+        notes: of what was skipped or replaced.
+    """
+
+    source: str
+    rows: Sequence[Row]
+    taken: Sequence[int]
+    tokenizer: Any
+    max_length: int
+    label2id: Mapping[str, int]
+    notes: Notes
+
+    def column(self, name: str) -> list[Any]:
+        """Of all rows."""
+        return column(self.source, self.rows, name)
+
+    def place(self, row: int) -> str:
+        """Of a row, for errors."""
+        return f"{self.source}, row {row + 1}"
+
+
+def _texts(given: _Given, columns: Columns, task: str) -> list[dict[str, Any]]:
+    labels = given.column(columns.label)
     parts = []
     for name in (columns.text, columns.pair):
         if name is not None:
-            values = column(source, rows, name)
-            chosen = ((n, values[n]) for n in taken)
-            parts.append(texts_of(source, chosen, name, tokenizer, notes))
+            values = given.column(name)
+            chosen = ((n, values[n]) for n in given.taken)
+            parts.append(texts_of(given.source, chosen, name, given.tokenizer, given.notes))
     encoded: list[dict[str, Any]] = []
-    for n, *texts in zip(taken, *parts, strict=True):
-        where = f"{source}, row {n + 1}"
-        label = label_of(where, labels[n], task, label2id)
-        entry = dict(tokenized(where, tokenizer, *texts, truncation=True, max_length=max_length))
+    how = {"truncation": True, "max_length": given.max_length}
+    for n, *texts in zip(given.taken, *parts, strict=True):
+        where = given.place(n)
+        label = label_of(where, labels[n], task, given.label2id)
+        entry = dict(tokenized(where, given.tokenizer, *texts, **how))
         if not len(entry["input_ids"]):
-            notes[_NO_TOKEN].append(n + 1)
+            given.notes[_NO_TOKEN].append(n + 1)
             continue
         if encoded and _width(label) != _width(encoded[0]["labels"]):
             first = _width(encoded[0]["labels"])
@@ -230,34 +250,24 @@ def _width(label: Label) -> int | str:
     return len(label) if isinstance(label, list) else "one"
 
 
-def _words(
-    source: str,
-    rows: Sequence[Row],
-    taken: Sequence[int],
-    tokenizer: Any,
-    columns: Columns,
-    max_length: int,
-    label2id: Mapping[str, int],
-    notes: Notes,
-) -> list[dict[str, Any]]:
-    labels = column(source, rows, columns.label)
-    texts = column(source, rows, columns.text)
+def _words(given: _Given, columns: Columns) -> list[dict[str, Any]]:
+    labels, texts = given.column(columns.label), given.column(columns.text)
     encoded = []
-    for n in taken:
-        where = f"{source}, row {n + 1}"
-        words = words_of(where, list_of(where, texts[n]), n, notes)
-        given = list_of(where, labels[n])
-        if len(words) != len(given):
-            raise DataError(f"{where}: {len(words)} words but {len(given)} labels")
-        classes = classes_of(where, given, label2id)
+    for n in given.taken:
+        where = given.place(n)
+        words = words_of(where, list_of(where, texts[n]), n, given.notes)
+        named = list_of(where, labels[n])
+        if len(words) != len(named):
+            raise DataError(f"{where}: {len(words)} words but {len(named)} labels")
+        classes = classes_of(where, named, given.label2id)
         pieces: list[int] = []
         if words:
-            entry, word_of = words_tokenized(where, tokenizer, words, max_length)
+            entry, word_of = words_tokenized(where, given.tokenizer, words, given.max_length)
             for previous, word in zip([None, *word_of], word_of, strict=False):
                 first = word is not None and word != previous
                 pieces.append(classes[word] if first and word is not None else IGNORED)
         if all(label == IGNORED for label in pieces):
-            notes[_NO_LABEL].append(n + 1)
+            given.notes[_NO_LABEL].append(n + 1)
         else:
             encoded.append({**entry, "labels": pieces})
     return encoded
