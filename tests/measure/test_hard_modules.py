@@ -1,73 +1,20 @@
 """Modules that hooks see badly: planned with the right numbers, or left alone with the reason."""
 
 import contextlib
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 from torch.nn.utils import parametrizations, prune
 
-from rankopt import DataError, ModelError, Profile, apply_plan, make_plan, profile_model
+from rankopt import ModelError, apply_plan, make_plan, profile_model
 from rankopt.plan.stability import Stability
 from tests import tiny
-
-Batch = tuple[Tensor, Tensor]
-
-
-def data(count: int = 3, size: int = 6) -> list[Batch]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(size, 12, generator=generator), torch.randint(3, (size,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def losses(model: nn.Module, batch: Batch) -> Tensor:
-    return cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-class Net(nn.Module):
-    """Two layers and a head; ``between`` is what is done between the two."""
-
-    def __init__(self, between: Callable[["Net", Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.one, self.two, self.head = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 3)
-        self.between = between
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.head(torch.tanh(self.between(self, x)))
-        return found
-
-
-def measured(model: nn.Module, batches: Any = None, **options: Any) -> Profile:
-    batches = data() if batches is None else batches
-    return profile_model(model, batches, loss_fn=losses, progress=False, **options)
-
-
-def left(profile: Profile) -> dict[str, str]:
-    return {entry.name: entry.reason for entry in profile.info.left_alone}
-
-
-def names(profile: Profile) -> list[str]:
-    return [layer.name for layer in profile.info.layers]
-
-
-def exact(model: nn.Module, name: str, batches: list[Batch]) -> np.ndarray:
-    """Squared gradients of a weight by autograd, an example at a time, summed over outputs."""
-    weight = model.get_parameter(f"{name}.weight")
-    total = torch.zeros(weight.shape[1], dtype=torch.float64)
-    for x, labels in batches:
-        for n in range(len(x)):
-            loss = losses(model, (x[n : n + 1], labels[n : n + 1])).sum()
-            total += torch.autograd.grad(loss, weight)[0].double().square().sum(0)
-    return total.numpy()
+from tests.measure.nets import Batch, Net, data, exact, left, measured, names
 
 
 def into(y: Tensor, x: Tensor) -> Tensor:
@@ -344,122 +291,6 @@ def test_computed_weights_are_left_alone_and_the_rest_is_planned() -> None:
     assert profile.fisher_rows["one"] == pytest.approx(exact(model, "one", data()), rel=1e-4)
     prune.remove(model.two, "weight")
     assert "two" in names(measured(model))
-
-
-@pytest.mark.parametrize("switch", ["set_grad_enabled", "no_grad", "autocast"])
-def test_what_the_caller_has_switched_changes_nothing(switch: str) -> None:
-    model = tiny.llama()
-    wanted = profile_model(model, tiny.batches(model), progress=False)
-    if switch == "set_grad_enabled":
-        torch.set_grad_enabled(False)
-        try:
-            found = profile_model(model, tiny.batches(model), progress=False)
-            assert not torch.is_grad_enabled()
-        finally:
-            torch.set_grad_enabled(True)
-    else:
-        around: Any = torch.no_grad() if switch == "no_grad" else torch.autocast("cpu")
-        with around:
-            found = profile_model(model, tiny.batches(model), progress=False)
-    assert found.digest() == wanted.digest()
-
-
-def test_batches_made_in_inference_mode_are_refused() -> None:
-    model = Net(lambda m, x: m.two(m.one(x)))
-    with torch.inference_mode():
-        batches = data()
-    with pytest.raises(DataError, match="a batch was made under torch"):
-        measured(model, batches)
-
-
-def test_inference_mode_is_refused() -> None:
-    model = tiny.llama()
-    with torch.inference_mode(), pytest.raises(ModelError, match="inference_mode is on"):
-        profile_model(model, tiny.batches(model), progress=False)
-    with torch.inference_mode():
-        made = tiny.llama()
-    with pytest.raises(ModelError, match=r"parameter model\.embed_tokens.*inference_mode"):
-        profile_model(made, tiny.batches(made), progress=False)
-
-
-@pytest.mark.parametrize("where", ["weight", "activation", "loss"])
-def test_nan_is_named_with_layer_and_batch(where: str) -> None:
-    def between(model: Net, x: Tensor) -> Tensor:
-        y = model.two(model.one(x))
-        return y + (torch.nan if where == "loss" and float(x[0, 0]) > 50 else 0.0)
-
-    model, batches = Net(between), data()
-    if where == "weight":
-        with torch.no_grad():
-            model.head.bias[1] = torch.nan
-        wanted = r"batch 1: the loss is NaN; the first to make NaN or infinity is head"
-    else:
-        batches[1][0][2, 0] = torch.inf if where == "activation" else 1.0
-        batches[1][0][0, 0] = 60.0
-        wanted = "batch 2: the loss is NaN; the first to make NaN or infinity is "
-        wanted += "one" if where == "activation" else "head"
-    with pytest.raises(ModelError, match=wanted):
-        measured(model, batches)
-
-
-def test_squares_that_overflow_are_named() -> None:
-    model, batches = Net(lambda m, x: 1e-30 * m.two(m.one(x))), data()
-    batches[2][0][:] *= 1e25
-    with pytest.raises(ModelError, match=r"batch 3: layer one: inputs or gradients are NaN or inf"):
-        measured(model, batches, backends=["whitened"])
-
-
-def test_float16_gradients_do_not_vanish() -> None:
-    model = Net(lambda m, x: 1e-3 * m.two(torch.tanh(m.one(x))))
-    with torch.no_grad():
-        model.head.weight.mul_(1e-4)
-    half = copy.deepcopy(model).half()
-    wanted = measured(copy.deepcopy(half).float(), [(x.half().float(), y) for x, y in data()])
-    found = measured(half, [(x.half(), y) for x, y in data()])
-    for name in names(wanted):
-        assert wanted.fisher_rows[name].any()
-        assert found.fisher_rows[name] == pytest.approx(wanted.fisher_rows[name], rel=0.05)
-
-
-def test_float16_gradients_that_overflow_are_scaled_down() -> None:
-    model = Net(lambda m, x: 2e3 * m.two(torch.tanh(m.one(x))))
-    model.between = lambda m, x: m.two(torch.tanh(m.one(x)))
-    half = copy.deepcopy(model).half()
-
-    def large(model: nn.Module, batch: Batch) -> Tensor:
-        return 3e4 * losses(model, batch)
-
-    batches = [(x.half(), y) for x, y in data()]
-    wanted = measured(half, batches)
-    found = profile_model(half, batches, loss_fn=large, progress=False, backends=["fwsvd"])
-    for name in names(wanted):
-        assert found.fisher_rows[name] == pytest.approx(9e8 * wanted.fisher_rows[name], rel=0.05)
-
-
-def test_a_fisher_information_of_zero_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    model = Net(lambda m, x: m.two(torch.relu(m.one(x) - 1e4)) + x[:, :1])
-    profile = measured(model)
-    assert not profile.fisher_rows["one"].any()
-    assert "Fisher information of 2 layers is exactly zero (one, two)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("bias", [0.0, 10.0, 150.0])
-def test_a_large_bias_in_bfloat16_drowns_no_moment(bias: float) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(48, 8), nn.Tanh(), nn.Linear(8, 3)).bfloat16()
-    with torch.no_grad():
-        model[0].bias.copy_(bias * torch.randn(8).sign())
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 48, generator=generator).bfloat16()
-    batches = [(x, torch.randint(3, (64,), generator=generator))]
-    profile = measured(model, batches, backends=["whitened"], include=["0"])
-    weight, inputs = model[0].weight.detach().double(), x.double()
-    energies = torch.linalg.eigvalsh(weight @ (inputs.T @ inputs) @ weight.T).flip(0)
-    wanted = energies.flip(0).cumsum(0).flip(0)
-    losses_of = torch.from_numpy(profile.curves["whitened"]["0"].losses)[:-1]
-    assert (losses_of / losses_of[0]).numpy() == pytest.approx(
-        (wanted / wanted[0]).numpy(), rel=1e-3
-    )
 
 
 def test_an_unmerged_adapter_is_refused_before_anything_else() -> None:
