@@ -17,7 +17,7 @@ from pydantic import (
 
 from rankopt.errors import OptionError, ProfileError
 from rankopt.layers import Layer, LeftAlone
-from rankopt.schema import STRICT, Count, first_of, parse
+from rankopt.schema import STRICT, first_of, parse
 
 FORMAT_VERSION = 2
 
@@ -127,8 +127,8 @@ class ProfileInfo(BaseModel):
     unit: Literal["example", "token"] = "example"
     draws: Annotated[int, Field(ge=1)] = 1
     seed: int | None = None
-    examples: Count
-    targets: Count
+    examples: Annotated[int, Field(ge=1)]
+    targets: Annotated[int, Field(ge=1)]
     units: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     processes: Annotated[int, Field(ge=1)] = 1
     stopped: str | None = None

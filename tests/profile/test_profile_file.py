@@ -287,6 +287,8 @@ def test_damaged_description_is_refused(saved: Path, key: str, value: str) -> No
         ("layers", [], "factors for 0 layers"),
         ("units", float("nan"), "NaN is not a number"),
         ("architecture", [[]], "architecture: Input should be a valid string"),
+        ("examples", 0, "examples: Input should be greater than or equal to 1"),
+        ("targets", 0, "targets: Input should be greater than or equal to 1"),
     ],
 )
 def test_impossible_description_is_refused_in_one_line(
