@@ -41,8 +41,19 @@ def relative_standard_errors(sums: FloatArray, units: FloatArray) -> FloatArray:
     largest = sums.max(axis=0)
     parts, units = sums / np.where(largest > 0, largest, 1.0), units / units.max()
     shares = parts / np.where(largest > 0, parts.sum(axis=0), 1.0)
-    without = (shares.sum(axis=0) - shares) / (units.sum() - units)[:, None]
-    spread = np.square(without - without.mean(axis=0)).sum(axis=0)
-    # The ratio of the shares is 1 / U.
-    errors: FloatArray = np.sqrt((count - 1) / count * spread) * units.sum()
-    return errors
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        without = _others(shares) / _others(units)[:, None]
+        spread = np.square(without - without.mean(axis=0)).sum(axis=0)
+        # The ratio of the shares is 1 / U.
+        errors: FloatArray = np.sqrt((count - 1) / count * spread) * units.sum()
+    # All that was seen was in one batch, but for what is no number beside it.
+    return np.where(np.isnan(errors), math.inf, errors)
+
+
+def _others(values: FloatArray) -> FloatArray:
+    """Sum of all others along the first axis: added up, as a difference would lose small ones."""
+    before, after = np.zeros_like(values), np.zeros_like(values)
+    before[1:] = values[:-1].cumsum(axis=0)
+    after[:-1] = values[:0:-1].cumsum(axis=0)[::-1]
+    found: FloatArray = before + after
+    return found

@@ -547,6 +547,15 @@ def test_standard_errors_are_the_spread_of_repeated_measurements() -> None:
     assert np.mean(each) == pytest.approx(ratios.std() / ratios.mean(), rel=0.1)
 
 
+@pytest.mark.parametrize("tiny", [5e-324, 1e-300, 1e-18])
+def test_batches_that_vanish_beside_one_leave_it_unsure_and_not_nan(tiny: float) -> None:
+    units = np.array([tiny, tiny, tiny, 1.0])
+    found = relative_standard_errors(np.ones((4, 2)), units)
+    assert (found > 1e6).all()
+    # Leaving any batch out of these leaves the same ratio of sums to units.
+    assert relative_standard_errors(units[:, None], units) == pytest.approx(0.0, abs=1e-6)
+
+
 def test_fewer_than_two_batches_are_infinitely_unsure_and_none_is_nan() -> None:
     made = full_profile()
     assert all(0 < error < 1 for error in made.standard_errors().values())
