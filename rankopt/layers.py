@@ -2,15 +2,27 @@
 
 Normal form. A layer maps ``in_features`` to ``out_features``; its weight is W of shape (out, in),
 as in ``nn.Linear`` (GPT-2's ``Conv1D`` is transposed into it, and so is ``nn.Embedding``: it maps a
-one-hot vector of the vocabulary to its row). Rank r replaces W by two factors with r(out + in)
-parameters; that is less than out*in up to the break-even rank. Biases stay and are not counted.
+one-hot vector of the vocabulary to its row). Biases stay and are not counted.
+
+Rank r replaces W by a matrix of that rank in one of two forms:
+
+    pairs    two factors, r(out + in) parameters; less than out*in up to rank out*in/(out + in)
+    pivoted  r of its rows or columns and what the others are of them, r(out + in - r) parameters,
+             all the degrees of freedom that there are; less than out*in below full rank
+
+The same function in either form; ``pivoted`` has the fewer parameters at every rank, so that under
+a budget of parameters a pair is never chosen beside it, and a plan has one form. (Pivots: Zhao et
+al., PIFA, 2025; Goreinov, Tyrtyshnikov & Zamarashkin, Linear Algebra and its Applications 1997.)
+An index of out or in whole numbers says which are the pivots; it is no parameter, and not counted.
 
 Tied layers, one matrix in several modules (a language model's head and its embedding), are one
 group with one rank. Each module gets factors of its own, weighted by its own statistics: n modules
-have n*r(out + in) parameters, against out*in for the one matrix that they share while dense.
+have n times the parameters of one, against out*in for the one matrix that they share while dense.
 """
 
 import hashlib
+import math
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +33,28 @@ from rankopt.schema import STRICT
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+#: How a matrix of some rank is kept; see the module's text.
+Form = Literal["pairs", "pivoted"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
 #: The rank that stands for "not factorised" in arrays of ranks.
 DENSE = -1
 
 
-def largest_rank(out_features: int, in_features: int, members: int = 1) -> int:
-    """The largest rank at which ``members`` pairs of factors are smaller than one dense matrix."""
-    return (out_features * in_features - 1) // (members * (out_features + in_features))
+def largest_rank(
+    out_features: int, in_features: int, members: int = 1, form: Form = "pairs"
+) -> int:
+    """The largest rank at which ``members`` of that form are smaller than one dense matrix."""
+    sides, most = out_features + in_features, (out_features * in_features - 1) // members
+    if form == "pairs":
+        return most // sides
+    # r(sides - r) <= most; below half of the sides it rises with r.
+    rank = (sides - math.isqrt(sides * sides - 4 * most)) // 2
+    while rank * (sides - rank) > most:
+        rank -= 1
+    while rank < min(out_features, in_features) and (rank + 1) * (sides - rank - 1) <= most:
+        rank += 1
+    return rank
 
 
 class Layer(BaseModel):
@@ -63,23 +90,25 @@ class Layer(BaseModel):
         """Parameters of the dense weight, which all members share."""
         return self.out_features * self.in_features
 
-    @property
-    def rank_cost(self) -> int:
-        """Parameters of one rank, of all members together."""
-        return len(self.members) * (self.out_features + self.in_features)
-
-    @property
-    def largest_rank(self) -> int:
+    def largest_rank(self, form: Form = "pairs") -> int:
         """The largest rank with fewer parameters than dense; 0 if even rank 1 has not."""
-        return largest_rank(self.out_features, self.in_features, len(self.members))
+        return largest_rank(self.out_features, self.in_features, len(self.members), form)
 
-    def cost(self, rank: int | None) -> int:
-        """Parameters at a rank; None is dense."""
-        return self.dense_cost if rank is None else rank * self.rank_cost
+    def cost(self, rank: int | None, form: Form = "pairs") -> int:
+        """Parameters of all members together at a rank; None is dense."""
+        if rank is None:
+            return self.dense_cost
+        sides = self.out_features + self.in_features - (rank if form == "pivoted" else 0)
+        return len(self.members) * rank * sides
 
-    def ranks(self, multiple: int = 1) -> IntArray:
+    def costs(self, ranks: IntArray, form: Form = "pairs") -> IntArray:
+        """The same for an array of ranks, with DENSE."""
+        sides = self.out_features + self.in_features - (ranks if form == "pivoted" else 0)
+        return np.where(ranks == DENSE, self.dense_cost, len(self.members) * ranks * sides)
+
+    def ranks(self, multiple: int = 1, form: Form = "pairs") -> IntArray:
         """The ranks on offer: multiples up to the largest rank that saves, then DENSE."""
-        low = np.arange(multiple, self.largest_rank + 1, multiple, dtype=np.int64)
+        low = np.arange(multiple, self.largest_rank(form) + 1, multiple, dtype=np.int64)
         return np.append(low, DENSE)
 
 

@@ -74,7 +74,7 @@ def synthetic_profile(
                 grid = np.array([r for r in grids[name] if r <= smaller], dtype=np.int64)
                 curves[name][layer.name] = LossCurve(grid, tails(energies)[grid])
             if bases:
-                columns = (smaller, layer.largest_rank)
+                columns = (smaller, layer.largest_rank())
                 kept[f"{layer.name}/basis.{name}"] = basis_rng.standard_normal(columns, np.float32)
     for layer in layers:
         for partner in layer.partners:

@@ -153,7 +153,7 @@ def factorised(
     for layer in some:
         rank = plan.ranks[layer.name]
         dense += rank is None
-        rank = layer.largest_rank if rank is None else rank
+        rank = layer.largest_rank() if rank is None else rank
         weight = matrices.weight_of(sizes, layer.name)
         started = time.perf_counter()
         stored = profile.kept(backend, layer.name)
@@ -223,7 +223,7 @@ def experiment(
         taken = {s: each["read"] + each["factors"] for s, each in entry["shapes"].items()}
         entry["all_seconds"] = sum(counts[s] * taken[s] for s in shapes)
     # What is kept of a matrix is proportional to its smaller side and its largest rank.
-    shares = {x.name: x.largest_rank * min(x.out_features, x.in_features) for x in layers}
+    shares = {x.name: x.largest_rank() * min(x.out_features, x.in_features) for x in layers}
     size, times = stages["save"], sum(shares.values()) / sum(shares[x.name] for x in some)
     size["all_bytes"] = round(size["bytes"] + size["kept_bytes"] * (times - 1))
     size["all_seconds"] = size["seconds"] * size["all_bytes"] / size["bytes"]

@@ -11,9 +11,9 @@ from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, recomputable
 from rankopt.backends.statistics import Statistics
 from rankopt.errors import ModelError, OptionError, PlanError, few
-from rankopt.model.lowrank import low_rank, replace
 from rankopt.model.matrices import NOT_SELECTED
 from rankopt.model.selection import Selection, find_planned
+from rankopt.model.surgery import low_rank, replace
 from rankopt.model.weights import tensor_of, unwrapped, weight_of
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
@@ -113,7 +113,7 @@ def _replacements(
     layers = {layer.name: layer for layer in found.layers}
     same = all(e.layer.digest == layers[e.layer.name].digest for e in plan.layers)
     members = [
-        (member, entry.layer.largest_rank, entry.rank)
+        (member, entry.layer.largest_rank(profile.info.form), entry.rank)
         for entry in plan.layers
         if entry.rank is not None
         for member in entry.layer.members
@@ -130,13 +130,12 @@ def _replacements(
             kept = _kept(name, weight, plan.backend, backend, profile, full, same)
         if cache is not None:
             cache[key] = kept
-        with torch.no_grad():
-            up, down = backend.factors(weight, kept, rank)
         bias = getattr(module, "bias", None)
         if bias is not None and bias.is_meta:
             bias = tensor_of(module, "bias")
-        up, down = up.to(weight.dtype), down.to(weight.dtype)
-        replacements[name] = low_rank(module, down.contiguous(), up.contiguous(), bias)
+        with torch.no_grad():
+            up, down = backend.factors(weight, kept, rank)
+            replacements[name] = low_rank(module, down, up, bias, plan.form)
     return replacements
 
 

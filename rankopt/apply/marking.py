@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from rankopt.apply.quantizer import RankoptConfig, RankoptQuantizer
 from rankopt.errors import ModelError
-from rankopt.model.lowrank import LowRankEmbedding, LowRankLinear
+from rankopt.model.lowrank import LowRank
 from rankopt.plan.plan import Plan
 
 
@@ -45,7 +45,7 @@ def attach(model: nn.Module, plan: Plan) -> Ties | None:
     before = _untie(model, ranks)
     after = model.all_tied_weights_keys
     ties = after if after != before.keys[model] else None
-    config = RankoptConfig(ranks, plan.backend, ties=ties)
+    config = RankoptConfig(ranks, plan.backend, ties=ties, form=plan.form)
     RankoptQuantizer(config).attach(model)
     return before
 
@@ -68,7 +68,7 @@ def _untie(model: PreTrainedModel, low_rank: Collection[str]) -> Ties:
             for copy, original in keys[part].items()
             if not {copy, original} & gone
         }
-        swapped = any(isinstance(part.get_submodule(x), LowRankEmbedding) for x in own)
+        swapped = any(isinstance(part.get_submodule(x).down, nn.Embedding) for x in own)
         if getattr(part.config, "tie_word_embeddings", False) and (
             swapped or keys[part].keys() & gone
         ):
@@ -81,7 +81,8 @@ def _untie(model: PreTrainedModel, low_rank: Collection[str]) -> Ties:
 def _renamed(model: nn.Module, parameter: str, low_rank: Collection[str]) -> str:
     """The name of a bias in a low-rank layer: it has moved into ``up``."""
     name, _, own = parameter.rpartition(".")
-    inside = name in low_rank and isinstance(model.get_submodule(name), LowRankLinear)
+    low = model.get_submodule(name) if name in low_rank else None
+    inside = isinstance(low, LowRank) and low.up.bias is not None
     return f"{name}.up.{own}" if inside else parameter
 
 

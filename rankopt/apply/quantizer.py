@@ -33,7 +33,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankopt.errors import ModelError, few
-from rankopt.model.lowrank import LowRank, LowRankEmbedding, LowRankLinear, replace
+from rankopt.layers import FORMS, Form
+from rankopt.model.lowrank import LowRank
+from rankopt.model.surgery import kind_of, replace
 from rankopt.model.weights import is_conv1d, tensor_of, weight_shape
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: of this entry.
         ties: parameters that stay tied although the config ties no more, copy -> original.
         own_names: the files have the model's own names; older ones those of transformers' format.
+        form: how the low-rank layers are kept.
     """
 
     def __init__(
@@ -61,13 +64,15 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: int = FORMAT_VERSION,
         ties: Mapping[str, str] | None = None,
         own_names: bool = False,
+        form: Form = "pairs",
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
-        if format_version != FORMAT_VERSION or unknown:
+        if format_version != FORMAT_VERSION or form not in FORMS or unknown:
             raise ValueError(
                 f"this model folder is in rankopt format {format_version} "
-                f"(unknown entries: {sorted(unknown)}); this rankopt reads {FORMAT_VERSION}"
+                f"(form {form}, unknown entries: {sorted(unknown)}); this rankopt reads "
+                f"{FORMAT_VERSION} ({', '.join(FORMS)})"
             )
         self.quant_method = METHOD
         self.format_version = format_version
@@ -75,6 +80,7 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.ranks = dict(ranks)
         self.ties = dict(ties or {})
         self.own_names = own_names
+        self.form = form
 
 
 class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -136,7 +142,7 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue  # The layer belongs to a head that this class has not.
             if name is None:
                 raise ValueError(f"{type(model).__name__} has no layer {saved_name} to be low rank")
-            replace(model, {name: _empty(modules[name], rank)})
+            replace(model, {name: _empty(modules[name], rank, self.quantization_config.form)})
             ranks[name] = rank
             guards.append(re.escape(name.removeprefix(prefix)))
         if guards:
@@ -292,23 +298,25 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else " x ".join(map(str, shape)) or "a number"
 
 
-def _empty(dense: nn.Module, rank: int) -> LowRank:
+def _empty(dense: nn.Module, rank: int, form: Form) -> LowRank:
     out_features, in_features = weight_shape(dense)
     weight = dense.get_parameter("weight")
     options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    if isinstance(dense, nn.Embedding):
-        return LowRankEmbedding(in_features, out_features, rank, dense.padding_idx, **options)
-    bias = getattr(dense, "bias", None) is not None
-    return LowRankLinear(in_features, out_features, rank, bias, **options)
+    embeds = isinstance(dense, nn.Embedding)
+    kind: Any = kind_of(embeds, (out_features, in_features), form)
+    own = dense.padding_idx if embeds else getattr(dense, "bias", None) is not None
+    low: LowRank = kind(in_features, out_features, rank, own, **options)
+    return low
 
 
 def _merged(low: LowRank, empty: nn.Module) -> nn.Module:
     """The product in the dense module that the architecture has there."""
     weight = low.weight.detach()
     empty.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(empty) else weight)
-    if low.up.bias is not None:
+    bias: Tensor | None = getattr(low, "bias", None)
+    if bias is not None:
         # A copy: a dense model that ties no more would not save a bias that is another's too.
-        empty.bias = nn.Parameter(low.up.bias.detach().clone())
+        empty.bias = nn.Parameter(bias.detach().clone())
     return empty.train(low.training)
 
 

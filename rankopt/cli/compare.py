@@ -10,6 +10,7 @@ from rankopt.cli.given import require_with
 from rankopt.cli.options import (
     BackendOption,
     DtypeOption,
+    FormOption,
     JsonOption,
     MultipleOption,
     ProfileArgument,
@@ -53,6 +54,7 @@ def compare(
         ),
     ] = None,
     rank_multiple: MultipleOption = 1,
+    form: FormOption = None,
     backend: BackendOption = None,
     scale: ScaleOption = None,
     model: Annotated[str | None, typer.Option(help="Also measure the loss of this model.")] = None,
@@ -75,6 +77,7 @@ def compare(
             keep,
             strategies,
             rank_multiple=rank_multiple,
+            form=form,
             backend=backend,
             scale=scale,
         )

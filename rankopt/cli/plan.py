@@ -11,6 +11,7 @@ from rankopt.cli.options import (
     BackendOption,
     DtypeOption,
     ForceOption,
+    FormOption,
     JsonOption,
     MultipleOption,
     ProfileArgument,
@@ -58,6 +59,7 @@ def plan(
     solver: Annotated[str, typer.Option(help=SOLVERS)] = "exact",
     objective: Annotated[str, typer.Option(help="total, layerwise or maxmin.")] = "total",
     rank_multiple: MultipleOption = 1,
+    form: FormOption = None,
     backend: BackendOption = None,
     scale: ScaleOption = None,
     share: Annotated[
@@ -101,6 +103,7 @@ def plan(
     how: dict[str, Any] = {
         "objective": objective,
         "rank_multiple": rank_multiple,
+        "form": form,
         "backend": backend,
         "scale": scale,
     }

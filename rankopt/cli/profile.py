@@ -22,6 +22,7 @@ from rankopt.errors import RankoptError
 from rankopt.files import CHECKPOINT, PROFILE, is_format, require_file
 
 if TYPE_CHECKING:
+    from rankopt.layers import Form
     from rankopt.measure.estimators import Kind, Unit
 
 EXAMPLES = """\b
@@ -70,6 +71,9 @@ def profile(
     ] = "example",
     draws: Annotated[int, typer.Option(help="Of labels or signs, for each example.")] = 1,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    form: Annotated[
+        str, typer.Option(help="How a low rank will be kept: pairs (of factors) or pivoted.")
+    ] = "pairs",
     until_stable: Annotated[
         bool, typer.Option(help="Stop when twice the data would hardly move the ranks.")
     ] = False,
@@ -136,6 +140,7 @@ def profile(
             draws=draws,
             seed=seed,
             stop=Stability(stable_keep, stable_tolerance) if until_stable else None,
+            form=cast("Form", form),
             keep_bases=bases,
             store=store,
             layers_at_a_time=layers_at_a_time,

@@ -223,7 +223,7 @@ def profile_summary(profile: Profile) -> str:
     lines += _certainty(profile)
     lines.append(
         f"  planned     {len(info.layers)} layers, {info.planned_parameters:,} of "
-        f"{info.model_parameters:,} parameters ({share:.1%})"
+        f"{info.model_parameters:,} parameters ({share:.1%}), form {info.form}"
     )
     inside = [x for x in info.left_alone if _block_free(x.name) != x.name]
     missed = sum(x.parameters for x in inside)

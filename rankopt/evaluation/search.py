@@ -20,6 +20,7 @@ from rankopt.data.digest import data_digest
 from rankopt.errors import BudgetError, MissingExtraError, OptionError, RankoptError
 from rankopt.evaluation.evaluation import Evaluation
 from rankopt.evaluation.plans import PlanEvaluator
+from rankopt.layers import Form
 from rankopt.model.tasks import Batch
 from rankopt.plan.allocation import Objective, allocation
 from rankopt.plan.budget import find_budget
@@ -101,6 +102,7 @@ def search_plan(
     max_params: int | None = None,
     objective: Objective = "total",
     rank_multiple: int = 1,
+    form: Form | None = None,
     backend: str | None = None,
     scale: str | None = None,
     plans: Sequence[str] = PLANS,
@@ -125,6 +127,7 @@ def search_plan(
         max_params: budget as a number of parameters for the planned layers.
         objective: ``total`` or ``layerwise``: the losses that a trial reweights.
         rank_multiple: offer only multiples of it (and dense).
+        form: see make_plan.
         backend: whose losses to use; by default the profile's first.
         scale: how layers compare, one of the backend's; by default its first.
         plans: SOLVER or SOLVER/OBJECTIVE, measured first.
@@ -159,7 +162,7 @@ def search_plan(
     budget = find_budget(profile.info, keep, keep_total, max_params)
     if budget is None:
         raise BudgetError("a budget is needed: keep, keep_total or max_params")
-    offered = allocation(profile, backend, scale, objective, rank_multiple)
+    offered = allocation(profile, backend, scale, objective, rank_multiple, form)
     named: dict[str, Choice] = {}
     for text in plans:
         strategy = Strategy.parse(text)
@@ -173,6 +176,7 @@ def search_plan(
             solver=strategy.solver,
             objective=strategy.objective,
             rank_multiple=rank_multiple,
+            form=offered.form,
             backend=offered.backend,
             scale=offered.scale,
         )
@@ -193,6 +197,8 @@ def search_plan(
         "objective": objective,
         "rank multiple": str(rank_multiple),
     }
+    if offered.form != "pairs":
+        about["form"] = offered.form
     last = max(len(offered.layers) - 1, 1)
     with bar(range(trials), "Search", "trial", progress) as shown:
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from rankopt._version import __version__
 from rankopt.backends import find_backend, loaded_from
-from rankopt.layers import Layer, fingerprint
+from rankopt.layers import Form, Layer, fingerprint
 from rankopt.measure.accumulate import Gathered
 from rankopt.measure.decompose import ScaledCurve, Store
 from rankopt.measure.loss import Loss
@@ -31,12 +31,14 @@ class Subject:
         selection: its planned layers.
         loss: whose Fisher information.
         processes: that share the work.
+        form: how matrices of lower rank will be kept.
     """
 
     model: nn.Module
     selection: Selection
     loss: Loss
     processes: Processes
+    form: Form
 
     @property
     def architecture(self) -> str:
@@ -116,6 +118,7 @@ def assembled(subject: Subject, parts: Parts, store: Store) -> Profile:
         layers=layers,
         left_alone=subject.selection.left_alone,
         backends=tuple(backends),
+        form=subject.form,
     )
     return Profile(
         info,

@@ -19,7 +19,7 @@ from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, Decomposition
 from rankopt.backends.statistics import Statistics
 from rankopt.errors import ModelError, RankoptError
-from rankopt.layers import Layer
+from rankopt.layers import Form, Layer
 from rankopt.profile.curves import LossCurve
 from rankopt.progress import bar
 
@@ -48,6 +48,7 @@ def decompose_layers(
     *,
     store: Store | None = None,
     stored: Callable[[Backend], bool] = lambda backend: True,
+    form: Form = "pairs",
     workers: int = 1,
     progress: bool | None = None,
 ) -> dict[str, dict[str, ScaledCurve]]:
@@ -60,6 +61,7 @@ def decompose_layers(
         backends: names.
         store: gets ``MEMBER/KIND.BACKEND``, float32, of the backends that are to be stored.
         stored: which backends these are.
+        form: stored is what factors need up to the largest rank that saves parameters in it.
         workers: layers at a time, on the CPU.
         progress: a bar on stderr; by default if it is a terminal.
 
@@ -76,7 +78,7 @@ def decompose_layers(
     def work(layer: Layer) -> tuple[str, dict[str, ScaledCurve]]:
         return layer.name, {
             name: _of_group(
-                layer, backend, weight_of, statistics_of, store if stored(backend) else None
+                layer, backend, weight_of, statistics_of, store if stored(backend) else None, form
             )
             for name, backend in chosen.items()
         }
@@ -122,6 +124,7 @@ def _of_group(
     weight_of: Callable[[str], torch.Tensor],
     statistics_of: Callable[[str], Statistics],
     store: Store | None,
+    form: Form,
 ) -> ScaledCurve:
     curve: LossCurve | None = None
     factors: dict[str, float] = {}
@@ -129,7 +132,7 @@ def _of_group(
         weight, statistics = weight_of(member), statistics_of(member)
         shape = (weight.shape[0], weight.shape[1])
         try:
-            made = backend.decompose(weight, statistics, layer.largest_rank)
+            made = backend.decompose(weight, statistics, layer.largest_rank(form))
             own = {name: scale.factor(shape, statistics) for name, scale in backend.scales.items()}
             mine = _checked(layer, backend, made)
         except (RankoptError, MemoryError):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from rankopt.backends import find_backends
 from rankopt.backends.base import Backend, recomputable
 from rankopt.errors import ModelError, OptionError, few
-from rankopt.layers import Layer
+from rankopt.layers import FORMS, Form, Layer
 from rankopt.measure.accumulate import Gathered, eager, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
 from rankopt.measure.decompose import ScaledCurve, Store, decompose_layers
@@ -61,6 +61,7 @@ def profile_model(
     draws: int = 1,
     seed: int = 0,
     stop: Stop | None = None,
+    form: Form = "pairs",
     keep_bases: bool = True,
     store: Store | None = None,
     layers_at_a_time: int | None = None,
@@ -98,6 +99,10 @@ def profile_model(
         seed: of what is drawn.
         stop: asked after 4, 8, 16, ... batches whether to stop; ``rankopt.Stability()`` stops when
             the ranks have settled.
+        form: how matrices of lower rank will be kept: ``pairs`` of factors, or ``pivoted``, which
+            has fewer parameters, so that ranks up to full save some. Says what plans have by
+            default, and how far singular vectors are stored: about twice as far for ``pivoted``.
+            A profile for ``pivoted`` can be planned in pairs too.
         keep_bases: store singular vectors too, so that applying a plan is fast. What a backend
             needs and could not compute again without the data is always stored.
         store: where these arrays go; memory by default. ``rankopt.SpilledArrays`` is a folder.
@@ -112,11 +117,13 @@ def profile_model(
         ModelError: no plannable layers, an unknown kind of loss, NaN or infinity (names the batch
             and the layer), or ``torch.inference_mode``.
         DataError: no batches, no labels or targets.
-        OptionError: an unknown backend, estimator or unit, a number below 1, or options that do not
-            go together.
+        OptionError: an unknown backend, estimator, unit or form, a number below 1, or options that
+            do not go together.
     """
     if not backends:
         raise OptionError("at least one backend is needed")
+    if form not in FORMS:
+        raise OptionError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     if checkpoint_every < 1:
         raise OptionError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     chosen = find_backends(backends)
@@ -128,7 +135,7 @@ def profile_model(
     _passes(selection.layers, layers_at_a_time, stop, checkpoint)
     workers = _workers(model, workers)
     needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
-    subject = Subject(model, selection, loss, Processes.join())
+    subject = Subject(model, selection, loss, Processes.join(), form)
     with _differentiable(model) as around:
         subject, silent, batches = _examined(subject, batches, around)
         selection = subject.selection
@@ -141,7 +148,7 @@ def profile_model(
             settings = _settings(subject, needs, stop, backends[0])
             saved = Checkpoint(Path(checkpoint), checkpoint_every, settings)
         arrays: Store = {} if store is None else store
-        stored = _storing(selection, chosen.values(), keep_bases)
+        stored = _storing(subject, chosen.values(), keep_bases)
         decomposed = functools.partial(_decomposed, subject, workers)
         whole, lost = Parts(), dict[str, str]()
         for layers in passes:
@@ -303,6 +310,7 @@ def _decomposed(
         lambda name: weight_of(subject.selection.modules[name]),
         gathered.statistics,
         backends,
+        form=subject.form,
         workers=workers,
         **how,
     )
@@ -369,13 +377,13 @@ def _workers(model: nn.Module, workers: int | None) -> int:
 
 
 def _storing(
-    selection: Selection, backends: Iterable[Backend], keep_bases: bool
+    subject: Subject, backends: Iterable[Backend], keep_bases: bool
 ) -> Callable[[Backend], bool]:
     """Which backends' arrays are stored: those that cannot be computed again, or all that fit."""
     spare = [backend for backend in backends if recomputable(backend)]
     size = sum(
-        4 * min(x.out_features, x.in_features) * x.largest_rank * len(x.members)
-        for x in selection.layers
+        4 * min(x.out_features, x.in_features) * x.largest_rank(subject.form) * len(x.members)
+        for x in subject.selection.layers
     )
     # fwsvd_two_sided keeps two arrays where the others keep one.
     arrays = sum(1 + ("columns" in backend.needs) for backend in spare)

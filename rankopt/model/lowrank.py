@@ -1,16 +1,16 @@
-"""The low-rank layers: two plain modules of torch in a row.
+"""The low-rank layers that are pairs of factors: two plain modules of torch in a row.
 
 Both keep factors ``down`` and ``up`` as their children, which are plain ``nn.Linear`` (the first of
 an embedding ``nn.Embedding``), so that tools that look for those (quantisers, exporters, LoRA) find
 them.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rankopt.layers import Form
 from rankopt.model.product import product
 
 
@@ -18,11 +18,13 @@ class LowRank(nn.Module):
     """What the low-rank layers have in common.
 
     Attributes:
+        form: ``pairs`` or ``pivoted``.
         rank: width between the two factors.
         down: the first factor, in -> rank.
         up: the second, rank -> out.
     """
 
+    form: Form = "pairs"
     rank: int
     down: nn.Linear | nn.Embedding
     up: nn.Linear
@@ -170,36 +172,3 @@ class LowRankEmbedding(LowRank):
             f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, "
             f"rank={self.rank}"
         )
-
-
-def low_rank(
-    dense: nn.Module, down: Tensor, up: Tensor, bias: Tensor | None
-) -> LowRankLinear | LowRankEmbedding:
-    """The low-rank module to stand in the place of a dense one.
-
-    Args:
-        dense: nn.Linear, Conv1D or nn.Embedding; mode and trainability are taken over from it.
-        down: shape ``(rank, in)``, in normal form.
-        up: shape ``(out, rank)``.
-        bias: of the dense module.
-    """
-    low: LowRankLinear | LowRankEmbedding
-    if isinstance(dense, nn.Embedding):
-        low = LowRankEmbedding.from_factors(down, up, dense.padding_idx)
-    else:
-        low = LowRankLinear.from_factors(down, up, bias)
-    trainable = dense.get_parameter("weight").requires_grad
-    for factor in (low.down, low.up):
-        factor.weight.requires_grad_(trainable)
-    low.train(dense.training)
-    return low
-
-
-def replace(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put modules in the place of others, under every name that those have; returns the others."""
-    old = {name: model.get_submodule(name) for name in new}
-    instead = {id(module): new[name] for name, module in old.items()}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in instead:
-            model.set_submodule(name, instead[id(module)])
-    return old

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from rankopt.layers import largest_rank
-from rankopt.model.lowrank import LowRank, LowRankEmbedding
+from rankopt.model.lowrank import LowRank
 from rankopt.model.weights import (
     computed,
     device_of,
@@ -138,7 +138,7 @@ def _dense_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _is_linear(module: nn.Module) -> bool:
     """A layer of the kind that blocks are made of, dense or low rank."""
-    low = isinstance(module, LowRank) and not isinstance(module, LowRankEmbedding)
+    low = isinstance(module, LowRank) and isinstance(module.down, nn.Linear)
     return low or isinstance(module, nn.Linear) or is_conv1d(module)
 
 

@@ -1,8 +1,11 @@
-"""The product of two factors, multiplied when a value is asked for and not before.
+"""The weight of a low-rank layer, formed when a value is asked for and not before.
 
 Models look at a layer's ``weight`` in every pass to learn its dtype or device (T5 does so three
 times a block). A ``Product`` knows those without a multiplication; an operation that needs numbers
 forms them once. To autograd it is an operation with the factors as its inputs.
+
+Two factors L and R are the matrix L R. With an index, of the columns of a pivoted matrix, they are
+[L, L R] in that order (see pivots); turned, its transpose.
 """
 
 import copy
@@ -13,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of two matrices, formed at its first use.
+def product(
+    left: Tensor, right: Tensor, index: Tensor | None = None, *, turned: bool = False
+) -> Tensor:
+    """``left @ right``, or ``[left, left @ right][:, index]``, formed at its first use.
 
     Where operations are recorded rather than done (torch.compile, export, tracing, fake tensors,
     transforms of torch.func), it is the multiplication itself: what is not used is dropped there.
@@ -22,11 +27,18 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     plain = all(type(factor) in (Tensor, nn.Parameter) for factor in (left, right))
     recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     if not plain or recorded or torch._C._are_functorch_transforms_active():
-        return left @ right
+        return _formed(left, right, index, turned)
     if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
-        formed: Tensor = _Multiplication.apply(left, right)  # type: ignore[no-untyped-call]
+        formed: Tensor = _Forming.apply(left, right, index, turned)  # type: ignore[no-untyped-call]
         return formed
-    return Product(left, right)
+    return Product(left, right, index, turned)
+
+
+def _formed(left: Tensor, right: Tensor, index: Tensor | None, turned: bool) -> Tensor:
+    whole = left @ right
+    if index is not None:
+        whole = torch.cat([left, whole], 1).index_select(1, index)
+    return whole.T.contiguous() if turned else whole
 
 
 class Product(Tensor):
@@ -35,25 +47,29 @@ class Product(Tensor):
     Args:
         left: shape ``(m, r)``.
         right: shape ``(r, n)``, of the same dtype and device.
+        index: shape ``(r + n,)``: the order of the columns of [left, left @ right]; or None.
+        turned: whether the matrix is the transpose of that.
     """
 
-    _left: Tensor
-    _right: Tensor
+    _parts: tuple[Tensor, Tensor, Tensor | None, bool]
     _formed: Tensor | None
 
     @staticmethod
-    def __new__(cls, left: Tensor, right: Tensor) -> "Product":
+    def __new__(
+        cls, left: Tensor, right: Tensor, index: Tensor | None = None, turned: bool = False
+    ) -> "Product":
         """Without memory for the matrix."""
+        shape = (left.shape[0], right.shape[1] if index is None else len(index))
         made: Product = Tensor._make_wrapper_subclass(
-            cls, (left.shape[0], right.shape[1]), dtype=left.dtype, device=left.device
+            cls, shape[::-1] if turned else shape, dtype=left.dtype, device=left.device
         )
-        made._left, made._right, made._formed = left, right, None
+        made._parts, made._formed = (left.detach(), right.detach(), index, turned), None
         return made
 
     def formed(self) -> Tensor:
         """The matrix as a plain tensor, without gradients; what is changed in place stays so."""
         if self._formed is None:
-            self._formed = self._left.detach() @ self._right.detach()
+            self._formed = _formed(*self._parts)
         return self._formed
 
     def tolist(self) -> Any:
@@ -95,27 +111,37 @@ def _plain(value: Any) -> Any:
     return value.formed() if isinstance(value, Product) else value
 
 
-class _Multiplication(torch.autograd.Function):
-    """Y = L R: dL = dY Rᵀ, dR = Lᵀ dY."""
+class _Forming(torch.autograd.Function):
+    """Y = L R: dL = dY Rᵀ, dR = Lᵀ dY. Y = [L, L R]: dL = dY_1 + dY_2 Rᵀ, dR = Lᵀ dY_2."""
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, index: Tensor | None, turned: bool
+    ) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.save_for_forward(left, right)
-        return Product(left, right)
+        ctx.index, ctx.turned = index, turned
+        return Product(left, right, index, turned)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
-        grad, (of_left, of_right) = grads[0], ctx.needs_input_grad
-        return (
-            grad @ right.T if of_left else None,
-            left.T @ grad if of_right else None,
-        )
+        of_left, of_right = ctx.needs_input_grad[:2]
+        rest, kept = grads[0].T if ctx.turned else grads[0], None
+        if ctx.index is not None:
+            kept, rest = rest.index_select(1, ctx.index.argsort()).tensor_split([len(right)], 1)
+        grad = rest @ right.T if of_left else None
+        if grad is not None and kept is not None:
+            grad = kept + grad
+        return grad, left.T @ rest if of_right else None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, *tangents: Any) -> Any:
         left, right = ctx.saved_tensors
-        of_left, of_right = tangents
+        of_left, of_right = tangents[:2]
         terms = [] if of_left is None else [of_left @ right]
-        return sum(terms if of_right is None else [*terms, left @ of_right])
+        moved = sum(terms if of_right is None else [*terms, left @ of_right])
+        if ctx.index is not None:
+            kept = torch.zeros_like(left) if of_left is None else of_left
+            moved = torch.cat([kept, moved], 1).index_select(1, ctx.index)
+        return moved.T if ctx.turned else moved

@@ -1,11 +1,11 @@
 """The reduction from a profile to a problem, and its inverse.
 
-    Profile, backend, scale, objective, rank multiple, budget  ->  Problem
+    Profile, backend, scale, objective, rank multiple, form, budget  ->  Problem
     choice of options                                          ->  rank of every layer
 
 Every layer, with the partners that are tied to it, is a group. Its options are the ranks of its
-loss curve that save parameters and are multiples of ``rank_multiple``, and dense. Rounding happens
-here, in the list of options, never after solving. Nothing else knows both sides.
+loss curve that save parameters in the form and are multiples of ``rank_multiple``, and dense.
+Rounding happens here, in the list of options, never after solving. Nothing else knows both sides.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from rankopt.errors import OptionError
-from rankopt.layers import DENSE, FloatArray, IntArray, Layer
+from rankopt.layers import DENSE, FORMS, FloatArray, Form, IntArray, Layer
 from rankopt.plan.budget import whole_number
 from rankopt.profile.profile import Profile
 from rankopt_solvers import Group, Problem, within_level
@@ -43,6 +43,7 @@ class Allocation:
         backend: whose losses they are.
         scale: how layers compare.
         unit: of the losses.
+        form: how matrices of lower rank are kept, which decides what they cost.
         min_retained: share that every option retains, if that was asked for.
     """
 
@@ -56,6 +57,7 @@ class Allocation:
     backend: str
     scale: str
     unit: str
+    form: Form = "pairs"
     min_retained: float | None = None
 
     def problem(self, budget: int) -> Problem:
@@ -130,6 +132,7 @@ def allocation(
     scale: str | None = None,
     objective: Objective = "total",
     rank_multiple: int = 1,
+    form: Form | None = None,
 ) -> Allocation:
     """Tabulate cost and loss of every rank of every layer.
 
@@ -140,10 +143,11 @@ def allocation(
             first.
         objective: the other two objectives lose shares, which have no unit.
         rank_multiple: ranks on offer are multiples of it.
+        form: ``pairs`` or ``pivoted``; by default the profile's.
 
     Raises:
-        OptionError: unknown objective or scale, a multiple below 1, or one that leaves no layer any
-            rank.
+        OptionError: unknown objective, scale or form, a form that the profile does not reach, a
+            multiple below 1, or one that leaves no layer any rank.
         ProfileError: the profile lacks the backend.
     """
     if objective not in get_args(Objective):
@@ -151,26 +155,45 @@ def allocation(
         raise OptionError(f"unknown objective {objective!r}; known: {known}")
     measured = profile.backend(backend)
     multiple = whole_number("rank_multiple", rank_multiple, OptionError)
-    key = (measured.name, measured.find_scale(scale).name, objective, multiple)
+    form = _form_of(profile, form)
+    key = (measured.name, measured.find_scale(scale).name, objective, multiple, form)
     tabulated = _TABULATED.setdefault(profile, {})
     if key not in tabulated:
         tabulated[key] = _tabulate(profile, *key)
     return tabulated[key]
 
 
+def _form_of(profile: Profile, form: Form | None) -> Form:
+    if form is None:
+        return profile.info.form
+    if form not in FORMS:
+        raise OptionError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    if form == "pivoted" and profile.info.form == "pairs":
+        raise OptionError(
+            "the profile was made for pairs of factors, and what it keeps does not reach to all "
+            "ranks that save parameters in the form pivoted: profile again with form pivoted"
+        )
+    return form
+
+
 def _tabulate(
-    profile: Profile, backend: str, scale: str, objective: Objective, rank_multiple: int
+    profile: Profile,
+    backend: str,
+    scale: str,
+    objective: Objective,
+    rank_multiple: int,
+    form: Form,
 ) -> Allocation:
     compared = profile.backend(backend).find_scale(scale)
     factors = compared.factors
     ranks, groups, shares, full = [], [], [], []
     for layer, factor in zip(profile.info.layers, factors, strict=True):
         curve = profile.loss_curve(backend, layer.name)
-        offered = curve.offered(layer, rank_multiple)
+        offered = curve.offered(layer, rank_multiple, form)
         lost = curve.at(offered)
         # A layer without any Fisher information loses nothing at any rank.
         lost_share = lost / curve.full if curve.full > 0 else np.zeros_like(lost)
-        cost = np.where(offered == DENSE, layer.dense_cost, offered * layer.rank_cost)
+        cost = layer.costs(offered, form)
         loss = lost * factor if objective == "total" else lost_share
         # Read-only arrays are not copied again.
         cost.flags.writeable = loss.flags.writeable = False
@@ -194,4 +217,5 @@ def _tabulate(
         backend=backend,
         scale=scale,
         unit=compared.unit if objective == "total" else "lost share of a layer's Fisher",
+        form=form,
     )

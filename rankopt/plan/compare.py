@@ -118,7 +118,7 @@ def compare(
         keeps: budgets, as shares of the planned layers' parameters.
         strategies: who chooses.
         options: passed to make_plan: backend (of the strategies that name none), scale,
-            rank_multiple.
+            rank_multiple, form.
 
     Raises:
         BudgetError, InfeasibleBudgetError, OptionError, ProfileError: as make_plan.

@@ -16,6 +16,8 @@ option at a time, to the layers that have least of what they should get.
 The thesis' text was not available, only its abstract: the formulas are our reading of it.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from rankopt.errors import BudgetError
@@ -54,8 +56,12 @@ def _hand_out(problem: Problem, choice: list[int], targets: FloatArray) -> None:
         choice[best] += 1
 
 
-def _to_targets(problem: Problem, weights: FloatArray) -> list[int]:
-    """Options for costs ``factor * weights``, clipped to what is offered, the factor bisected."""
+def _to_targets(
+    problem: Problem,
+    weights: FloatArray,
+    spent: Callable[[FloatArray], FloatArray] = lambda weighted: weighted,
+) -> list[int]:
+    """Options for costs ``spent(factor * weights)``, clipped to what is offered; it is bisected."""
     problem.require_feasible()
     low_costs = np.array([group.cost[0] for group in problem.groups], dtype=np.float64)
     dense_costs = np.array([group.cost[-1] for group in problem.groups], dtype=np.float64)
@@ -64,7 +70,7 @@ def _to_targets(problem: Problem, weights: FloatArray) -> list[int]:
         return [group.cost.size - 1 for group in problem.groups]
 
     def targets(factor: float) -> FloatArray:
-        return np.clip(factor * weights, low_costs, dense_costs)
+        return np.clip(spent(factor * weights), low_costs, dense_costs)
 
     # Layers without any weight come last: they share what is left when the others are dense.
     positive = weights > 0
@@ -102,8 +108,18 @@ def uniform(profile: Profile, offered: Allocation, budget: int) -> list[int]:
 def proportional(profile: Profile, offered: Allocation, budget: int) -> list[int]:
     """Rank in proportion to the layer's share of the total Fisher information."""
     trace = [profile.fisher_trace(layer.name) for layer in offered.layers]
-    rank_cost = [float(layer.rank_cost) for layer in offered.layers]
-    return _to_targets(offered.problem(budget), np.array(trace) * np.array(rank_cost))
+    members = np.array([float(len(layer.members)) for layer in offered.layers])
+    sides = np.array([float(layer.out_features + layer.in_features) for layer in offered.layers])
+    full = np.array([float(min(x.out_features, x.in_features)) for x in offered.layers])
+
+    def spent(pairs: FloatArray) -> FloatArray:
+        if offered.form == "pairs":
+            return pairs
+        ranks = np.minimum(pairs / (members * sides), full)
+        kept: FloatArray = members * ranks * (sides - ranks)
+        return kept
+
+    return _to_targets(offered.problem(budget), np.array(trace) * (members * sides), spent)
 
 
 def share_level(offered: Allocation, share: float) -> list[int]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rankopt.errors import PlanError, printable
 from rankopt.files import PLAN, is_format, whole_file
-from rankopt.layers import Layer
+from rankopt.layers import Form, Layer
 from rankopt.plan.budget import Budget
 from rankopt.schema import STRICT, Count, Loss, Number, Share, first_of, parse
 
@@ -29,7 +29,7 @@ class PlannedLayer(BaseModel):
     Attributes:
         layer: the matrix, and the modules that share it.
         rank: its rank in all of them, or null to leave it dense.
-        parameters: what that costs: one dense matrix, or factors for every module.
+        parameters: what that costs: one dense matrix, or low-rank ones for every module.
         retained: share of the layer's own Fisher information that is retained.
         margin: how sure the rank is: what the layer's next-best rank would lose more, at the
             certificate's price of a parameter and in its unit. Near 0, or below it, another rank
@@ -44,19 +44,23 @@ class PlannedLayer(BaseModel):
     retained: Share
     margin: Number | None = None
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "PlannedLayer":
-        if self.rank is not None and self.rank > self.layer.largest_rank:
+    def require_counted(self, form: Form) -> None:
+        """Check rank and parameters against the layer.
+
+        Raises:
+            ValueError: the rank saves nothing in the form, or has other parameters.
+        """
+        layer, rank = self.layer, self.rank
+        if rank is not None and rank > layer.largest_rank(form):
             raise ValueError(
-                f"layer {self.layer.name}: rank {self.rank} saves nothing; "
-                f"the largest that does is {self.layer.largest_rank} (null keeps it dense)"
+                f"layer {layer.name}: rank {rank} saves nothing; the largest that does in the "
+                f"form {form} is {layer.largest_rank(form)} (null keeps it dense)"
             )
-        if self.parameters != self.layer.cost(self.rank):
+        if self.parameters != layer.cost(rank, form):
             raise ValueError(
-                f"layer {self.layer.name}: rank {self.rank} has {self.layer.cost(self.rank)} "
-                f"parameters, not {self.parameters}"
+                f"layer {layer.name}: rank {rank} has {layer.cost(rank, form)} parameters in the "
+                f"form {form}, not {self.parameters}"
             )
-        return self
 
 
 class Certificate(BaseModel):
@@ -138,6 +142,7 @@ class Plan(BaseModel):
         solver: who chose.
         objective: what was maximised.
         rank_multiple: ranks are multiples of it.
+        form: how matrices of lower rank are kept: ``pairs`` of factors, or ``pivoted``.
         min_retained: share that every layer retains at least, if that was asked for.
         budget: what was asked.
         certificate: how good the choice provably is.
@@ -161,6 +166,7 @@ class Plan(BaseModel):
     solver: str
     objective: Literal["total", "layerwise", "maxmin"]
     rank_multiple: Annotated[int, Field(ge=1)]
+    form: Form = "pairs"
     min_retained: Share | None = None
     budget: Budget
     certificate: Certificate
@@ -180,6 +186,8 @@ class Plan(BaseModel):
             raise ValueError("a layer is planned twice")
         if self.worst_layer not in names:
             raise ValueError(f"the worst layer {self.worst_layer!r} is not planned")
+        for entry in self.layers:
+            entry.require_counted(self.form)
         spent = sum(entry.parameters for entry in self.layers)
         if spent != self.size.planned:
             raise ValueError(f"the layers have {spent} parameters, not {self.size.planned}")
@@ -262,7 +270,8 @@ class Plan(BaseModel):
                 f"{doubt}"
             ]
         lines = [
-            f"{self.solver} plan, objective {self.objective}, backend {self.backend}",
+            f"{self.solver} plan, objective {self.objective}, backend {self.backend}, "
+            f"form {self.form}",
             f"  planned layers  {size.planned:,} of {size.planned_dense:,} parameters "
             f"({size.planned / size.planned_dense:.4%}; budget {self.budget.parameters:,})",
             f"  whole model     {size.model:,} of {size.model_dense:,} parameters "

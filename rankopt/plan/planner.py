@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rankopt._version import __version__
 from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError, RankoptError
+from rankopt.layers import Form
 from rankopt.plan import heuristics
 from rankopt.plan.allocation import Allocation, Objective, allocation
 from rankopt.plan.budget import Budget, at_least, find_budget
@@ -57,6 +58,7 @@ def make_plan(
     solver: str | Solver = "exact",
     objective: Objective = "total",
     rank_multiple: int = 1,
+    form: Form | None = None,
     backend: str | None = None,
     scale: str | None = None,
     share: float | None = None,
@@ -75,6 +77,8 @@ def make_plan(
         objective: ``total``, ``layerwise`` or ``maxmin`` retained Fisher information. The first
             three strategies do not use it; it is what their bound and gap refer to.
         rank_multiple: offer only multiples of it (and dense).
+        form: ``pairs`` of factors, or ``pivoted``, which has fewer parameters at the same rank; by
+            default what the profile was made for.
         backend: whose losses to use; by default the profile's first.
         scale: how layers compare, one of the backend's; by default its first.
         share: for ``threshold``: retained share of every layer. Needs no budget; with one, a plan
@@ -86,8 +90,9 @@ def make_plan(
     Raises:
         BudgetError: no or two budgets, or a share or min_retained out of range.
         InfeasibleBudgetError: no ranks fit; names the smallest reachable budget.
-        OptionError: an unknown solver, objective or scale, an option that the solver does not take,
-            or no layer with a rank that is a multiple.
+        OptionError: an unknown solver, objective, scale or form, an option that the solver does not
+            take, a form that the profile does not reach, or no layer with a rank that is a
+            multiple.
         ProfileError: the profile lacks the backend.
     """
     budget = find_budget(profile.info, keep, keep_total, max_params)
@@ -97,6 +102,7 @@ def make_plan(
         solver=solver,
         objective=objective,
         rank_multiple=rank_multiple,
+        form=form,
         backend=backend,
         scale=scale,
         share=share,
@@ -116,6 +122,7 @@ def choose(
     solver: str | Solver = "exact",
     objective: Objective = "total",
     rank_multiple: int = 1,
+    form: Form | None = None,
     backend: str | None = None,
     scale: str | None = None,
     share: float | None = None,
@@ -130,6 +137,7 @@ def choose(
         solver: see make_plan, as all that follow.
         objective: see make_plan.
         rank_multiple: see make_plan.
+        form: see make_plan.
         backend: see make_plan.
         scale: see make_plan.
         share: see make_plan.
@@ -140,7 +148,7 @@ def choose(
         RankoptError: see make_plan.
     """
     _require_solver(solver, share)
-    offered = allocation(profile, backend, scale, objective, rank_multiple)
+    offered = allocation(profile, backend, scale, objective, rank_multiple, form)
     if min_retained is not None:
         _require_floor(min_retained, solver, objective)
     if share is not None:
@@ -275,7 +283,7 @@ def plan_of(
         PlannedLayer(
             layer=layer,
             rank=rank,
-            parameters=layer.cost(rank),
+            parameters=layer.cost(rank, offered.form),
             retained=share,
             margin=margin if priced and math.isfinite(margin) else None,
         )
@@ -291,6 +299,7 @@ def plan_of(
         solver=solution.solver,
         objective=offered.objective,
         rank_multiple=offered.rank_multiple,
+        form=offered.form,
         min_retained=offered.min_retained,
         budget=budget,
         certificate=Certificate(

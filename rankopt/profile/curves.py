@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 
 from rankopt.errors import ProfileError
-from rankopt.layers import DENSE, FloatArray, IntArray, Layer
+from rankopt.layers import DENSE, FloatArray, Form, IntArray, Layer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,8 +79,8 @@ class LossCurve:
             raise ProfileError(f"the loss curve has no rank {ranks[missing][0]}")
         return np.where(ranks == DENSE, 0.0, self.losses[places])
 
-    def offered(self, layer: Layer, multiple: int) -> IntArray:
-        """Ranks of the curve that save parameters and are multiples, then DENSE."""
-        saving = layer.ranks(multiple)
+    def offered(self, layer: Layer, multiple: int, form: Form = "pairs") -> IntArray:
+        """Ranks of the curve that save parameters in the form and are multiples, then DENSE."""
+        saving = layer.ranks(multiple, form)
         offered: IntArray = saving[(saving == DENSE) | np.isin(saving, self.ranks)]
         return offered

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from rankopt.errors import OptionError, ProfileError
-from rankopt.layers import Layer, LeftAlone
+from rankopt.layers import Form, Layer, LeftAlone
 from rankopt.schema import STRICT, first_of, parse
 
 FORMAT_VERSION = 2
@@ -114,6 +114,8 @@ class ProfileInfo(BaseModel):
         layers: the planned matrices.
         left_alone: other modules with weights, and why they are not planned.
         backends: whose losses the profile holds; the first is the default.
+        form: how matrices of lower rank are kept by default; kept arrays reach to the largest
+            rank that saves parameters in it.
     """
 
     model_config = STRICT
@@ -138,6 +140,15 @@ class ProfileInfo(BaseModel):
     layers: tuple[Layer, ...]
     left_alone: tuple[LeftAlone, ...]
     backends: Annotated[tuple[BackendInfo, ...], Field(min_length=1)]
+    form: Form = "pairs"
+
+    @model_serializer(mode="wrap")
+    def _without_pairs(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Profiles of pairs stay, to the byte, what they were without the field.
+        content: dict[str, Any] = handler(self)
+        if self.form == "pairs":
+            content.pop("form", None)
+        return content
 
     @model_validator(mode="after")
     def _consistent(self) -> "ProfileInfo":

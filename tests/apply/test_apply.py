@@ -26,9 +26,9 @@ from rankopt.backends.statistics import STATISTICS
 from rankopt.measure.accumulate import gather
 from rankopt.measure.estimators import Estimator
 from rankopt.measure.loss import ModelLoss
-from rankopt.model.lowrank import low_rank, replace
 from rankopt.model.selection import find_layers
 from rankopt.model.size import model_size
+from rankopt.model.surgery import low_rank, replace
 from rankopt.model.tasks import task_of
 from rankopt.model.weights import weight_of
 from tests import tiny

@@ -352,9 +352,9 @@ def test_a_head_and_its_embedding_are_planned_only_if_they_may_be_untied() -> No
 def test_a_group_costs_factors_for_each_member_and_its_matrix_once() -> None:
     (group,) = find_layers(tiny.llama(), include=["lm_head"], untie=True).layers
     assert group.dense_cost == group.cost(None) == 64 * 24
-    assert group.rank_cost == 2 * (64 + 24)
+    assert group.cost(1) == 2 * (64 + 24)
     assert group.cost(5) == 5 * 2 * (64 + 24)
-    assert group.largest_rank == 8
+    assert group.largest_rank() == 8
     assert group.cost(8) < group.dense_cost <= group.cost(9)
     small = tiny.llama(vocab_size=2)
     with pytest.raises(ModelError, match="no rank of a 2 x 24 matrix saves any"):

@@ -207,7 +207,7 @@ def test_uniform_gives_every_layer_the_same_share_to_within_a_rank(keep: float) 
     plan = make_plan(profile, keep=keep, solver="uniform")
     for entry in plan.layers:
         layer = entry.layer
-        assert abs(entry.parameters - keep * layer.dense_cost) <= layer.rank_cost
+        assert abs(entry.parameters - keep * layer.dense_cost) <= layer.cost(1)
     assert plan.budget.parameters - plan.size.planned < 600
 
 
@@ -218,7 +218,7 @@ def test_proportional_ranks_follow_the_fisher_information() -> None:
     scaled = {n: t / profile.fisher_rows[n].sum() for n, t in zip(names, trace, strict=True)}
     plan = make_plan(with_fisher(profile, scaled), keep=0.35, solver="proportional")
     ranks = np.array([rank or 0 for rank in plan.ranks.values()])
-    assert all(0 < r < e.layer.largest_rank for r, e in zip(ranks, plan.layers, strict=True))
+    assert all(0 < r < e.layer.largest_rank() for r, e in zip(ranks, plan.layers, strict=True))
     factor = ranks.sum() / trace.sum()
     assert np.abs(ranks - factor * trace).max() <= 2
 
@@ -292,7 +292,7 @@ def test_rank_multiples_are_kept_and_never_over_budget(solver: str) -> None:
 
 
 def test_rank_multiple_that_no_rank_of_a_layer_reaches_leaves_it_dense() -> None:
-    largest = [layer.largest_rank for layer in PROFILE.info.layers]
+    largest = [layer.largest_rank() for layer in PROFILE.info.layers]
     multiple = sorted(largest)[-2] + 1
     plan = make_plan(PROFILE, keep=0.93, rank_multiple=multiple)
     check(plan, PROFILE)
@@ -316,7 +316,7 @@ def test_ranks_that_were_not_measured_are_not_on_offer(solver: str, multiple: in
     offered = set(GRID[1:] if multiple == 1 else (4, 8, 12))
     allocated = allocation(profile, "fwsvd", "nats", "total", multiple)
     for layer, ranks in zip(allocated.layers, allocated.ranks, strict=True):
-        assert set(ranks.tolist()) == {r for r in offered if r <= layer.largest_rank} | {DENSE}
+        assert set(ranks.tolist()) == {r for r in offered if r <= layer.largest_rank()} | {DENSE}
     for keep in (0.5, 0.7, 0.9):
         plan = make_plan(profile, keep=keep, solver=solver, rank_multiple=multiple)
         check(plan, profile)
@@ -332,16 +332,16 @@ def test_ranks_that_were_not_measured_are_not_on_offer(solver: str, multiple: in
 def test_tied_layers_pay_for_every_member_and_are_dense_once(solver: str, objective: Any) -> None:
     alone, tied = smooth_profile(), smooth_profile(tied=(2,))
     layer = tied.info.layers[2]
-    assert (layer.rank_cost, layer.dense_cost) == (2 * (30 + 30), 900)
+    assert (layer.cost(1), layer.dense_cost) == (2 * (30 + 30), 900)
     # Both members' factors must be smaller than one matrix.
-    assert layer.largest_rank == 7
+    assert layer.largest_rank() == 7
     for keep in (0.5, 0.8):
         plan = make_plan(tied, keep=keep, solver=solver, objective=objective)
         check(plan, tied)
         assert Plan.from_json(plan.to_json()) == plan
         assert plan.size.planned_dense == DENSE_COST
     assert make_plan(tied, keep=1.0).size == make_plan(alone, keep=1.0).size
-    low = make_plan(tied, max_params=sum(x.rank_cost for x in tied.info.layers), solver=solver)
+    low = make_plan(tied, max_params=sum(x.cost(1) for x in tied.info.layers), solver=solver)
     assert set(low.ranks.values()) == {1}
     assert low.size.planned == 40 + 56 + 120 + 59
     other = make_plan(alone, max_params=low.size.planned - 60, solver=solver)
@@ -545,7 +545,7 @@ def test_infeasible_budget_names_the_smallest_that_works(
     assert found is not None
     smallest = int(found[1].replace(",", ""))
     plan = make_plan(PROFILE, solver=solver, max_params=smallest)
-    assert plan.size.planned == smallest == sum(x.rank_cost for x in PROFILE.info.layers)
+    assert plan.size.planned == smallest == sum(x.cost(1) for x in PROFILE.info.layers)
     with pytest.raises(InfeasibleBudgetError):
         make_plan(PROFILE, solver=solver, max_params=smallest - 1)
     named = int(found[2]) if kind == "max_params" else float(found[2])
@@ -581,7 +581,7 @@ def test_any_strategy_makes_a_valid_plan_of_any_profile(
     smallest, ranks = 0, 0
     for layer in profile.info.layers:
         measured = grid or range(1, 25)
-        costs = [layer.cost(r) for r in measured if r <= layer.largest_rank and r % multiple == 0]
+        costs = [layer.cost(r) for r in measured if r <= layer.largest_rank() and r % multiple == 0]
         smallest += min(costs, default=layer.dense_cost)
         ranks += len(costs)
     arguments: dict[str, Any] = {"keep": keep, "solver": solver, "objective": objective}
