@@ -8,9 +8,16 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from rankopt.errors import PlanError, printable
 from rankopt.files import PLAN, is_format, whole_file
@@ -44,8 +51,8 @@ class PlannedLayer(BaseModel):
     retained: Share
     margin: Number | None = None
 
-    def require_counted(self, form: Form) -> None:
-        """Check rank and parameters against the layer.
+    def require_counted(self, form: Form, place: str) -> None:
+        """Check rank and parameters against the layer; ``place`` is named in errors.
 
         Raises:
             ValueError: the rank saves nothing in the form, or has other parameters.
@@ -53,13 +60,13 @@ class PlannedLayer(BaseModel):
         layer, rank = self.layer, self.rank
         if rank is not None and rank > layer.largest_rank(form):
             raise ValueError(
-                f"layer {layer.name}: rank {rank} saves nothing; the largest that does in the "
+                f"{place}: layer {layer.name}: rank {rank} saves nothing; the largest that does in the "
                 f"form {form} is {layer.largest_rank(form)} (null keeps it dense)"
             )
         if self.parameters != layer.cost(rank, form):
             raise ValueError(
-                f"layer {layer.name}: rank {rank} has {layer.cost(rank, form)} parameters in the "
-                f"form {form}, not {self.parameters}"
+                f"{place}: layer {layer.name}: rank {rank} has {layer.cost(rank, form)} "
+                f"parameters in the form {form}, not {self.parameters}"
             )
 
 
@@ -179,6 +186,14 @@ class Plan(BaseModel):
     profile_digest: str
     layers: Annotated[tuple[PlannedLayer, ...], Field(min_length=1)]
 
+    @model_serializer(mode="wrap")
+    def _without_pairs(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Plans of pairs stay, to the byte, what they were without the field.
+        content: dict[str, Any] = handler(self)
+        if self.form == "pairs":
+            content.pop("form", None)
+        return content
+
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":
         names = [member for entry in self.layers for member in entry.layer.members]
@@ -186,8 +201,8 @@ class Plan(BaseModel):
             raise ValueError("a layer is planned twice")
         if self.worst_layer not in names:
             raise ValueError(f"the worst layer {self.worst_layer!r} is not planned")
-        for entry in self.layers:
-            entry.require_counted(self.form)
+        for number, entry in enumerate(self.layers):
+            entry.require_counted(self.form, f"layers.{number}")
         spent = sum(entry.parameters for entry in self.layers)
         if spent != self.size.planned:
             raise ValueError(f"the layers have {spent} parameters, not {self.size.planned}")
