@@ -60,8 +60,8 @@ class PlannedLayer(BaseModel):
         layer, rank = self.layer, self.rank
         if rank is not None and rank > layer.largest_rank(form):
             raise ValueError(
-                f"{place}: layer {layer.name}: rank {rank} saves nothing; the largest that does in the "
-                f"form {form} is {layer.largest_rank(form)} (null keeps it dense)"
+                f"{place}: layer {layer.name}: rank {rank} saves nothing; the largest that does in "
+                f"the form {form} is {layer.largest_rank(form)} (null keeps it dense)"
             )
         if self.parameters != layer.cost(rank, form):
             raise ValueError(
