@@ -137,8 +137,9 @@ class PivotedColumns(_Pivoted):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., in)`` -> ``(..., out)``."""
-        ordered = x.index_select(-1, self.index)
-        y: Tensor = self.up(ordered[..., : self.rank] + self.down(ordered[..., self.rank :]))
+        pivots, others = self.index[: self.rank], self.index[self.rank :]
+        kept = x.index_select(-1, pivots) + self.down(x.index_select(-1, others))
+        y: Tensor = self.up(kept)
         return y
 
     extra_repr = LowRankLinear.extra_repr
