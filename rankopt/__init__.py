@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rankopt.evaluation.search import SearchedPlan as SearchedPlan
     from rankopt.evaluation.search import search_plan as search_plan
     from rankopt.measure.measure import profile_model as profile_model
+    from rankopt.model.lowrank import LowRank as LowRank
     from rankopt.model.lowrank import LowRankLinear as LowRankLinear
     from rankopt.model.tasks import LossFunction as LossFunction
 
@@ -51,6 +52,7 @@ _TORCH = {
     "Columns": "rankopt.data.rows",
     "Evaluation": "rankopt.evaluation.evaluation",
     "LossFunction": "rankopt.model.tasks",
+    "LowRank": "rankopt.model.lowrank",
     "LowRankLinear": "rankopt.model.lowrank",
     "SearchedPlan": "rankopt.evaluation.search",
     "applied": "rankopt.apply.apply",
@@ -74,6 +76,7 @@ __all__ = [
     "InfeasibleBudgetError",
     "Layer",
     "LossFunction",
+    "LowRank",
     "LowRankLinear",
     "MissingExtraError",
     "ModelError",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rankopt import (
-    LowRankLinear,
+    LowRank,
     ModelError,
     Plan,
     Profile,
@@ -137,7 +137,7 @@ class Journey:
         apply_plan(self.model, self.planned, self.measured, progress=False)
         assert model_size(self.model).model == self.planned.size.model
         assert model_size(self.model).planned == self.planned.size.planned
-        assert any(isinstance(module, LowRankLinear) for module in self.model.modules())
+        assert any(isinstance(module, LowRank) for module in self.model.modules())
         assert not torch.allclose(self.outputs(self.model), before, atol=1e-4)
         return "yes"
 

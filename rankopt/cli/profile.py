@@ -72,8 +72,8 @@ def profile(
     draws: Annotated[int, typer.Option(help="Of labels or signs, for each example.")] = 1,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     form: Annotated[
-        str, typer.Option(help="How a low rank will be kept: pairs (of factors) or pivoted.")
-    ] = "pairs",
+        str, typer.Option(help="How a low rank is kept: pivoted, or pairs (of factors).")
+    ] = "pivoted",
     until_stable: Annotated[
         bool, typer.Option(help="Stop when twice the data would hardly move the ranks.")
     ] = False,

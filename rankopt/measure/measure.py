@@ -61,7 +61,7 @@ def profile_model(
     draws: int = 1,
     seed: int = 0,
     stop: Stop | None = None,
-    form: Form = "pairs",
+    form: Form = "pivoted",
     keep_bases: bool = True,
     store: Store | None = None,
     layers_at_a_time: int | None = None,
@@ -99,10 +99,10 @@ def profile_model(
         seed: of what is drawn.
         stop: asked after 4, 8, 16, ... batches whether to stop; ``rankopt.Stability()`` stops when
             the ranks have settled.
-        form: how matrices of lower rank will be kept: ``pairs`` of factors, or ``pivoted``, which
-            has fewer parameters, so that ranks up to full save some. Says what plans have by
-            default, and how far singular vectors are stored: about twice as far for ``pivoted``.
-            A profile for ``pivoted`` can be planned in pairs too.
+        form: how matrices of lower rank will be kept: ``pivoted``, or as ``pairs`` of factors,
+            which have more parameters at the same rank. Says what plans have by default, and how
+            far singular vectors are stored: to full rank for ``pivoted``, about half of it for
+            pairs. A profile for ``pivoted`` can be planned in pairs too.
         keep_bases: store singular vectors too, so that applying a plan is fast. What a backend
             needs and could not compute again without the data is always stored.
         store: where these arrays go; memory by default. ``rankopt.SpilledArrays`` is a folder.

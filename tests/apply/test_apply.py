@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import (
-    LowRankLinear,
+    LowRank,
     ModelError,
     Plan,
     PlanError,
@@ -89,7 +89,7 @@ def test_the_applied_model_has_the_planned_size_to_the_parameter(kind: str) -> N
     assert size.model_bytes == plan.size.model_bytes
     for name, rank in plan.ranks.items():
         module = model.get_submodule(name)
-        assert isinstance(module, LowRankLinear) == (rank is not None)
+        assert isinstance(module, LowRank) == (rank is not None)
         assert rank is None or module.rank == rank == module.down.weight.shape[0]
     assert distance(logits(model), dense) > 1e-3
 
@@ -339,7 +339,7 @@ def test_a_model_that_another_method_has_quantised_is_refused() -> None:
 def test_the_low_rank_layer_is_its_product() -> None:
     model, profile, plan = prepared("bert-classification")
     apply_plan(model, plan, profile)
-    low = next(m for m in model.modules() if isinstance(m, LowRankLinear))
+    low = next(m for m in model.modules() if isinstance(m, LowRank))
     x = torch.randn(2, 3, low.in_features)
     wanted = nn.functional.linear(x, low.weight, low.bias)
     assert torch.allclose(low(x), wanted, atol=1e-4)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from rankopt import (
-    LowRankLinear,
+    LowRank,
     Plan,
     PlanError,
     Profile,
@@ -103,7 +103,7 @@ def test_head_and_embedding_get_factors_of_their_own(kind: str) -> None:
     assert before.model == plan.size.model_dense and before.planned == plan.size.planned_dense
     apply_plan(model, plan, profile)
     a, b = model.get_submodule(head), model.get_submodule(embedding)
-    assert isinstance(a, LowRankLinear) and isinstance(b, LowRankEmbedding)
+    assert isinstance(a, LowRank) and isinstance(b, LowRank)
     assert a.rank == b.rank == rank
     assert not torch.allclose(a.weight, b.weight, atol=1e-3), "both see their own statistics"
     size = model_size(model, profile.info.layers)

@@ -89,7 +89,7 @@ def test_the_loss_curve_is_that_of_the_layers_at_every_rank_up_to_full(kind: str
 
 def test_a_plan_in_pairs_from_the_same_profile_is_that_of_a_profile_for_pairs() -> None:
     model, profile, _ = prepared("llama")
-    pairs = profile_model(model, tiny.batches(model))
+    pairs = profile_model(model, tiny.batches(model), form="pairs")
     one = make_plan(profile, keep=0.5, form="pairs")
     two = make_plan(pairs, keep=0.5)
     assert one.ranks == two.ranks

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
 from rankopt import (
-    LowRankLinear,
+    LowRank,
     ModelError,
     Plan,
     RankoptError,
@@ -69,7 +69,7 @@ def load(model: Any, folder: Path, **options: Any) -> Any:
 
 
 def low_rank(model: Any) -> dict[str, int]:
-    return {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    return {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRank)}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

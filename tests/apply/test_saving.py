@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rankopt import LowRankLinear, ModelError, apply_plan, make_plan, profile_model, save_model
+from rankopt import LowRank, ModelError, apply_plan, make_plan, profile_model, save_model
 from tests import tiny
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -178,7 +178,7 @@ def test_dequantize_after_saving(dtype: Any, small: Any, tmp_path: Path) -> None
     assert model.config.dtype == "float32"
     wanted = logits(model)
     dense = model.dequantize() if dtype is None else model.dequantize(dtype=dtype)
-    assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
+    assert not any(isinstance(module, LowRank) for module in dense.modules())
     kind = torch.float32 if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))
     assert {p.dtype for p in dense.parameters()} == {kind}
     assert (logits(dense).float() - wanted).abs().max() < 0.05 * wanted.abs().max()

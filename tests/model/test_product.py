@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 from torch.utils.checkpoint import checkpoint
 
-from rankopt import LowRankLinear, apply_plan, make_plan, profile_model
+from rankopt import LowRank, LowRankLinear, apply_plan, make_plan, profile_model
 from rankopt.model.lowrank import LowRankEmbedding
 from rankopt.model.product import Product, product
 from tests import tiny
@@ -45,7 +45,7 @@ def test_t5_runs_without_forming_a_product(formed: list[Product]) -> None:
     batches = tiny.batches(model)
     profile = profile_model(model, batches, include=["*.wo"])
     apply_plan(model, make_plan(profile, keep=0.4), profile)
-    low = [n for n, m in model.named_modules() if isinstance(m, LowRankLinear)]
+    low = [n for n, m in model.named_modules() if isinstance(m, LowRank)]
     assert low and all(name.endswith(".wo") for name in low)
     with torch.no_grad():
         logits = model(**batches[0]).logits
