@@ -127,7 +127,7 @@ def search_plan(
         rank_multiple: offer only multiples of it (and dense).
         backend: whose losses to use; by default the profile's first.
         scale: how layers compare, one of the backend's; by default its first.
-        plans: SOLVER or SOLVER/OBJECTIVE, measured first.
+        plans: strategies, as ``Strategy.parse`` takes them, measured first.
         sampler: ``cmaes``, ``tpe``, ``thompson``, ``gp``, ``random``, or a sampler of Optuna's.
         storage: a journal file or a database's URL; the same call goes on where it was stopped,
             and several processes share the work. None keeps nothing.
@@ -167,7 +167,7 @@ def search_plan(
             raise OptionError(
                 f"plan {text}: every trial of a search has the backend {offered.backend}"
             )
-        _, chosen = choose(
+        seen, chosen = choose(
             profile,
             budget,
             solver=strategy.solver,
@@ -175,9 +175,11 @@ def search_plan(
             rank_multiple=rank_multiple,
             backend=offered.backend,
             scale=offered.scale,
+            min_retained=strategy.min_retained,
         )
-        # All objectives offer the same options.
-        named[text] = chosen.choice
+        # A floor leaves some options out.
+        pairs = zip(offered.ranks, seen.ranks, chosen.choice, strict=True)
+        named[text] = tuple(int((every == few[j]).argmax()) for every, few, j in pairs)
     problem = offered.problem(budget.parameters)
 
     def planned(choice: Choice) -> Plan:
