@@ -31,9 +31,11 @@ _MIXED = (
 )
 #: At most so many examples are taken one by one, where that is the only way.
 _SINGLY = 8
-#: Labels are said to be fitted where the loss is below this share of the entropy. On text, and on
-#: labels that were not learnt by heart, the two are near each other.
-_FITTED = 0.5
+#: Labels are said to be fitted where the loss is below this share of the entropy. The two are near
+#: each other on text, and on labels as the model would draw them. Of two classes and a label that
+#: is found more likely, the loss is 0.77 of the entropy if that is 0.6 sure, 0.32 if it is 0.9,
+#: and 0.18 if it is 0.99.
+_FITTED = 2 / 3
 
 
 def check_apart(

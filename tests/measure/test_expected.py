@@ -1,8 +1,9 @@
 """All labels at once: the expectation by definition, in few passes, chosen where it serves."""
 
+import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from rankopt import ModelError, OptionError, Profile, profile_model
+from rankopt.backends import BUILT_IN
 from rankopt.backends.statistics import STATISTICS
 from rankopt.measure.accumulate import Gathered, gather
 from rankopt.measure.collector import Collector
@@ -23,7 +25,7 @@ from rankopt.model.selection import find_layers
 from rankopt.model.tasks import task_of
 from tests import tiny
 from tests.measure.exact import difference, in_double, one_by_one, rows_of
-from tests.measure.test_estimators import SmoothedForSequenceClassification, few
+from tests.measure.test_estimators import Alone, SmoothedForSequenceClassification, few
 
 Batch = dict[str, Any]
 Sums = dict[str, dict[str, Tensor]]
@@ -214,6 +216,52 @@ def test_labels_that_are_drawn_often_enough_give_the_same(kind: str) -> None:
     assert errors[1] < 0.12 and errors[1] < errors[0]
 
 
+def test_an_interruption_changes_no_bit(tmp_path: Path) -> None:
+    model = tiny.bert(num_labels=4)
+    batches = tiny.batches(model, count=5)
+
+    def interrupted() -> Iterator[Batch]:
+        yield from batches[:3]
+        raise KeyboardInterrupt
+
+    def profile(given: Any, **options: Any) -> Profile:
+        return profile_model(model, given, backends=BUILT_IN, estimator="expected", **options)
+
+    how: dict[str, Any] = {"checkpoint": tmp_path / "partial", "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        profile(interrupted(), **how)
+    resumed, whole = profile(batches, **how), profile(batches)
+    assert resumed.digest() == whole.digest() and resumed.info == whole.info
+    assert whole.info.draws == 1 and whole.info.seed is None
+    for name in BUILT_IN:
+        assert all(curve.losses[0] > 0.0 for curve in whole.curves[name].values())
+
+
+def test_processes_add_up() -> None:
+    model, batches, _ = small("four classes")
+    modules, loss = find_layers(model).modules, ModelLoss(task_of(model), Estimator("expected"))
+    whole = measured(model, batches)
+    shares = [
+        gather(model, modules, batches, loss, STATISTICS, processes=Alone(rank, 2)).sums
+        for rank in range(2)
+    ]
+    for name in modules:
+        for kind, total in whole.sums[name].tensors().items():
+            parts = [share[name].tensors()[kind] for share in shares]
+            assert torch.allclose(parts[0] + parts[1], total, rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_digits_are_enough(dtype: torch.dtype) -> None:
+    model = tiny.bert(num_labels=4)
+    batches = tiny.batches(model)
+    found, wanted = (
+        rows_of(profile_model(each, batches, keep_bases=False, estimator="expected"))
+        for each in (copy.deepcopy(model).to(dtype), model)
+    )
+    assert difference(found, wanted) < 0.15
+
+
 EXTREMES = [[0.0], [3.0, -1.0], [2000.0, -2000.0, 0.0], [1e4, -1e4], [50.0, 0.0, 49.0, -900.0]]
 
 
@@ -365,7 +413,7 @@ def fitted(*, right: bool) -> tuple[Any, list[Batch]]:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         spread = torch.cat([model(**batch).logits for batch in batches]).std()
-        model.classifier.weight.mul_(10.0 / spread)
+        model.classifier.weight.mul_(5.0 / spread)
         for batch in batches:
             logits = model(**batch).logits
             drawn = draw_labels("sequence-classification", logits, batch["labels"], generator)
@@ -382,7 +430,7 @@ def test_labels_that_are_predicted_are_warned_of(
     chances = logits.softmax(1)
     loss = float(-chances.max(1).values.log().mean())
     entropy = float(torch.special.entr(chances).sum(1).mean())
-    assert loss < 0.5 * entropy
+    assert loss < 0.6 * entropy
     options: dict[str, Any] = {"keep_bases": False, "estimator": "empirical"}
     path = tmp_path / "partial"
     for count, said in ((3, False), (4, True)):
