@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rankopt.data.rows import Columns as Columns
     from rankopt.evaluation.evaluation import Evaluation as Evaluation
     from rankopt.evaluation.evaluation import evaluate as evaluate
+    from rankopt.evaluation.plans import measure_comparison as measure_comparison
     from rankopt.evaluation.plans import measure_rows as measure_rows
     from rankopt.evaluation.search import SearchedPlan as SearchedPlan
     from rankopt.evaluation.search import search_plan as search_plan
@@ -59,6 +60,7 @@ _TORCH = {
     "apply_plan": "rankopt.apply.apply",
     "evaluate": "rankopt.evaluation.evaluation",
     "load_batches": "rankopt.data.batches",
+    "measure_comparison": "rankopt.evaluation.plans",
     "measure_rows": "rankopt.evaluation.plans",
     "profile_model": "rankopt.measure.measure",
     "save_model": "rankopt.apply.saving",
@@ -95,6 +97,7 @@ __all__ = [
     "evaluate",
     "load_batches",
     "make_plan",
+    "measure_comparison",
     "measure_rows",
     "profile_model",
     "save_model",

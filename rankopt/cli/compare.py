@@ -21,7 +21,7 @@ from rankopt.cli.options import (
     show_json,
 )
 from rankopt.errors import RankoptError
-from rankopt.plan.compare import DEFAULT_STRATEGIES, Strategy
+from rankopt.plan.compare import DEFAULT_STRATEGIES, GRAMMAR, Strategy
 from rankopt.plan.compare import compare as compared
 from rankopt.profile.profile import Profile
 
@@ -48,10 +48,7 @@ def compare(
     ],
     strategy: Annotated[
         list[str] | None,
-        typer.Option(
-            help="SOLVER[/OBJECTIVE][@BACKEND]; if not given: "
-            + ", ".join(map(str, DEFAULT_STRATEGIES))
-        ),
+        typer.Option(help=f"{GRAMMAR}; if not given: " + ", ".join(map(str, DEFAULT_STRATEGIES))),
     ] = None,
     rank_multiple: MultipleOption = 1,
     form: FormOption = None,

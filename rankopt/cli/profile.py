@@ -64,8 +64,12 @@ def profile(
         bool, typer.Option(help="Plan a head and an embedding that share their weight.")
     ] = False,
     estimator: Annotated[
-        str, typer.Option(help="empirical (given labels) or sampled (labels from the model).")
-    ] = "empirical",
+        str,
+        typer.Option(
+            help="empirical (given labels), expected (over all labels, as the model predicts "
+            "them), sampled (labels drawn from it), or auto: what suits the task."
+        ),
+    ] = "auto",
     unit: Annotated[
         str, typer.Option(help="What is squared as one: example or token.")
     ] = "example",
@@ -110,7 +114,7 @@ def profile(
     require_file(output, is_format(PROFILE), overwrite=force, apart_from=read)
     if resumable:
         require_file(partial, is_format(CHECKPOINT), apart_from=read)
-    if (estimator, unit) == ("empirical", "example"):
+    if estimator != "sampled" and (unit == "example" or estimator == "expected"):
         require_with(ctx, ["draws", "seed"], "--estimator sampled or --unit token")
     if not until_stable:
         require_with(ctx, ["stable_keep", "stable_tolerance"], "--until-stable")

@@ -212,6 +212,8 @@ def profile_summary(profile: Profile) -> str:
         f"{info.architecture}, {info.task}: {info.estimator} Fisher per {info.unit} from "
         f"{info.examples:,} examples, {info.targets:,} targets"
     ]
+    if info.estimator_reason is not None:
+        lines.append(f"  estimator   {info.estimator}: {info.estimator_reason}")
     if info.estimator == "sampled":
         lines.append(f"  labels      drawn {info.draws}x from the model's prediction, "
                      f"seed {info.seed}")  # fmt: skip

@@ -35,7 +35,7 @@ def data_digest(model: nn.Module, batches: Iterable[Batch]) -> str:
     task, device, chain = task_of(model), device_of(model), ""
     for number, batch in enumerate(listed(batches)):
         if not number:
-            task, _ = settled(model, task, batch)
+            task, *_ = settled(model, task, batch)
             limits = limits_of(model, task)
         chain = chained(chain, prepare(task, batch, device, number, limits))
     return chain

@@ -36,6 +36,9 @@ class Evaluation:
         model_parameters: of the whole model, tied ones once.
         model_bytes: the same in bytes.
         notes: where the loss is not finite, and why metrics are None.
+        example_losses: of each example, summed over its targets, in the order of the data: what a
+            paired comparison of two models needs. None unless they were asked for.
+        example_targets: how many targets each example has, with example_losses.
     """
 
     task: str
@@ -47,6 +50,8 @@ class Evaluation:
     model_parameters: int
     model_bytes: int
     notes: tuple[str, ...] = ()
+    example_losses: tuple[float, ...] | None = None
+    example_targets: tuple[int, ...] | None = None
 
 
 def evaluate(
@@ -55,6 +60,7 @@ def evaluate(
     *,
     loss_fn: LossFunction | None = None,
     layers: Iterable[Layer] | None = None,
+    per_example: bool = False,
     progress: bool | None = None,
 ) -> Evaluation:
     """Measure a dense or compressed model; in eval mode, the model is left as it was.
@@ -66,13 +72,15 @@ def evaluate(
         loss_fn: (model, batch) -> loss of each example ``(B,)``, as for profile_model.
         layers: what counts as planned, ``profile.info.layers``; by default what is planned if
             nothing is included or excluded, and what is low rank.
+        per_example: also the loss of each example. Of a loss that is not known to be a likelihood
+            (label smoothing), each example is run by itself for that.
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
         DataError: no batches, or batches without targets.
     """
     loss = find_loss(unwrapped(model), loss_fn)
-    return measured(model, batches, loss, layers=layers, progress=progress)
+    return measured(model, batches, loss, layers=layers, per_example=per_example, progress=progress)
 
 
 @torch.no_grad()
@@ -82,6 +90,7 @@ def measured(
     loss: Loss,
     *,
     layers: Iterable[Layer] | None = None,
+    per_example: bool = False,
     progress: bool | None = None,
 ) -> Evaluation:
     """See evaluate; of a loss that was settled, the first batch is run once."""
@@ -91,11 +100,16 @@ def measured(
     notes: list[str] = []
     truths: list[Tensor] = []
     guesses: list[Tensor] = []
+    losses: list[float] = []
+    terms: list[int] = []
     with in_eval(model):
         for number, batch in enumerate(bar(listed(batches), "Evaluate", "batch", progress)):
             loss = loss if number else loss.settled(model, batch)
             ready = loss.ready(batch, device, number)
-            found = loss.summed(model, ready)
+            found = loss.summed(model, ready, apart=per_example)
+            if found.losses is not None and found.terms is not None:
+                losses += found.losses.tolist()
+                terms += [int(count) for count in found.terms.tolist()]
             summed += found.loss
             examples, targets = examples + found.examples, targets + found.targets
             if not math.isfinite(summed):
@@ -130,6 +144,8 @@ def measured(
         size.model,
         size.model_bytes,
         tuple(notes),
+        tuple(losses) if per_example else None,
+        tuple(terms) if per_example else None,
     )
 
 

@@ -34,12 +34,14 @@ class PlanEvaluator:
         batches: held-out data.
         progress: bars on stderr for each plan's factors and evaluation; by default if it is a
             terminal. False inside a loop that has a bar of its own.
+        per_example: measure the loss of each example, too.
     """
 
     model: nn.Module
     profile: Profile
     batches: Sequence[Batch]
     progress: bool | None = None
+    per_example: bool = False
     _cache: FactorCache = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def dense(self) -> Evaluation:
@@ -78,7 +80,14 @@ class PlanEvaluator:
 
     def _evaluated(self, model: nn.Module) -> Evaluation:
         layers = self.profile.info.layers
-        return measured(model, self.batches, self._loss, layers=layers, progress=self.progress)
+        return measured(
+            model,
+            self.batches,
+            self._loss,
+            layers=layers,
+            per_example=self.per_example,
+            progress=self.progress,
+        )
 
 
 def measure_rows(
@@ -87,6 +96,7 @@ def measure_rows(
     rows: Sequence[ComparedPlan],
     batches: Sequence[Batch],
     *,
+    per_example: bool = False,
     progress: bool | None = None,
 ) -> Iterator[tuple[ComparedPlan, Evaluation]]:
     """Measure the plans of a comparison; those with one backend and the same ranks once.
@@ -96,12 +106,13 @@ def measure_rows(
         profile: that the rows were planned from.
         rows: plans to measure.
         batches: held-out data.
+        per_example: also the loss of each example; see evaluate.
         progress: a bar on stderr, one for all plans; by default if it is a terminal.
 
     Yields:
         Each row, and what was measured.
     """
-    measure = PlanEvaluator(model, profile, batches, progress=False)
+    measure = PlanEvaluator(model, profile, batches, progress=False, per_example=per_example)
     seen: dict[tuple[str, tuple[tuple[str, int | None], ...]], Evaluation] = {}
     for row in bar(rows, "Compare", "plan", progress):
         model_of = row.plan.backend, tuple(row.plan.ranks.items())
@@ -116,18 +127,28 @@ def measure_comparison(
     rows: Sequence[ComparedPlan],
     batches: Sequence[Batch],
     *,
+    per_example: bool = False,
     progress: bool | None = None,
 ) -> tuple[Evaluation, list[tuple[ComparedPlan, Evaluation]]]:
     """The dense model, and what measure_rows yields; one bar for all.
+
+    Args:
+        model: see measure_rows, as all that follow.
+        profile: see measure_rows.
+        rows: see measure_rows.
+        batches: see measure_rows.
+        per_example: see measure_rows.
+        progress: see measure_rows.
 
     Raises:
         NotFiniteError: the dense model's loss is NaN or infinite.
     """
     with bar(range(len(rows) + 1), "Compare", "model", progress) as shown:
-        dense = PlanEvaluator(model, profile, batches, progress=False).dense()
+        how = {"per_example": per_example, "progress": False}
+        dense = PlanEvaluator(model, profile, batches, **how).dense()
         shown.update()
         pairs = []
-        for pair in measure_rows(model, profile, rows, batches, progress=False):
+        for pair in measure_rows(model, profile, rows, batches, **how):
             pairs.append(pair)
             shown.update()
     return dense, pairs

@@ -130,7 +130,7 @@ def search_plan(
         form: see make_plan.
         backend: whose losses to use; by default the profile's first.
         scale: how layers compare, one of the backend's; by default its first.
-        plans: SOLVER or SOLVER/OBJECTIVE, measured first.
+        plans: strategies, as ``Strategy.parse`` takes them, measured first.
         sampler: ``cmaes``, ``tpe``, ``thompson``, ``gp``, ``random``, or a sampler of Optuna's.
         storage: a journal file or a database's URL; the same call goes on where it was stopped,
             and several processes share the work. None keeps nothing.
@@ -170,7 +170,7 @@ def search_plan(
             raise OptionError(
                 f"plan {text}: every trial of a search has the backend {offered.backend}"
             )
-        _, chosen = choose(
+        seen, chosen = choose(
             profile,
             budget,
             solver=strategy.solver,
@@ -179,9 +179,11 @@ def search_plan(
             form=offered.form,
             backend=offered.backend,
             scale=offered.scale,
+            min_retained=strategy.min_retained,
         )
-        # All objectives offer the same options.
-        named[text] = chosen.choice
+        # A floor leaves some options out.
+        pairs = zip(offered.ranks, seen.ranks, chosen.choice, strict=True)
+        named[text] = tuple(int((every == few[j]).argmax()) for every, few, j in pairs)
     problem = offered.problem(budget.parameters)
 
     def planned(choice: Choice) -> Plan:

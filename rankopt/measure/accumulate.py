@@ -124,13 +124,13 @@ def gather(
             if number + 1 > resumed:
                 if processes.takes(number):
                     with _located(model, loss, ready, number):
-                        examples, targets = loss.backward(collector, model, ready, number)
-                        if checked < min(2, examples):
+                        found = loss.backward(collector, model, ready, number)
+                        if checked < min(2, found.examples):
                             # One example alone tells nothing of how several are kept apart.
                             loss.check(model, modules, ready)
-                            checked = examples
-                    units = loss.estimator.units(examples, targets)
-                    seen.add(number, examples, targets, units, collector.totals)
+                            checked = found.examples
+                    units = loss.estimator.units(found.examples, found.targets)
+                    seen.add(number, found, units, collector.totals)
                 seen.batches, seen.chain = number + 1, chain
                 due = checkpoint is not None and len(seen.units) % checkpoint.every == 0
                 if checkpoint is not None and due and processes.takes(number):
@@ -218,21 +218,26 @@ def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathere
             "its share itself"
         )
     sums = collector.copies()
-    counts = torch.zeros(len(sums) + 2, dtype=torch.float64)
+    counts = torch.zeros(len(sums), dtype=torch.float64)
     for k, held in enumerate(sums.values()):
         processes.add_up(held.tensors().values())
         counts[k] = held.seen
-    counts[-2], counts[-1] = seen.examples, seen.targets
+    of_all = ("examples", "targets", "loss", "entropy", "weighed")
+    counted = torch.tensor([getattr(seen, name) for name in of_all], dtype=torch.float64)
     totals = torch.zeros(seen.batches, len(collector.modules) + 1, dtype=torch.float64)
     for number, total, units in zip(seen.numbers, seen.totals, seen.units, strict=True):
         totals[number, :-1], totals[number, -1] = total, units
-    processes.add_up([counts, totals])
+    processes.add_up([counts, counted, totals])
     for k, held in enumerate(sums.values()):
         held.seen = int(counts[k])
+    examples, targets, given, expected, weighed = counted.tolist()
     whole = dataclasses.replace(
         seen,
-        examples=int(counts[-2]),
-        targets=int(counts[-1]),
+        examples=int(examples),
+        targets=int(targets),
+        loss=given,
+        entropy=expected,
+        weighed=int(weighed),
         totals=list(totals[:, :-1]),
         units=totals[:, -1].tolist(),
         numbers=list(range(seen.batches)),

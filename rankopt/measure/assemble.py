@@ -94,7 +94,7 @@ def assembled(subject: Subject, parts: Parts, store: Store) -> Profile:
         store: arrays that spare a decomposition on apply.
     """
     gathered, layers, how = parts.gathered, subject.selection.layers, subject.loss.estimator
-    assert gathered is not None
+    assert gathered is not None and how.kind != "auto"
     size, seen = model_size(subject.model), gathered.seen
     versions = {"rankopt": __version__, "torch": torch.__version__}
     backends = [_described(name, how.unit, layers, found) for name, found in parts.curves.items()]
@@ -104,6 +104,7 @@ def assembled(subject: Subject, parts: Parts, store: Store) -> Profile:
         fingerprint=subject.fingerprint,
         task=subject.loss.task,
         estimator=how.kind,
+        estimator_reason=subject.loss.why,
         unit=how.unit,
         draws=how.draws,
         seed=how.seed if how.random else None,

@@ -31,19 +31,23 @@ from rankopt.measure.padding import (
     warn_of_rows,
     warn_of_unmasked,
 )
-from rankopt.model.inputs import UNKNOWN, Limits, limits_of
+from rankopt.model.inputs import OF_TOKENS, UNKNOWN, Limits, limits_of
+from rankopt.model.likelihood import entropies, likelihood
 from rankopt.model.tasks import (
     Batch,
     LossFunction,
-    likelihood,
     loss_terms,
     mean_loss,
+    off,
     positions_of,
     prepare,
+    rows_of,
     settled,
     task_of,
     to_device,
+    tolerance,
 )
+from rankopt.model.weights import device_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +59,19 @@ class Summed:
         examples: in the batch.
         targets: terms.
         output: of the model, if the loss is its own.
+        entropy: what the model itself expects the loss to be; None where that was not asked, or is
+            not known.
+        losses: of each example, ``(B,)``; None if they were not asked for.
+        terms: how many of the targets are each example's, ``(B,)``, with the losses.
     """
 
     loss: float
     examples: int
     targets: int
     output: Any = None
+    entropy: float | None = None
+    losses: Tensor | None = None
+    terms: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +84,10 @@ class ModelLoss:
         terms: the task whose terms are counted, where the first batch has told; see settled.
         fits: the likelihood of the task is the model's own loss, as far as is known.
         limits: of token ids and labels.
+        why: the estimator is what it is, where that was left open.
+
+    Raises:
+        OptionError: labels are to be enumerated that an example has too many of.
     """
 
     task: str
@@ -80,6 +95,15 @@ class ModelLoss:
     terms: str = ""
     fits: bool = False
     limits: Limits = UNKNOWN
+    why: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.estimator.kind == "expected" and self.task in OF_TOKENS:
+            raise OptionError(
+                "the expected estimator goes through all labels of an example, and "
+                f"{self.task} has one at every position: use the sampled estimator, which draws "
+                "them"
+            )
 
     @property
     def name(self) -> str | None:
@@ -87,12 +111,21 @@ class ModelLoss:
         return None
 
     def settled(self, model: nn.Module, batch: Any) -> "ModelLoss":
-        """With what only the first batch can tell."""
+        """With what only the first batch can tell.
+
+        Raises:
+            ModelError: the estimator needs a likelihood, and there is none that is known.
+        """
         if self.terms:
             return self
-        terms, fits = settled(model, self.task, batch)
+        terms, fits, outputs = settled(model, self.task, batch)
+        estimator, why = self.estimator.chosen(terms, outputs)
+        if estimator.stated and not fits:
+            check_likelihood(model, terms, self.ready(batch, device_of(model)))
         return dataclasses.replace(
             self,
+            estimator=estimator,
+            why=why,
             # Who shifts the labels of a language model is nobody else's business.
             task=self.task if self.task.endswith("-lm") else terms,
             terms=terms,
@@ -119,26 +152,26 @@ class ModelLoss:
             tokens = positions_of(ready)
             check_apart(model, modules, tokens, lambda: stated_losses(model, self._counted, ready))
             return
-        if self.estimator.random:
-            check_likelihood(model, self._counted, ready)
         check_loss(model, self._counted, ready)
         check_examples(model, modules, self._counted, ready)
 
-    def backward(
-        self, collector: Collector, model: nn.Module, ready: Batch, number: int
-    ) -> tuple[int, int]:
-        """Run a batch forward and backward; how many examples and targets it has."""
-        terms = loss_terms(self._counted, ready["labels"])
-        _begin(
-            collector, model, self._counted, lambda each: mean_loss(model, each), ready, len(terms)
-        )
-        losses = self.estimator.losses(model, self._counted, ready, number, fits=self.fits)
+    def backward(self, collector: Collector, model: nn.Module, ready: Batch, number: int) -> Summed:
+        """Run a batch forward and backward; its loss, and the entropy where labels are given."""
+        task, labels = self._counted, ready["labels"]
+        terms = loss_terms(task, labels)
+        _begin(collector, model, task, lambda each: mean_loss(model, each), ready, len(terms))
+        found = mean_loss(model, ready)
+        entropy = None
+        if self.fits and self.estimator.kind == "empirical" and task != "regression":
+            entropy = float(entropies(task, found[1].logits, labels).sum(dtype=torch.float64))
+        losses = self.estimator.losses(model, task, found, labels, number, fits=self.fits)
         for loss, again in losses:
             collector.backward(loss, again=again)
-        return len(terms), int(terms.sum())
+        total = float(found[0].detach().double() * terms.sum())
+        return Summed(total, len(terms), int(terms.sum()), entropy=entropy)
 
-    def summed(self, model: nn.Module, ready: Batch) -> Summed:
-        """The loss of a batch, without its graph if there is none."""
+    def summed(self, model: nn.Module, ready: Batch, *, apart: bool = False) -> Summed:
+        """The loss of a batch, without its graph if there is none; of each example if asked."""
         terms = loss_terms(self._counted, ready["labels"])
         loss, output = mean_loss(model, ready)
         total = loss.double() * terms.sum()
@@ -146,7 +179,17 @@ class ModelLoss:
             # A mean of few digits; its terms have more.
             stated = likelihood(self._counted, output, ready["labels"])
             total = total if stated is None else stated.sum(dtype=torch.float64)
-        return Summed(float(total), len(terms), int(terms.sum()), output)
+        found = Summed(float(total), len(terms), int(terms.sum()), output)
+        if not apart:
+            return found
+        different, stated = off(self._counted, loss, output, ready["labels"])
+        if stated is not None and different <= tolerance(model):
+            each = stated.sum(1, dtype=torch.float64)
+        else:
+            # A mean of which no terms are known: of one example after the other.
+            parts = [rows_of(ready, slice(n, n + 1)) for n in range(len(terms))]
+            each = torch.stack([mean_loss(model, part)[0].double() for part in parts]) * terms
+        return dataclasses.replace(found, losses=each, terms=terms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +197,16 @@ class GivenLoss:
     """A loss_fn: (model, batch) -> the loss of each example, ``(B,)``. Nothing of it is known.
 
     Raises:
-        OptionError: an estimator that draws labels, or takes tokens apart.
+        OptionError: an estimator that draws or enumerates labels, or takes tokens apart.
     """
 
     function: LossFunction
     estimator: Estimator = EMPIRICAL
     task: str = "custom"
+    why: str | None = None
 
     def __post_init__(self) -> None:
-        if self.estimator.random:
+        if self.estimator.stated:
             raise OptionError(
                 "loss_fn gives one loss for an example: labels cannot be drawn from it, nor tokens "
                 "taken apart; use the empirical estimator per example"
@@ -189,10 +233,8 @@ class GivenLoss:
         """
         check_apart(model, modules, 1, lambda: losses_of(self.function, model, ready))
 
-    def backward(
-        self, collector: Collector, model: nn.Module, ready: Any, number: int
-    ) -> tuple[int, int]:
-        """Run a batch forward and backward; how many examples and targets it has."""
+    def backward(self, collector: Collector, model: nn.Module, ready: Any, number: int) -> Summed:
+        """Run a batch forward and backward; its loss."""
         # How many examples there are is known only afterwards; taps need it in backward.
         if isinstance(ready, Mapping):
             _begin(collector, model, self.task, lambda each: self.function(model, each), ready, 0)
@@ -206,12 +248,15 @@ class GivenLoss:
             )
         collector.expect(len(losses), 1)
         collector.backward(losses.sum())
-        return len(losses), len(losses)
+        return Summed(float(losses.detach().double().sum()), len(losses), len(losses))
 
-    def summed(self, model: nn.Module, ready: Any) -> Summed:
-        """The loss of a batch, without its graph if there is none."""
+    def summed(self, model: nn.Module, ready: Any, *, apart: bool = False) -> Summed:
+        """The loss of a batch, without its graph if there is none; of each example if asked."""
         losses = losses_of(self.function, model, ready)
-        return Summed(float(losses.double().sum()), len(losses), len(losses))
+        found = Summed(float(losses.double().sum()), len(losses), len(losses))
+        if not apart:
+            return found
+        return dataclasses.replace(found, losses=losses, terms=torch.ones_like(losses))
 
 
 Loss = ModelLoss | GivenLoss
@@ -243,7 +288,8 @@ def find_loss(
         OptionError: see GivenLoss.
     """
     if loss_fn is not None:
-        return GivenLoss(loss_fn, estimator)
+        estimator, why = estimator.chosen("custom", 0)
+        return GivenLoss(loss_fn, estimator, why=why)
     return ModelLoss(task_of(model), estimator)
 
 

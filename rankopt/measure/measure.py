@@ -22,6 +22,7 @@ from rankopt.errors import ModelError, OptionError, few
 from rankopt.layers import FORMS, Form, Layer
 from rankopt.measure.accumulate import Gathered, eager, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
+from rankopt.measure.checks import warn_of_fitted
 from rankopt.measure.decompose import ScaledCurve, Store, decompose_layers
 from rankopt.measure.estimators import Estimator, Kind, Unit
 from rankopt.measure.loss import find_loss, name_of
@@ -56,7 +57,7 @@ def profile_model(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     untie: bool = False,
-    estimator: Kind = "empirical",
+    estimator: Kind = "auto",
     unit: Unit = "example",
     draws: int = 1,
     seed: int = 0,
@@ -93,7 +94,8 @@ def profile_model(
         include: globs of the layers to plan, instead of those inside the transformer blocks.
         exclude: globs of layers to leave alone.
         untie: plan a head and an embedding that share their weight, as one group.
-        estimator: ``empirical`` or ``sampled`` (see estimators).
+        estimator: ``empirical``, ``expected``, ``sampled``, or by the task (see estimators; the
+            profile says which, and why).
         unit: ``example`` or ``token``.
         draws: of labels or signs for each example.
         seed: of what is drawn.
@@ -173,6 +175,10 @@ def profile_model(
         subject = dataclasses.replace(subject, selection=selection.without(lost))
     profile = assembled(subject, whole, arrays)
     _warn_of_zeros(profile)
+    seen = whole.gathered.seen if whole.gathered is not None else None
+    if seen is not None and seen.weighed and subject.processes.rank == 0:
+        task = profile.info.task
+        warn_of_fitted(task, seen.loss / seen.weighed, seen.entropy / seen.weighed)
     return profile
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rankopt.errors import DataError
 from rankopt.files import CHECKPOINT, is_format, require_file, whole_file
+from rankopt.measure.loss import Summed
 from rankopt.measure.processes import Processes
 from rankopt.schema import STRICT, Count, Number, first_of, parse
 
@@ -37,6 +38,9 @@ class Seen:
         numbers: for each of them: its place in the data.
         stopped: why measuring ended before the data did, or None.
         last_check: what was found when it was last asked whether to stop.
+        loss: at the given labels, summed over so many targets as are ``weighed``.
+        entropy: what the model itself expects that loss to be.
+        weighed: targets of which both are known.
     """
 
     batches: int = 0
@@ -48,11 +52,18 @@ class Seen:
     numbers: list[int] = dataclasses.field(default_factory=list)
     stopped: str | None = None
     last_check: list[float] = dataclasses.field(default_factory=list)
+    loss: float = 0.0
+    entropy: float = 0.0
+    weighed: int = 0
 
-    def add(self, number: int, examples: int, targets: int, units: int, totals: Tensor) -> None:
+    def add(self, number: int, found: Summed, units: int, totals: Tensor) -> None:
         """Take note of a batch that this process has measured."""
-        self.examples += examples
-        self.targets += targets
+        self.examples += found.examples
+        self.targets += found.targets
+        if found.entropy is not None:
+            self.loss += found.loss
+            self.entropy += found.entropy
+            self.weighed += found.targets
         self.totals.append(totals)
         self.units.append(float(units))
         self.numbers.append(number)
@@ -72,6 +83,9 @@ class _Counted(BaseModel):
     last_check: Annotated[
         tuple[Number, ...], Field(validation_alias=AliasChoices("last_check", "looked"))
     ]
+    loss: Number = 0.0
+    entropy: Number = 0.0
+    weighed: Count = 0
 
 
 class _Layers(BaseModel):
@@ -111,8 +125,7 @@ def save(
     if seen.totals:
         plain["seen.totals"] = torch.stack(seen.totals)
     plain["seen.units"] = torch.tensor(seen.units, dtype=torch.float64)
-    counters = ("batches", "examples", "targets", "chain", "numbers", "last_check")
-    counts = {name: getattr(seen, name) for name in counters}
+    counts = {name: getattr(seen, name) for name in _Counted.model_fields}
     about = json.dumps({"seen": counts, "layers": dict(layers), "settings": dict(settings)})
     header = {"format": CHECKPOINT, "about": about, "sha256": _digest(about, plain)}
     with whole_file(path, is_format(CHECKPOINT)) as temporary:
@@ -193,6 +206,9 @@ def _seen(counted: _Counted, tensors: dict[str, Tensor]) -> Seen:
         units.tolist(),
         list(numbers),
         last_check=list(counted.last_check),
+        loss=counted.loss,
+        entropy=counted.entropy,
+        weighed=counted.weighed,
     )
 
 

@@ -4,11 +4,7 @@ transformers' models return a mean: over predicted tokens, over examples, or ove
 information needs the loss of one example, summed over its terms, so the mean is multiplied by the
 number of its terms, which depends on the task (and, for causal language models, on who shifts the
 labels: most heads do it themselves, BART's and its relatives' do not). ``settled`` finds that out
-on the first batch, by comparing the model's loss with the likelihood.
-
-The loss of every term is a negative log-likelihood, up to a constant: of a class (cross-entropy),
-of several yes-or-no answers, or of a number under a normal distribution of variance 1/2 (squared
-error). ``term_losses`` and ``draw_labels`` state that likelihood.
+on the first batch, by comparing the model's loss with the likelihood that its terms have.
 """
 
 import contextlib
@@ -18,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from rankopt.errors import DataError, ModelError
 from rankopt.model.inputs import IGNORED as IGNORED
@@ -38,6 +33,7 @@ from rankopt.model.inputs import (
     require_unmoved,
     without_placeholders,
 )
+from rankopt.model.likelihood import likelihood
 from rankopt.model.weights import device_of
 
 Batch = Mapping[str, Any]
@@ -106,13 +102,13 @@ def task_of(model: nn.Module) -> str:
     return "regression" if kind == "regression" else task
 
 
-def settled(model: nn.Module, task: str, batch: Any) -> tuple[str, bool]:
+def settled(model: nn.Module, task: str, batch: Any) -> tuple[str, bool, int]:
     """What only a batch can tell of a task: run once, on the first.
 
     Returns:
         The task: of a causal language model whose head does not shift the labels another, and of a
-        classifier whose ``problem_type`` is left to the labels. And whether its likelihood
-        (``term_losses``) is the model's own loss.
+        classifier whose ``problem_type`` is left to the labels. Whether its likelihood is the
+        model's own loss; and if so, of how many outputs (classes, answers, numbers).
 
     Raises:
         DataError: see prepare; or labels that teach a model to copy what it sees.
@@ -149,7 +145,7 @@ def settled(model: nn.Module, task: str, batch: Any) -> tuple[str, bool]:
                     "tokens and give the labels of those, -100 elsewhere"
                 )
             task = "masked-lm"
-    return task, fits
+    return task, fits, output.logits.shape[-1] if fits else 0
 
 
 @contextlib.contextmanager
@@ -167,24 +163,6 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 def tolerance(model: nn.Module) -> float:
     """How far, relative, two ways to compute a loss may be apart."""
     return max(1e-4, 4 * torch.finfo(next(model.parameters()).dtype).eps)
-
-
-def likelihood(task: str, output: Any, labels: Tensor) -> Tensor | None:
-    """``term_losses`` of a model's output, ``(B, terms)``; None if it has no logits for them."""
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() < 2:
-        return None
-    if task in ("regression", "multi-label-classification"):
-        alike = logits.numel() == labels.numel()
-    elif task in OF_TOKENS and logits.dim() == 2:
-        alike = labels.dim() == 2 and len(logits) == int((labels != IGNORED).sum())
-    elif task in OF_TOKENS:
-        alike = logits.dim() == 3 and labels.dim() == 2 and len(logits) == len(labels)
-        alike = alike and logits.shape[1] >= labels.shape[1]
-    else:
-        alike = logits.dim() == 2 and len(logits) == len(labels)
-    inside = labels.is_floating_point() or int(labels.max()) < logits.shape[-1]
-    return term_losses(task, logits, labels) if alike and inside else None
 
 
 def off(task: str, loss: Tensor, output: Any, labels: Tensor) -> tuple[float, Tensor | None]:
@@ -321,67 +299,6 @@ def mean_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
     if getattr(output, "loss", None) is None:
         raise ModelError(f"{type(model).__name__} returned no loss for labels")
     return output.loss, output
-
-
-def term_losses(task: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss of every term, in float32 or wider; 0 where the label is ignored.
-
-    Args:
-        task: see task_of.
-        logits: as the model returns them, ``(B, ..., classes)`` or ``(B, numbers)``; of tokens,
-            also only those that have a label, ``(targets, classes)``.
-        labels: as prepare returns them.
-
-    Returns:
-        Shape ``(B, terms)``.
-    """
-    logits, size = logits.to(torch.promote_types(logits.dtype, torch.float32)), len(labels)
-    if task == "regression":
-        return (logits.reshape(size, -1) - labels.reshape(size, -1).to(logits.dtype)).square()
-    if labels.is_floating_point():
-        targets = labels.to(logits.dtype)
-        answers: Tensor = binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        return answers
-    logits, labels = _aligned(task, logits, labels)
-    losses = cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.reshape(size, -1)
-
-
-@torch.no_grad()
-def draw_labels(task: str, logits: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels drawn from the model's own distribution, where there are labels; shaped like labels.
-
-    Tokens are drawn one by one given the true text before them, not as a text of their own.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if task == "regression":
-        noise = torch.randn(
-            logits.shape, generator=generator, device=logits.device, dtype=logits.dtype
-        )
-        numbers: Tensor = logits + noise * 0.5**0.5
-        return numbers.reshape(labels.shape)
-    if labels.is_floating_point():
-        drawn = torch.bernoulli(logits.sigmoid(), generator=generator)
-        return drawn.to(labels.dtype)
-    aligned, targets = _aligned(task, logits, labels)
-    chances = aligned.flatten(0, -2).softmax(-1)
-    drawn = torch.multinomial(chances, 1, generator=generator).reshape(targets.shape)
-    drawn = torch.where(targets == IGNORED, targets, drawn)
-    return torch.cat([labels[:, :1], drawn], 1) if task == "causal-lm" else drawn
-
-
-def _aligned(task: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal language models predict the next token; all others the label at the same place."""
-    if task in OF_TOKENS and logits.dim() == 2:
-        counted = labels != IGNORED
-        whole = logits.new_zeros(*labels.shape, logits.shape[-1])
-        logits = whole.index_put((counted,), logits)
-    elif task in OF_TOKENS:
-        # Pictures or prompts may stand before the text.
-        logits = logits[:, -labels.shape[1] :]
-    return (logits[:, :-1], labels[:, 1:]) if task == "causal-lm" else (logits, labels)
 
 
 def rows_of(batch: Batch, rows: slice) -> dict[str, Any]:

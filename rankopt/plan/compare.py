@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rankopt.errors import OptionError
 from rankopt.plan.allocation import Objective
@@ -14,41 +14,70 @@ from rankopt.profile.profile import Profile
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """Who chooses the ranks; written ``SOLVER[/OBJECTIVE][@BACKEND]``.
+    """Who chooses the ranks; written ``SOLVER[/OBJECTIVE][/min=SHARE][@BACKEND]``.
 
     Attributes:
         solver: a name that make_plan takes.
         objective: what it maximises.
         backend: whose losses it sees and whose factors are made; None is the profile's default.
+        min_retained: share that every layer retains at least, or ``best``; None is no floor.
     """
 
     solver: str
     objective: Objective = "total"
     backend: str | None = None
+    min_retained: float | Literal["best"] | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Strategy":
-        """From ``SOLVER[/OBJECTIVE][@BACKEND]``; whether a profile has the backend shows later.
+        """From ``exact``, ``exact/layerwise``, ``exact/min=0.5``, ``exact/layerwise/min=best@svd``.
+
+        Whether a profile has the backend, and a solver the floor, shows later.
 
         Raises:
-            OptionError: unknown solver or objective, or no backend after the @.
+            OptionError: unknown solver or objective, no share after min=, or no backend after
+                the @.
         """
         chooser, at, backend = text.partition("@")
         if at and (not backend or "/" in backend or "@" in backend):
-            raise OptionError(
-                f"strategy {text!r} names no backend after the @: SOLVER[/OBJECTIVE][@BACKEND]"
-            )
-        solver, _, objective = chooser.partition("/")
+            raise OptionError(f"strategy {text!r} names no backend after the @: {GRAMMAR}")
+        solver, *rest = chooser.split("/")
         if not is_known_solver(solver):
             raise OptionError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
+        floor = None
+        if rest and rest[-1].startswith("min="):
+            floor = _floor(text, rest.pop()[len("min=") :])
+        objective = "/".join(rest)
         for known in ("total", "layerwise", "maxmin"):
-            if objective in (known, ""):
-                return cls(solver, known if objective else "total", backend or None)
-        raise OptionError(f"unknown objective {objective!r}; known: total, layerwise, maxmin")
+            if objective == known or not rest:
+                return cls(solver, known if objective else "total", backend or None, floor)
+        raise OptionError(
+            f"unknown objective {objective!r} in strategy {text!r}; known: total, layerwise, "
+            f"maxmin: {GRAMMAR}"
+        )
 
     def __str__(self) -> str:
         objective = "" if self.objective == "total" else f"/{self.objective}"
-        return self.solver + objective + (f"@{self.backend}" if self.backend else "")
+        floor = "" if self.min_retained is None else f"/min={self.min_retained}"
+        return self.solver + objective + floor + (f"@{self.backend}" if self.backend else "")
+
+
+#: How a strategy is written; nothing in it means something to a shell.
+GRAMMAR = "SOLVER[/OBJECTIVE][/min=SHARE][@BACKEND]"
+
+
+def _floor(text: str, given: str) -> float | Literal["best"]:
+    if given == "best":
+        return "best"
+    try:
+        share = float(given)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise OptionError(
+            f"strategy {text!r}: min= takes a share between 0 and 1, or best, not {given!r}"
+        )
+    return share
 
 
 #: What ``rankopt compare`` shows: every strategy, and every objective solved exactly.
@@ -86,6 +115,7 @@ class ComparedPlan:
         return {
             "strategy": self.strategy.solver,
             "objective": self.strategy.objective,
+            "min_retained": plan.min_retained,
             "backend": plan.backend,
             "keep": self.keep,
             "retained_total": plan.retained_total,
@@ -117,13 +147,13 @@ def compare(
         profile: what every rank loses.
         keeps: budgets, as shares of the planned layers' parameters.
         strategies: who chooses.
-        options: passed to make_plan: backend (of the strategies that name none), scale,
-            rank_multiple, form.
+        options: passed to make_plan: backend, min_retained and form (of the strategies that name
+            none), scale, rank_multiple.
 
     Raises:
         BudgetError, InfeasibleBudgetError, OptionError, ProfileError: as make_plan.
     """
-    backend = options.pop("backend", None)
+    backend, floor = options.pop("backend", None), options.pop("min_retained", None)
     for keep in keeps:
         for strategy in strategies:
             start = time.perf_counter()
@@ -133,6 +163,7 @@ def compare(
                 solver=strategy.solver,
                 objective=strategy.objective,
                 backend=strategy.backend or backend,
+                min_retained=floor if strategy.min_retained is None else strategy.min_retained,
                 **options,
             )
             yield ComparedPlan(strategy, keep, plan, time.perf_counter() - start)

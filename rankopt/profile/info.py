@@ -98,8 +98,10 @@ class ProfileInfo(BaseModel):
             one class an example ``sequence-``, ``image-``, ``audio-`` or ``video-classification``
             or ``multiple-choice``; of several yes-or-no answers ``multi-label-classification``; of
             numbers ``regression``; ``custom`` of a loss_fn.
-        estimator: ``empirical``: gradients of the loss at the given labels, squared; ``sampled``:
-            at labels drawn from the model's own prediction.
+        estimator: ``empirical``: gradients of the loss at the given labels, squared;
+            ``expected``: their expectation over the model's own prediction; ``sampled``: at labels
+            drawn from it.
+        estimator_reason: why this one, where none was asked for.
         unit: what one gradient belongs to, before it is squared.
         draws: labels drawn for each target, if they are sampled.
         seed: of the draws.
@@ -125,7 +127,8 @@ class ProfileInfo(BaseModel):
     architecture: str
     fingerprint: str
     task: str
-    estimator: Literal["empirical", "sampled"] = "empirical"
+    estimator: Literal["empirical", "expected", "sampled"] = "empirical"
+    estimator_reason: str | None = None
     unit: Literal["example", "token"] = "example"
     draws: Annotated[int, Field(ge=1)] = 1
     seed: int | None = None
@@ -148,6 +151,14 @@ class ProfileInfo(BaseModel):
         content: dict[str, Any] = handler(self)
         if self.form == "pairs":
             content.pop("form", None)
+        return content
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Profiles of before the field stay, to the byte, what they were.
+        content: dict[str, Any] = handler(self)
+        if self.estimator_reason is None:
+            content.pop("estimator_reason", None)
         return content
 
     @model_validator(mode="after")

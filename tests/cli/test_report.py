@@ -65,7 +65,12 @@ def test_summary_says_how_it_was_measured() -> None:
         "4 layers, 2,374 of 3,374 parameters (70.4%)",
     ):
         assert part in text
-    assert "stopped" not in text and "drawn" not in text
+    assert "stopped" not in text and "drawn" not in text and "estimator" not in text
+    chosen = described(full_profile(), estimator="expected", estimator_reason="2 outputs: all")
+    text = profile_summary(chosen)
+    assert (
+        "expected Fisher per example" in text and "  estimator   expected: 2 outputs: all" in text
+    )
     sampled = described(
         full_profile(), estimator="sampled", unit="token", draws=3, seed=11, stopped="time is up"
     )

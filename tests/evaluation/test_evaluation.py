@@ -179,3 +179,50 @@ def test_what_counts_as_planned_may_be_said() -> None:
     batches = tiny.batches(model, count=1)
     assert evaluate(model, batches, layers=layers).planned_parameters == 24 * 24
     assert evaluate(model, batches).planned_parameters == 2 * (4 * 24 * 24 + 2 * 24 * 40)
+
+
+def smoothed(plain: Any) -> Any:
+    class SmoothedForSequenceClassification(type(plain)):  # type: ignore[misc]
+        def forward(self, **batch: Any) -> Any:
+            output = super().forward(**batch)
+            output.loss = cross_entropy(output.logits, batch["labels"], label_smoothing=0.2)
+            return output
+
+    model = SmoothedForSequenceClassification(plain.config)
+    model.load_state_dict(plain.state_dict())
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", [*tiny.MODELS, "smoothed", "half"])
+def test_losses_of_examples_are_those_of_each_by_itself(kind: str) -> None:
+    if kind == "smoothed":
+        model = smoothed(tiny.bert(num_labels=3))
+    else:
+        model = tiny.llama().bfloat16() if kind == "half" else tiny.MODELS[kind]()
+    batches = tiny.batches(model)
+    found = evaluate(model, batches, per_example=True)
+    assert found.example_losses is not None and found.example_targets is not None
+    assert len(found.example_losses) == len(found.example_targets) == found.examples == 6
+    assert sum(found.example_targets) == found.targets
+    assert sum(found.example_losses) / found.targets == pytest.approx(found.loss, rel=1e-5)
+    near = 0.02 if kind == "half" else 1e-4
+    parts = [evaluate(model, [example]) for example in one_by_one(batches)]
+    for part, loss, targets in zip(parts, found.example_losses, found.example_targets, strict=True):
+        assert part.targets == targets
+        assert part.loss * targets == pytest.approx(loss, rel=near)
+    plain = evaluate(model, batches)
+    assert plain.loss == found.loss and plain.example_losses is None
+
+
+def test_losses_of_ones_own_are_handed_on() -> None:
+    model = tiny.llama()
+
+    def own(model: Any, batch: Batch) -> Tensor:
+        return model(**batch).logits.float().mean((1, 2)).square()  # type: ignore[no-any-return]
+
+    batches = tiny.batches(model)
+    found = evaluate(model, batches, loss_fn=own, per_example=True)
+    with torch.no_grad():
+        wanted = torch.cat([own(model, batch) for batch in batches])
+    assert found.example_losses == pytest.approx(wanted.tolist())
+    assert found.example_targets == (1,) * 6

@@ -89,7 +89,7 @@ def elements_of(model: Any, batches: list[Batch]) -> Rows:
 
 
 def measured(model: Any, batches: list[Batch]) -> Rows:
-    return rows_of(profile_model(model, batches, keep_bases=False))
+    return rows_of(profile_model(model, batches, keep_bases=False, estimator="empirical"))
 
 
 def difference(found: Rows, wanted: Rows) -> float:
@@ -100,7 +100,9 @@ def difference(found: Rows, wanted: Rows) -> float:
 
 
 def three_sums(model: Any, batches: list[Batch]) -> tuple[Profile, dict[str, Rows]]:
-    profile = profile_model(model, batches, backends=["fwsvd_two_sided"], keep_bases=False)
+    profile = profile_model(
+        model, batches, backends=["fwsvd_two_sided"], keep_bases=False, estimator="empirical"
+    )
     found = {"rows": rows_of(profile), "columns": columns_of(profile)}
     return profile, {**found, "elements": elements_of(model, batches)}
 

@@ -17,15 +17,14 @@ from rankopt.measure.accumulate import gather
 from rankopt.measure.estimators import Estimator
 from rankopt.measure.loss import ModelLoss
 from rankopt.measure.processes import Processes
+from rankopt.model.likelihood import draw_labels, term_losses
 from rankopt.model.selection import find_layers
 from rankopt.model.tasks import (
     IGNORED,
-    draw_labels,
     loss_terms,
     mean_loss,
     prepare,
     task_of,
-    term_losses,
 )
 from tests import tiny
 from tests.measure.exact import columns_of, difference, in_double, one_by_one, rows_of
@@ -143,7 +142,9 @@ def test_labels_drawn_from_the_model_have_the_true_fisher_as_expectation(kind: s
     ]
     # 25 times the draws: a fifth of the error.
     assert errors[2] < 0.12 and errors[2] < min(errors[:2])
-    empirical = profile_model(model, batches, keep_bases=False, include=few(model))
+    empirical = profile_model(
+        model, batches, keep_bases=False, include=few(model), estimator="empirical"
+    )
     assert difference(rows_of(empirical), wanted) > 0.3
 
 
@@ -158,11 +159,16 @@ def test_random_signs_take_tokens_apart(kind: str) -> None:
     model, batches = small(kind)
     wanted = each_token(model, batches)
     errors = [
-        difference(measured(model, batches, unit="token", draws=draws, seed=seed), wanted)
+        difference(
+            measured(model, batches, estimator="empirical", unit="token", draws=draws, seed=seed),
+            wanted,
+        )
         for draws, seed in ((40, 1), (40, 2), (1000, 3))
     ]
     assert errors[2] < 0.1 and errors[2] < min(errors[:2])
-    together = profile_model(model, batches, keep_bases=False, include=few(model))
+    together = profile_model(
+        model, batches, keep_bases=False, include=few(model), estimator="empirical"
+    )
     assert difference(rows_of(together), wanted) > 0.3
 
 
@@ -287,12 +293,12 @@ def test_the_terms_are_those_of_the_models_own_loss(kind: str) -> None:
 @pytest.mark.parametrize("kind", LABELLED)
 def test_every_task_can_be_sampled_and_taken_apart(kind: str) -> None:
     model, batches = labelled(kind)
-    given = rows_of(profile_model(model, batches, keep_bases=False))
-    for options in ({"estimator": "sampled"}, {"unit": "token"}):
+    given = rows_of(profile_model(model, batches, keep_bases=False, estimator="empirical"))
+    for options in ({"estimator": "sampled"}, {"estimator": "empirical", "unit": "token"}):
         profile = profile_model(model, batches, keep_bases=False, **options)
         found = rows_of(profile)
         assert all(bool(torch.isfinite(rows).all()) for rows in found.values())
-        if kind in ("causal-lm", "seq2seq-lm", "yes or no") or options.get("estimator"):
+        if kind in ("causal-lm", "seq2seq-lm", "yes or no") or "unit" not in options:
             assert difference(found, given) > 1e-3
         assert profile.info.units == (profile.info.targets if "unit" in options else 6)
 
@@ -351,7 +357,9 @@ class SmoothedForSequenceClassification(BertForSequenceClassification):  # type:
         return output
 
 
-@pytest.mark.parametrize("options", [{"estimator": "sampled"}, {"unit": "token"}])
+@pytest.mark.parametrize(
+    "options", [{"estimator": "sampled"}, {"estimator": "empirical", "unit": "token"}]
+)
 def test_a_loss_that_is_no_likelihood_is_not_drawn_from(options: dict[str, Any]) -> None:
     plain = tiny.bert(num_labels=3)
     model = SmoothedForSequenceClassification(plain.config)
@@ -367,7 +375,7 @@ def test_a_loss_that_is_no_likelihood_is_not_drawn_from(options: dict[str, Any])
     [
         ({"draws": 2}, "draws=2 with given labels"),
         ({"draws": 0}, "at least 1"),
-        ({"estimator": "exact"}, "unknown estimator 'exact'; known: empirical, sampled"),
+        ({"estimator": "exact"}, "unknown estimator 'exact'; known: auto, empirical"),
         ({"unit": "word"}, "unknown unit 'word'; known: example, token"),
         ({"estimator": "sampled", "loss_fn": lambda m, b: m(**b).loss}, "labels cannot be drawn"),
         ({"unit": "token", "loss_fn": lambda m, b: m(**b).loss}, "tokens taken apart"),
@@ -397,7 +405,9 @@ def test_a_users_loss_gives_what_the_built_in_gives(kind: str) -> None:
     batches = tiny.batches(model)
     backends = ["fwsvd_two_sided", "kronecker"]
     own, built_in = (
-        profile_model(model, batches, backends=backends, keep_bases=False, **options)
+        profile_model(
+            model, batches, backends=backends, keep_bases=False, estimator="empirical", **options
+        )
         for options in ({"loss_fn": own_loss}, {})
     )
     assert own.info.task == "custom" and own.examples == built_in.examples == 6

@@ -96,6 +96,7 @@ def summed(model: Any, options: dict[str, Any], processes: Processes) -> dict[st
     )
     tensors = {f"{n}/{k}": t for n, s in found.sums.items() for k, t in s.tensors().items()}
     counts = [found.units, found.seen.batches, found.seen.examples, found.seen.targets]
+    counts += [found.seen.loss, found.seen.entropy, found.seen.weighed]
     tensors["totals"] = torch.stack(found.seen.totals)
     tensors["units"] = torch.tensor(found.seen.units, dtype=torch.float64)
     tensors["counts"] = torch.tensor(counts, dtype=torch.float64)
