@@ -170,6 +170,8 @@ def search_plan(
             raise OptionError(
                 f"plan {text}: every trial of a search has the backend {offered.backend}"
             )
+        if strategy.form not in (None, offered.form):
+            raise OptionError(f"plan {text}: every trial of a search has the form {offered.form}")
         seen, chosen = choose(
             profile,
             budget,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from rankopt.errors import OptionError
+from rankopt.layers import FORMS, Form
 from rankopt.plan.allocation import Objective
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import is_known_solver, known_solvers, make_plan
@@ -14,23 +15,26 @@ from rankopt.profile.profile import Profile
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-    """Who chooses the ranks; written ``SOLVER[/OBJECTIVE][/min=SHARE][@BACKEND]``.
+    """Who chooses the ranks; written ``SOLVER[/OBJECTIVE][/min=SHARE][/FORM][@BACKEND]``.
 
     Attributes:
         solver: a name that make_plan takes.
         objective: what it maximises.
         backend: whose losses it sees and whose factors are made; None is the profile's default.
         min_retained: share that every layer retains at least, or ``best``; None is no floor.
+        form: ``pairs`` or ``pivoted``; None is the profile's.
     """
 
     solver: str
     objective: Objective = "total"
     backend: str | None = None
     min_retained: float | Literal["best"] | None = None
+    form: Form | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Strategy":
-        """From ``exact``, ``exact/layerwise``, ``exact/min=0.5``, ``exact/layerwise/min=best@svd``.
+        """From ``exact``, ``exact/layerwise``, ``exact/pairs``,
+        ``exact/layerwise/min=best@svd``.
 
         Whether a profile has the backend, and a solver the floor, shows later.
 
@@ -44,13 +48,16 @@ class Strategy:
         solver, *rest = chooser.split("/")
         if not is_known_solver(solver):
             raise OptionError(f"unknown solver {solver!r}; known: {', '.join(known_solvers())}")
+        form = next((known for known in FORMS if rest[-1:] == [known]), None)
+        if form:
+            rest.pop()
         floor = None
         if rest and rest[-1].startswith("min="):
             floor = _floor(text, rest.pop()[len("min=") :])
         objective = "/".join(rest)
         for known in ("total", "layerwise", "maxmin"):
             if objective == known or not rest:
-                return cls(solver, known if objective else "total", backend or None, floor)
+                return cls(solver, known if objective else "total", backend or None, floor, form)
         raise OptionError(
             f"unknown objective {objective!r} in strategy {text!r}; known: total, layerwise, "
             f"maxmin: {GRAMMAR}"
@@ -59,11 +66,12 @@ class Strategy:
     def __str__(self) -> str:
         objective = "" if self.objective == "total" else f"/{self.objective}"
         floor = "" if self.min_retained is None else f"/min={self.min_retained}"
-        return self.solver + objective + floor + (f"@{self.backend}" if self.backend else "")
+        form = "" if self.form is None else f"/{self.form}"
+        return self.solver + objective + floor + form + (f"@{self.backend}" if self.backend else "")
 
 
 #: How a strategy is written; nothing in it means something to a shell.
-GRAMMAR = "SOLVER[/OBJECTIVE][/min=SHARE][@BACKEND]"
+GRAMMAR = "SOLVER[/OBJECTIVE][/min=SHARE][/FORM][@BACKEND]"
 
 
 def _floor(text: str, given: str) -> float | Literal["best"]:
@@ -117,6 +125,7 @@ class ComparedPlan:
             "objective": self.strategy.objective,
             "min_retained": plan.min_retained,
             "backend": plan.backend,
+            "form": plan.form,
             "keep": self.keep,
             "retained_total": plan.retained_total,
             "retained_worst": plan.retained_worst,
@@ -154,6 +163,7 @@ def compare(
         BudgetError, InfeasibleBudgetError, OptionError, ProfileError: as make_plan.
     """
     backend, floor = options.pop("backend", None), options.pop("min_retained", None)
+    form = options.pop("form", None)
     for keep in keeps:
         for strategy in strategies:
             start = time.perf_counter()
@@ -164,6 +174,7 @@ def compare(
                 objective=strategy.objective,
                 backend=strategy.backend or backend,
                 min_retained=floor if strategy.min_retained is None else strategy.min_retained,
+                form=strategy.form or form,
                 **options,
             )
             yield ComparedPlan(strategy, keep, plan, time.perf_counter() - start)

@@ -398,6 +398,9 @@ def test_unit_and_factors_are_those_that_the_profile_says() -> None:
         ("exact/min=0.5", Strategy("exact", min_retained=0.5)),
         ("exact/layerwise/min=0.25@svd", Strategy("exact", "layerwise", "svd", 0.25)),
         ("greedy/min=best", Strategy("greedy", min_retained="best")),
+        ("exact/pairs", Strategy("exact", form="pairs")),
+        ("exact/maxmin/pivoted@svd", Strategy("exact", "maxmin", "svd", form="pivoted")),
+        ("exact/min=0.5/pairs@svd", Strategy("exact", "total", "svd", 0.5, "pairs")),
     ],
 )
 def test_strategies_are_read_as_they_are_written(text: str, wanted: Strategy) -> None:
@@ -411,6 +414,7 @@ def test_strategies_are_read_as_they_are_written(text: str, wanted: Strategy) ->
         *("exact@", "@svd", "exact@svd/maxmin@", "exact/@", "exact/", "exact//min=0.5"),
         *("exact/min=", "exact/min=half", "exact/min=nan", "exact/min=1.5", "exact/min=-0.1"),
         *("exact/0.5", "exact/min=0.5/total", "min=0.5", "exact/min=0.5/min=0.6"),
+        *("exact/pairs/pairs", "exact/pairs/min=0.5", "exact/triples", "pairs"),
     ],
 )
 def test_strategies_that_say_less_than_they_should_are_refused(text: str) -> None:
