@@ -146,19 +146,12 @@ class ProfileInfo(BaseModel):
     form: Form = "pairs"
 
     @model_serializer(mode="wrap")
-    def _without_pairs(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Profiles of pairs stay, to the byte, what they were without the field.
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Profiles of before these fields stay, to the byte, what they were.
         content: dict[str, Any] = handler(self)
-        if self.form == "pairs":
-            content.pop("form", None)
-        return content
-
-    @model_serializer(mode="wrap")
-    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Profiles of before the field stay, to the byte, what they were.
-        content: dict[str, Any] = handler(self)
-        if self.estimator_reason is None:
-            content.pop("estimator_reason", None)
+        for name, default in (("estimator_reason", None), ("form", "pairs")):
+            if getattr(self, name) == default:
+                content.pop(name, None)
         return content
 
     @model_validator(mode="after")

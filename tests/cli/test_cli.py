@@ -99,12 +99,12 @@ def test_whole_job_from_model_to_reloaded_loss(
 
     compared = json.loads(
         done(run("compare", profile_file, "--keep", 0.7, "--model", model, *data[:-1],
-                 "--strategy", "uniform", "greedy", "--json"))
+                 "--strategy", "uniform", "exact", "--json"))
     )  # fmt: skip
     assert compared["dense"]["loss"] == pytest.approx(dense["loss"], rel=1e-6)
     losses = {row["strategy"]: row["loss"] for row in compared["rows"]}
-    assert losses["greedy"] == pytest.approx(low["loss"], rel=1e-5)
-    assert losses["uniform"] != losses["greedy"]
+    assert losses["exact"] == pytest.approx(low["loss"], rel=1e-5)
+    assert losses["uniform"] != losses["exact"]
 
     table = done(run("evaluate", smaller, *data[:-1]))
     assert f"{low['loss']:.6f}" in table and f"{made.size.model:,}" in table
