@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   rankopt profile ./model --data train.txt -o profile.safetensors
-  rankopt profile ./model --data train.txt --backend kronecker fwsvd -o p.st
+  rankopt profile ./model --data train.txt --backend fwsvd kronecker -o p.st
   rankopt profile ./model --data train.txt --until-stable -o p.st
   rankopt profile ./bert-sst2 --data train.tsv --text-column sentence -o p.st
   rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 \\
@@ -49,7 +49,7 @@ def profile(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            help="fwsvd (default), fwsvd_two_sided, kronecker, svd, tfwsvd, whitened, "
+            help="kronecker (default), fwsvd, fwsvd_two_sided, svd, tfwsvd, whitened, "
             "module:object of your own; or several."
         ),
     ] = None,
@@ -135,7 +135,7 @@ def profile(
         found = profile_model(
             loaded,
             batches,
-            backends=tuple(backend or ["fwsvd"]),
+            backends=tuple(backend or ["kronecker"]),
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
             untie=untie,

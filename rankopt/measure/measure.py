@@ -52,7 +52,7 @@ def profile_model(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    backends: Sequence[str] = ("fwsvd",),
+    backends: Sequence[str] = ("kronecker",),
     loss_fn: LossFunction | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
