@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Evaluation:
         model_parameters: of the whole model, tied ones once.
         model_bytes: the same in bytes.
         notes: where the loss is not finite, and why metrics are None.
+        also: by name, the same model on other data.
     """
 
     task: str
@@ -47,6 +48,23 @@ class Evaluation:
     model_parameters: int
     model_bytes: int
     notes: tuple[str, ...] = ()
+    also: Mapping[str, "Evaluation"] = dataclasses.field(default_factory=dict)
+
+    @property
+    def of_others(self) -> dict[str, float | None]:
+        """``loss of NAME``, and the metrics likewise, of the other data; plain values for JSON."""
+        return {
+            f"{what} of {name}": value
+            for name, found in self.also.items()
+            for what, value in {"loss": found.loss, **found.metrics}.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; of the other data the losses, metrics and counts of targets."""
+        plain = dataclasses.asdict(dataclasses.replace(self, also={}))
+        del plain["also"]
+        targets = {f"targets of {name}": found.targets for name, found in self.also.items()}
+        return {**plain, **self.of_others, **targets}
 
 
 def evaluate(
@@ -55,6 +73,7 @@ def evaluate(
     *,
     loss_fn: LossFunction | None = None,
     layers: Iterable[Layer] | None = None,
+    also: Mapping[str, Iterable[Any]] | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
     """Measure a dense or compressed model; in eval mode, the model is left as it was.
@@ -66,13 +85,22 @@ def evaluate(
         loss_fn: (model, batch) -> loss of each example ``(B,)``, as for profile_model.
         layers: what counts as planned, ``profile.info.layers``; by default what is planned if
             nothing is included or excluded, and what is low rank.
+        also: name -> batches of other domains, measured beside: what is compressed on one domain
+            may be broken on another.
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
         DataError: no batches, or batches without targets.
     """
     loss = find_loss(unwrapped(model), loss_fn)
-    return measured(model, batches, loss, layers=layers, progress=progress)
+    layers = None if layers is None else list(layers)
+
+    def on(data: Iterable[Any]) -> Evaluation:
+        return measured(model, data, loss, layers=layers, progress=progress)
+
+    found = on(batches)
+    others = {name: on(data) for name, data in (also or {}).items()}
+    return dataclasses.replace(found, also=others)
 
 
 @torch.no_grad()

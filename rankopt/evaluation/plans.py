@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -34,12 +34,14 @@ class PlanEvaluator:
         batches: held-out data.
         progress: bars on stderr for each plan's factors and evaluation; by default if it is a
             terminal. False inside a loop that has a bar of its own.
+        also: name -> held-out data of other domains, measured beside.
     """
 
     model: nn.Module
     profile: Profile
     batches: Sequence[Batch]
     progress: bool | None = None
+    also: Mapping[str, Sequence[Batch]] = dataclasses.field(default_factory=dict)
     _cache: FactorCache = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def dense(self) -> Evaluation:
@@ -68,17 +70,24 @@ class PlanEvaluator:
             return self._evaluated(compressed)
 
     @functools.cached_property
-    def _loss(self) -> Loss:
-        """What the first batch tells of the loss, told once for all plans."""
+    def _losses(self) -> list[Loss]:
+        """What the first batch of each data tells of the loss, told once for all plans."""
         model = unwrapped(self.model)
-        loss = find_loss(model, None)
-        for first in itertools.islice(listed(self.batches), 1):
-            loss = loss.settled(model, first)
-        return loss
+        losses = []
+        for batches in (self.batches, *self.also.values()):
+            loss = find_loss(model, None)
+            for first in itertools.islice(listed(batches), 1):
+                loss = loss.settled(model, first)
+            losses.append(loss)
+        return losses
 
     def _evaluated(self, model: nn.Module) -> Evaluation:
-        layers = self.profile.info.layers
-        return measured(model, self.batches, self._loss, layers=layers, progress=self.progress)
+        layers, data = self.profile.info.layers, (self.batches, *self.also.values())
+        found, *others = (
+            measured(model, batches, loss, layers=layers, progress=self.progress)
+            for batches, loss in zip(data, self._losses, strict=True)
+        )
+        return dataclasses.replace(found, also=dict(zip(self.also, others, strict=True)))
 
 
 def measure_rows(
@@ -87,6 +96,7 @@ def measure_rows(
     rows: Sequence[ComparedPlan],
     batches: Sequence[Batch],
     *,
+    also: Mapping[str, Sequence[Batch]] | None = None,
     progress: bool | None = None,
 ) -> Iterator[tuple[ComparedPlan, Evaluation]]:
     """Measure the plans of a comparison; those with one backend and the same ranks once.
@@ -96,12 +106,13 @@ def measure_rows(
         profile: that the rows were planned from.
         rows: plans to measure.
         batches: held-out data.
+        also: name -> held-out data of other domains: ``Evaluation.also``.
         progress: a bar on stderr, one for all plans; by default if it is a terminal.
 
     Yields:
         Each row, and what was measured.
     """
-    measure = PlanEvaluator(model, profile, batches, progress=False)
+    measure = PlanEvaluator(model, profile, batches, False, also or {})
     seen: dict[tuple[str, tuple[tuple[str, int | None], ...]], Evaluation] = {}
     for row in bar(rows, "Compare", "plan", progress):
         model_of = row.plan.backend, tuple(row.plan.ranks.items())
@@ -116,6 +127,7 @@ def measure_comparison(
     rows: Sequence[ComparedPlan],
     batches: Sequence[Batch],
     *,
+    also: Mapping[str, Sequence[Batch]] | None = None,
     progress: bool | None = None,
 ) -> tuple[Evaluation, list[tuple[ComparedPlan, Evaluation]]]:
     """The dense model, and what measure_rows yields; one bar for all.
@@ -124,15 +136,15 @@ def measure_comparison(
         NotFiniteError: the dense model's loss is NaN or infinite.
     """
     with bar(range(len(rows) + 1), "Compare", "model", progress) as shown:
-        dense = PlanEvaluator(model, profile, batches, progress=False).dense()
+        dense = PlanEvaluator(model, profile, batches, False, also or {}).dense()
         shown.update()
         pairs = []
-        for pair in measure_rows(model, profile, rows, batches, progress=False):
+        for pair in measure_rows(model, profile, rows, batches, also=also, progress=False):
             pairs.append(pair)
             shown.update()
     return dense, pairs
 
 
 def measured_dict(row: ComparedPlan, measured: Evaluation) -> dict[str, Any]:
-    """A row with its measured loss and metrics, as plain values for JSON."""
-    return {**row.to_dict(), "loss": measured.loss, **measured.metrics}
+    """A row with its measured losses and metrics, as plain values for JSON."""
+    return {**row.to_dict(), "loss": measured.loss, **measured.metrics, **measured.of_others}

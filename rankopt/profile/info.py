@@ -86,6 +86,22 @@ class BackendInfo(BaseModel):
         raise OptionError(f"backend {self.name!r} has no scale {name!r}; known: {known}")
 
 
+class SourceInfo(BaseModel):
+    """One of several sources that the examples are of.
+
+    Attributes:
+        name: file or data set, as it was given.
+        weight: as it was given; only their ratios count.
+        examples: of this source, among those that were seen.
+    """
+
+    model_config = STRICT
+
+    name: str
+    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    examples: Annotated[int, Field(ge=0)]
+
+
 class ProfileInfo(BaseModel):
     """What was measured, on what, and how.
 
@@ -109,6 +125,7 @@ class ProfileInfo(BaseModel):
         processes: that shared the work.
         stopped: why measuring ended before the data did; None if it did not.
         data_digest: sha256 of the batches.
+        sources: of the examples, if there are several.
         model_parameters: of the whole model, tied ones counted once.
         model_bytes: the same in bytes.
         layers: the planned matrices.
@@ -133,11 +150,20 @@ class ProfileInfo(BaseModel):
     processes: Annotated[int, Field(ge=1)] = 1
     stopped: str | None = None
     data_digest: str
+    sources: tuple[SourceInfo, ...] | None = None
     model_parameters: int
     model_bytes: int
     layers: tuple[Layer, ...]
     left_alone: tuple[LeftAlone, ...]
     backends: Annotated[tuple[BackendInfo, ...], Field(min_length=1)]
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Profiles of one source stay, to the byte, what they were without the field.
+        content: dict[str, Any] = handler(self)
+        if self.sources is None:
+            content.pop("sources", None)
+        return content
 
     @model_validator(mode="after")
     def _consistent(self) -> "ProfileInfo":
