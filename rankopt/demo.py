@@ -22,6 +22,7 @@ from rankopt.apply.apply import apply_plan
 from rankopt.apply.saving import save_model
 from rankopt.data.batches import text_batches
 from rankopt.data.digest import data_digest
+from rankopt.data.domains import help_topics
 from rankopt.errors import MissingExtraError, ProfileError, RankoptError
 from rankopt.evaluation.evaluation import Evaluation, evaluate
 from rankopt.evaluation.plans import measure_comparison, measured_dict
@@ -83,9 +84,9 @@ class DemoResult:
         """Plain values for JSON."""
         return {
             "settings": self.settings,
-            "dense": dataclasses.asdict(self.dense),
+            "dense": self.dense.to_dict(),
             "rows": [measured_dict(*row) for row in self.rows],
-            "reloaded": dataclasses.asdict(self.reloaded),
+            "reloaded": self.reloaded.to_dict(),
             "prompt": PROMPT,
             "before": self.before,
             "after": self.after,
@@ -129,9 +130,7 @@ def help_texts() -> tuple[list[str], list[str]]:
 
     Topics quote each other, so paragraphs of the calibration half are taken out of the other.
     """
-    from pydoc_data.topics import topics
-
-    texts = [topics[name] for name in sorted(topics)]
+    texts = help_topics()
     calibration = texts[0::2]
     known = {paragraph.strip() for text in calibration for paragraph in text.split("\n\n")}
     held_out = [

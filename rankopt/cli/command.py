@@ -10,6 +10,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperOption
 
+from rankopt.cli.data import REPEATED
 from rankopt.errors import RankoptError, WriteError, first_line
 
 
@@ -25,7 +26,7 @@ class Command(TyperCommand):
         repeatable = {
             name
             for param in self.params
-            if isinstance(param, TyperOption) and param.multiple
+            if isinstance(param, TyperOption) and param.multiple and not _apart(param)
             for name in param.opts
         }
         spread: list[str] = []
@@ -41,7 +42,7 @@ class Command(TyperCommand):
 
     @staticmethod
     def _fits(option: str, value: str) -> bool:
-        if option != "--keep":
+        if option not in ("--keep", "--weight"):
             return not Path(value).exists()
         try:
             float(value)
@@ -75,6 +76,11 @@ class Command(TyperCommand):
                 what = "write the output"
                 _drop_output()
             raise WriteError(f"cannot {what}: {error.strerror}") from error
+
+
+def _apart(option: TyperOption) -> bool:
+    """Whether it has one value each time it is given, so that the model may stand behind it."""
+    return not set(option.opts).isdisjoint(REPEATED)
 
 
 def _drop_output() -> None:

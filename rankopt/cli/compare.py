@@ -1,6 +1,5 @@
 """The command ``rankopt compare``."""
 
-import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,7 +60,7 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Show strategies side by side: retained Fisher information, size, gap, and measured loss."""
-    if (model is None) != (asked.data is None):
+    if (model is None) != (not asked.data):
         raise RankoptError("measuring the loss needs both --model and --data")
     if model is None:
         require_with(ctx, [*READING, "dtype"], "--model and --data")
@@ -91,21 +90,21 @@ def compare(
         find_backends(name for name in named if name is not None and ":" in name)
         for row in rows:
             backend_of(row.plan, loaded_profile)
-        loaded, batches = source.load(dtype)
-        with naming(asked.data):
-            dense, pairs = measure_comparison(loaded, loaded_profile, rows, batches)
+        loaded, batches, also = source.load_all(dtype)
+        with naming(asked.named):
+            dense, pairs = measure_comparison(loaded, loaded_profile, rows, batches, also=also)
         measured = [evaluation for _, evaluation in pairs]
         printed["rows"] = [measured_dict(*pair) for pair in pairs]
-        printed["dense"] = dataclasses.asdict(dense)
+        printed["dense"] = dense.to_dict()
+    from rankopt.cli.report import print_comparison, reasons_of
+
     if as_json:
         show_json(printed)
     else:
-        from rankopt.cli.report import print_comparison
-
         print_comparison(rows, measured, dense, wide=wide)
     reasons: dict[str, list[str]] = {}
     for row, found in zip(rows, measured, strict=bool(measured)):
-        for reason in found.notes:
+        for reason in reasons_of(found):
             reasons.setdefault(reason, []).append(f"{row.strategy} at {row.keep:g}")
     for reason, names in reasons.items():
         note(f"{', '.join(names)}: {reason}")

@@ -1,7 +1,5 @@
 """The command ``rankopt evaluate``."""
 
-import dataclasses
-
 from rankopt.cli.data import DataOptions, with_data
 from rankopt.cli.options import (
     DtypeOption,
@@ -14,6 +12,7 @@ from rankopt.cli.options import (
 EXAMPLES = """\b
 Examples:
   rankopt evaluate ./smaller --data heldout.txt
+  rankopt evaluate ./smaller --data heldout.txt --also code.txt
   rankopt evaluate ./bert-sst2 --data dev.tsv --text-column sentence --json
 """
 
@@ -27,14 +26,14 @@ def evaluate(
 ) -> None:
     """Measure loss, the task's metric and size of a dense or compressed model."""
     source = asked.read(model)
-    from rankopt.cli.report import evaluation, print_table
+    from rankopt.cli.report import evaluation, print_table, reasons_of
     from rankopt.evaluation.evaluation import evaluate as evaluated
 
-    loaded, batches = source.load(dtype)
-    found = evaluated(loaded, batches)
+    loaded, batches, also = source.load_all(dtype)
+    found = evaluated(loaded, batches, also=also)
     if as_json:
-        show_json(dataclasses.asdict(found))
+        show_json(found.to_dict())
     else:
         print_table(evaluation(found))
-    for reason in found.notes:
-        note(f"{asked.data}: {reason}")
+    for reason in reasons_of(found, asked.named):
+        note(reason)

@@ -38,7 +38,7 @@ def show(text: str) -> None:
 
 
 @contextlib.contextmanager
-def naming(data: str | None) -> Iterator[None]:
+def naming(data: str) -> Iterator[None]:
     """Say on which data the dense model's loss is not finite."""
     try:
         yield

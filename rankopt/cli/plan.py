@@ -42,7 +42,7 @@ where it was stopped when it is called again.
 SEARCH = ("trials", "sampler", "storage", "seed", "workers", "model", "data", *READING, "dtype")
 
 
-@with_data(needed=False, about="search: validation data, as for evaluate.")
+@with_data(needed=False, about="search: validation data, as for evaluate.", mixed=True)
 def plan(
     ctx: typer.Context,
     profile: ProfileArgument,
@@ -94,7 +94,7 @@ def plan(
     """Decide the rank of every layer under a budget."""
     journal = storage or (None if output is None else f"{output}.journal")
     if output is not None:
-        read = (profile, model, asked.data, journal)
+        read = (profile, model, *asked.data, journal)
         require_file(output, is_format(PLAN), overwrite=force, apart_from=read)
     else:
         require_with(ctx, ["force"], "-o")
@@ -119,7 +119,7 @@ def plan(
             **timed,
         )
     else:
-        if model is None or asked.data is None:
+        if model is None or not asked.data:
             raise RankoptError("--solver search measures a model: it needs --model and --data")
         from rankopt.cli.workers import require_storage, with_workers
 
@@ -132,7 +132,7 @@ def plan(
 
         loaded, batches = source.load(dtype)
         try:
-            with naming(asked.data), with_workers(workers, journal):
+            with naming(asked.named), with_workers(workers, journal):
                 searched = search_plan(
                     loaded,
                     loaded_profile,

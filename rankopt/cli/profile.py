@@ -30,6 +30,8 @@ Examples:
   rankopt profile ./model --data train.txt -o profile.safetensors
   rankopt profile ./model --data train.txt --backend fwsvd kronecker -o p.st
   rankopt profile ./model --data train.txt --until-stable -o p.st
+  rankopt profile ./model --data wiki.txt --data help.jsonl --weight 3 1 \\
+    -o p.st
   rankopt profile ./bert-sst2 --data train.tsv --text-column sentence -o p.st
   rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 \\
     --examples 64 -o p.st
@@ -40,7 +42,7 @@ A profile that was interrupted goes on where it was when the same command is cal
 """
 
 
-@with_data(examples=256)
+@with_data(examples=256, mixed=True)
 def profile(
     ctx: typer.Context,
     model: ModelArgument,
@@ -110,7 +112,7 @@ def profile(
     """Measure what every rank of every layer retains."""
     partial = output.with_name(f"{output.name}.partial")
     resumable = checkpoint_every > 0 and layers_at_a_time is None
-    read = (model, asked.data)
+    read = (model, *asked.data)
     require_file(output, is_format(PROFILE), overwrite=force, apart_from=read)
     if resumable:
         require_file(partial, is_format(CHECKPOINT), apart_from=read)

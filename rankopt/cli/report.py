@@ -86,6 +86,7 @@ def _expendable(columns: Sequence[str], measured: "Sequence[Evaluation]") -> Ite
     yield from (name for name in EXPENDABLE if name in columns and (measured or name != "retained"))
     if measured:
         yield from reversed(_metrics(measured))
+        yield from reversed(_of_others(measured))
 
 
 class _Console(Console):
@@ -129,10 +130,10 @@ def comparison(
     Columns that are named in ``without`` are left out.
     """
     several = len({row.plan.backend for row in rows}) > 1
-    metrics = _metrics(measured)
+    metrics, others = _metrics(measured), _of_others(measured)
     columns = ["strategy", *(["backend"] if several else []), "keep", "parameters", "kept", "model"]
     columns += ["MiB", "retained", "worst layer"]
-    columns += ["gap", "seconds", *(["loss", *metrics] if measured else [])]
+    columns += ["gap", "seconds", *(["loss", *others, *metrics] if measured else [])]
     lines = []
     if dense is not None and rows:
         size = rows[0].plan.size
@@ -149,7 +150,7 @@ def comparison(
                 "100.0%",
                 "",
                 "",
-                *_measured(dense, metrics),
+                *_measured(dense, others, metrics),
             ]
         )
     for index, row in enumerate(rows):
@@ -167,15 +168,31 @@ def comparison(
                 f"{plan.retained_worst:.1%}",
                 f"{plan.certificate.gap:.1e}" if plan.certificate.gap else "0",
                 f"{row.seconds:.2f}",
-                *(_measured(measured[index], metrics) if measured else []),
+                *(_measured(measured[index], others, metrics) if measured else []),
             ]
         )
     shown = [index for index, column in enumerate(columns) if column not in without]
     return _table([columns[k] for k in shown], [[line[k] for k in shown] for line in lines])
 
 
-def _measured(found: "Evaluation", metrics: Sequence[str]) -> list[str]:
-    return [f"{found.loss:.4f}", *(_figure(found.metrics.get(name), ".4g") for name in metrics)]
+def _measured(found: "Evaluation", others: Sequence[str], metrics: Sequence[str]) -> list[str]:
+    return [
+        f"{found.loss:.4f}",
+        *(_figure(found.of_others.get(name), ".4f") for name in others),
+        *(_figure(found.metrics.get(name), ".4g") for name in metrics),
+    ]
+
+
+def _of_others(measured: "Sequence[Evaluation]") -> list[str]:
+    """What is shown of other domains: their losses, and of classifiers the metrics."""
+    names = (name for found in measured for name in found.of_others)
+    return [name for name in dict.fromkeys(names) if not name.startswith("perplexity of ")]
+
+
+def reasons_of(found: "Evaluation", data: str = "") -> list[str]:
+    """Notes of all domains, each with the name of its own."""
+    named = [(data, found), *found.also.items()]
+    return [f"{name}: {note}" if name else note for name, each in named for note in each.notes]
 
 
 def _metrics(measured: "Sequence[Evaluation]") -> list[str]:
@@ -196,6 +213,8 @@ def evaluation(found: "Evaluation") -> Table:
         ["targets (tokens or labels)", f"{found.targets:,}"],
         [f"loss ({unit})", f"{found.loss:.6f}"],
         *([name, _figure(value, ".6g")] for name, value in found.metrics.items()),
+        *([name, _figure(found.of_others[name], ".6f")] for name in _of_others([found])),
+        *([f"targets of {name}", f"{each.targets:,}"] for name, each in found.also.items()),
         ["parameters of the plannable layers", f"{found.planned_parameters:,}"],
         ["parameters of the whole model", f"{found.model_parameters:,}"],
         ["bytes of the whole model", f"{found.model_bytes:,}"],
@@ -217,6 +236,9 @@ def profile_summary(profile: Profile) -> str:
     if info.estimator == "sampled":
         lines.append(f"  labels      drawn {info.draws}x from the model's prediction, "
                      f"seed {info.seed}")  # fmt: skip
+    if info.sources is not None:
+        given = (f"{x.examples:,} of {x.name} (weight {x.weight:g})" for x in info.sources)
+        lines.append(f"  data        {', '.join(given)}")
     if info.stopped is not None:
         lines.append(f"  stopped     {info.stopped}")
     for backend in info.backends:

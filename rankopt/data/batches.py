@@ -20,37 +20,16 @@ without a label to predict is skipped; how many were is said on stderr.
 With ``examples`` fewer than there are, they are taken at equal distances over the whole source.
 """
 
-import dataclasses
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from rankopt.data.labels import Label, classes_of, label_of, list_of
-from rankopt.data.rows import Columns, Row, column, read_rows
-from rankopt.data.texts import (
-    Notes,
-    affixes,
-    say,
-    texts_of,
-    tokenized,
-    valid,
-    words_of,
-    words_tokenized,
-)
+from rankopt.data.examples import examples_of, say_affixes, windows_of
+from rankopt.data.examples import spread as spread
+from rankopt.data.rows import Columns, DataSource, Row
 from rankopt.errors import DataError, OptionError
 from rankopt.model.tasks import IGNORED, Batch
-
-_OF_ROWS = (
-    "sequence-classification",
-    "multi-label-classification",
-    "regression",
-    "token-classification",
-)
-_NO_TOKEN = "skipped, the tokenizer makes no token of it"
-_NO_LABEL = "skipped, no label within max_length that is not ignored"
 
 
 def load_batches(
@@ -84,33 +63,11 @@ def load_batches(
         DataError: missing file or column, unknown label, too little text.
         OptionError: a max_length below 2, or a batch_size or examples below 1.
     """
-    if max_length < 2 or batch_size < 1 or (examples is not None and examples < 1):
-        raise OptionError(
-            "max_length must be at least 2, batch_size and examples at least 1; got "
-            f"{max_length}, {batch_size}, {examples}"
-        )
-    columns = columns or Columns()
-    rows = read_rows(source, split) if rows is None else rows
-    notes = Notes(list)
-    if task == "causal-lm":
-        values = enumerate(column(source, rows, columns.text))
-        texts = texts_of(source, values, columns.text, tokenizer, notes)
-        batches = _windows(f"{source}: ", texts, tokenizer, max_length, batch_size, examples)
-        say(source, notes)
-        return batches
-    if task not in _OF_ROWS:
-        raise DataError(
-            f"reading data for {task} models is not supported: make the batches yourself and call "
-            "rankopt.profile_model"
-        )
-    taken = spread(len(rows), examples)
-    given = _Given(source, rows, taken, tokenizer, max_length, label2id or {}, notes)
-    of_words = task == "token-classification"
-    encoded = _words(given, columns) if of_words else _texts(given, columns, task)
-    say(source, notes)
-    if not encoded:
-        raise DataError(f"{source}: none of the {len(taken)} rows taken has anything to predict")
-    return _padded(tokenizer, encoded, batch_size, of_words)
+    require_sizes(max_length, batch_size, examples)
+    given = DataSource(source, columns or Columns(), split, rows)
+    found = examples_of(given, tokenizer, task, max_length, label2id or {})
+    say_affixes(tokenizer, found.before)
+    return batched(tokenizer, task, found.take(examples), batch_size)
 
 
 def text_batches(
@@ -135,146 +92,48 @@ def text_batches(
     Raises:
         DataError: less text than one window.
     """
-    return _windows("", texts, tokenizer, max_length, batch_size, examples)
+    found = windows_of("", texts, tokenizer, max_length)
+    return batched(tokenizer, "causal-lm", found.take(examples), batch_size)
 
 
-def _windows(
-    place: str,
-    texts: Iterable[str],
-    tokenizer: Any,
-    max_length: int,
-    batch_size: int,
-    examples: int | None,
-) -> list[Batch]:
-    texts = list(texts)
-    sample = next((text for text in texts if text.strip()), "")[:99]
-    before, behind = affixes(tokenizer, valid(sample))
-    end = tokenizer.eos_token_id
-    between = behind if end is None else [end]
-    size = max_length - len(before)
-    if size < 1:
+def require_sizes(max_length: int, batch_size: int, examples: int | None) -> None:
+    """Refuse sizes with which there is nothing to read.
+
+    Raises:
+        OptionError: a max_length below 2, or a batch_size or examples below 1.
+    """
+    if max_length < 2 or batch_size < 1 or (examples is not None and examples < 1):
         raise OptionError(
-            f"max_length={max_length} leaves no token of the text: the tokenizer puts "
-            f"{len(before)} before every text"
+            "max_length must be at least 2, batch_size and examples at least 1; got "
+            f"{max_length}, {batch_size}, {examples}"
         )
-    if place and before:
-        shown = "".join(tokenizer.convert_ids_to_tokens(before))
-        tqdm.write(f"note: every window begins with {shown}, as the tokenizer does", sys.stderr)
-    tokens: list[int] = []
-    for number, text in enumerate(texts, 1):
-        where = f"{place}text {number}"
-        found = tokenized(where, tokenizer, valid(text), add_special_tokens=False, verbose=False)
-        tokens += [*(between if tokens else []), *found["input_ids"]]
-    windows = len(tokens) // size
-    if not windows:
-        raise DataError(
-            f"{place}the text has {len(tokens)} tokens, less than one window of {size}: give more "
-            "text, or a smaller max_length"
-        )
-    starts = [size * n for n in spread(windows, examples)]
-    ids = torch.tensor([[*before, *tokens[start : start + size]] for start in starts])
+
+
+def batched(
+    tokenizer: Any, task: str, encoded: Sequence[dict[str, Any]], batch_size: int
+) -> list[Batch]:
+    """Batches of encoded examples, in their order; rows are padded to the longest of their batch.
+
+    Raises:
+        DataError: padding is needed, and the tokenizer has none.
+    """
+    if task != "causal-lm":
+        return _padded(tokenizer, encoded, batch_size, task == "token-classification")
     batches: list[Batch] = []
-    for part in torch.split(ids, batch_size):
-        batch = {"input_ids": part, "attention_mask": torch.ones_like(part)}
-        if len(before) > 1:
-            # Else what the tokenizer always writes would be learnt from.
-            batch["labels"] = part.clone()
-            batch["labels"][:, : len(before)] = IGNORED
+    for start in range(0, len(encoded), batch_size):
+        part = encoded[start : start + batch_size]
+        ids = torch.tensor([entry["input_ids"] for entry in part])
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if any(entry["ignored"] for entry in part):
+            batch["labels"] = ids.clone()
+            for row, entry in zip(batch["labels"], part, strict=True):
+                row[: entry["ignored"]] = IGNORED
         batches.append(batch)
     return batches
 
 
-def spread(available: int, wanted: int | None) -> list[int]:
-    """``wanted`` of ``available`` indices at equal distances; all if there are not more."""
-    if wanted is None or wanted >= available:
-        return list(range(available))
-    return [n * available // wanted for n in range(wanted)]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Given:
-    """Rows to encode, and with what.
-
-    Attributes:
-        source: for errors.
-        rows: all of them.
-        taken: numbers of those to encode, from 0.
-        tokenizer: of the model.
-        max_length: tokens at most.
-        label2id: for labels given as names; empty if the classes are not known.
-        notes: of what was skipped or replaced.
-    """
-
-    source: str
-    rows: Sequence[Row]
-    taken: Sequence[int]
-    tokenizer: Any
-    max_length: int
-    label2id: Mapping[str, int]
-    notes: Notes
-
-    def column(self, name: str) -> list[Any]:
-        """Of all rows."""
-        return column(self.source, self.rows, name)
-
-    def place(self, row: int) -> str:
-        """Of a row, for errors."""
-        return f"{self.source}, row {row + 1}"
-
-
-def _texts(given: _Given, columns: Columns, task: str) -> list[dict[str, Any]]:
-    labels = given.column(columns.label)
-    parts = []
-    for name in (columns.text, columns.pair):
-        if name is not None:
-            values = given.column(name)
-            chosen = ((n, values[n]) for n in given.taken)
-            parts.append(texts_of(given.source, chosen, name, given.tokenizer, given.notes))
-    encoded: list[dict[str, Any]] = []
-    how = {"truncation": True, "max_length": given.max_length}
-    for n, *texts in zip(given.taken, *parts, strict=True):
-        where = given.place(n)
-        label = label_of(where, labels[n], task, given.label2id)
-        entry = dict(tokenized(where, given.tokenizer, *texts, **how))
-        if not len(entry["input_ids"]):
-            given.notes[_NO_TOKEN].append(n + 1)
-            continue
-        if encoded and _width(label) != _width(encoded[0]["labels"]):
-            first = _width(encoded[0]["labels"])
-            raise DataError(f"{where}: {_width(label)} labels, the rows before it have {first}")
-        encoded.append({**entry, "labels": label})
-    return encoded
-
-
-def _width(label: Label) -> int | str:
-    return len(label) if isinstance(label, list) else "one"
-
-
-def _words(given: _Given, columns: Columns) -> list[dict[str, Any]]:
-    labels, texts = given.column(columns.label), given.column(columns.text)
-    encoded = []
-    for n in given.taken:
-        where = given.place(n)
-        words = words_of(where, list_of(where, texts[n]), n, given.notes)
-        named = list_of(where, labels[n])
-        if len(words) != len(named):
-            raise DataError(f"{where}: {len(words)} words but {len(named)} labels")
-        classes = classes_of(where, named, given.label2id)
-        pieces: list[int] = []
-        if words:
-            entry, word_of = words_tokenized(where, given.tokenizer, words, given.max_length)
-            for previous, word in zip([None, *word_of], word_of, strict=False):
-                first = word is not None and word != previous
-                pieces.append(classes[word] if first and word is not None else IGNORED)
-        if all(label == IGNORED for label in pieces):
-            given.notes[_NO_LABEL].append(n + 1)
-        else:
-            encoded.append({**entry, "labels": pieces})
-    return encoded
-
-
 def _padded(
-    tokenizer: Any, encoded: list[dict[str, Any]], batch_size: int, of_words: bool
+    tokenizer: Any, encoded: Sequence[dict[str, Any]], batch_size: int, of_words: bool
 ) -> list[Batch]:
     batches: list[Batch] = []
     masked = "attention_mask" in getattr(tokenizer, "model_input_names", ["attention_mask"])

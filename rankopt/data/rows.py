@@ -29,6 +29,27 @@ class Columns:
     label: str = "label"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class DataSource:
+    """A file, a folder or a data set, and how it is read.
+
+    Attributes:
+        source: its path or name.
+        columns: names of the columns.
+        split: of a data set; ``train`` if not given.
+        rows: of the source, if they have been read already.
+    """
+
+    source: str
+    columns: Columns = Columns()
+    split: str | None = None
+    rows: Sequence[Row] | None = None
+
+    def read(self) -> Sequence[Row]:
+        """Its rows; see read_rows."""
+        return read_rows(self.source, self.split) if self.rows is None else self.rows
+
+
 def read_rows(source: str, split: str | None = None) -> Sequence[Row]:
     """Rows of a file, a folder or a data set, as mappings from column to value.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Evaluation:
         example_losses: of each example, summed over its targets, in the order of the data: what a
             paired comparison of two models needs. None unless they were asked for.
         example_targets: how many targets each example has, with example_losses.
+        also: by name, the same model on other data.
     """
 
     task: str
@@ -52,6 +53,23 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     example_losses: tuple[float, ...] | None = None
     example_targets: tuple[int, ...] | None = None
+    also: Mapping[str, "Evaluation"] = dataclasses.field(default_factory=dict)
+
+    @property
+    def of_others(self) -> dict[str, float | None]:
+        """``loss of NAME``, and the metrics likewise, of the other data; plain values for JSON."""
+        return {
+            f"{what} of {name}": value
+            for name, found in self.also.items()
+            for what, value in {"loss": found.loss, **found.metrics}.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; of the other data the losses, metrics and counts of targets."""
+        plain = dataclasses.asdict(dataclasses.replace(self, also={}))
+        del plain["also"]
+        targets = {f"targets of {name}": found.targets for name, found in self.also.items()}
+        return {**plain, **self.of_others, **targets}
 
 
 def evaluate(
@@ -61,6 +79,7 @@ def evaluate(
     loss_fn: LossFunction | None = None,
     layers: Iterable[Layer] | None = None,
     per_example: bool = False,
+    also: Mapping[str, Iterable[Any]] | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
     """Measure a dense or compressed model; in eval mode, the model is left as it was.
@@ -74,13 +93,24 @@ def evaluate(
             nothing is included or excluded, and what is low rank.
         per_example: also the loss of each example. Of a loss that is not known to be a likelihood
             (label smoothing), each example is run by itself for that.
+        also: name -> batches of other domains, measured beside: what is compressed on one domain
+            may be broken on another.
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
         DataError: no batches, or batches without targets.
     """
     loss = find_loss(unwrapped(model), loss_fn)
-    return measured(model, batches, loss, layers=layers, per_example=per_example, progress=progress)
+    layers = None if layers is None else list(layers)
+
+    def on(data: Iterable[Any], per_example: bool = False) -> Evaluation:
+        return measured(
+            model, data, loss, layers=layers, per_example=per_example, progress=progress
+        )
+
+    found = on(batches, per_example)
+    others = {name: on(data) for name, data in (also or {}).items()}
+    return dataclasses.replace(found, also=others)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -35,6 +35,7 @@ class PlanEvaluator:
         progress: bars on stderr for each plan's factors and evaluation; by default if it is a
             terminal. False inside a loop that has a bar of its own.
         per_example: measure the loss of each example, too.
+        also: name -> held-out data of other domains, measured beside.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class PlanEvaluator:
     batches: Sequence[Batch]
     progress: bool | None = None
     per_example: bool = False
+    also: Mapping[str, Sequence[Batch]] = dataclasses.field(default_factory=dict)
     _cache: FactorCache = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def dense(self) -> Evaluation:
@@ -70,24 +72,31 @@ class PlanEvaluator:
             return self._evaluated(compressed)
 
     @functools.cached_property
-    def _loss(self) -> Loss:
-        """What the first batch tells of the loss, told once for all plans."""
+    def _losses(self) -> list[Loss]:
+        """What the first batch of each data tells of the loss, told once for all plans."""
         model = unwrapped(self.model)
-        loss = find_loss(model, None)
-        for first in itertools.islice(listed(self.batches), 1):
-            loss = loss.settled(model, first)
-        return loss
+        losses = []
+        for batches in (self.batches, *self.also.values()):
+            loss = find_loss(model, None)
+            for first in itertools.islice(listed(batches), 1):
+                loss = loss.settled(model, first)
+            losses.append(loss)
+        return losses
 
     def _evaluated(self, model: nn.Module) -> Evaluation:
-        layers = self.profile.info.layers
-        return measured(
-            model,
-            self.batches,
-            self._loss,
-            layers=layers,
-            per_example=self.per_example,
-            progress=self.progress,
+        layers, data = self.profile.info.layers, (self.batches, *self.also.values())
+        found, *others = (
+            measured(
+                model,
+                batches,
+                loss,
+                layers=layers,
+                per_example=self.per_example and number == 0,
+                progress=self.progress,
+            )
+            for number, (batches, loss) in enumerate(zip(data, self._losses, strict=True))
         )
+        return dataclasses.replace(found, also=dict(zip(self.also, others, strict=True)))
 
 
 def measure_rows(
@@ -97,6 +106,7 @@ def measure_rows(
     batches: Sequence[Batch],
     *,
     per_example: bool = False,
+    also: Mapping[str, Sequence[Batch]] | None = None,
     progress: bool | None = None,
 ) -> Iterator[tuple[ComparedPlan, Evaluation]]:
     """Measure the plans of a comparison; those with one backend and the same ranks once.
@@ -107,15 +117,16 @@ def measure_rows(
         rows: plans to measure.
         batches: held-out data.
         per_example: also the loss of each example; see evaluate.
+        also: name -> held-out data of other domains: ``Evaluation.also``.
         progress: a bar on stderr, one for all plans; by default if it is a terminal.
 
     Yields:
         Each row, and what was measured.
     """
-    measure = PlanEvaluator(model, profile, batches, progress=False, per_example=per_example)
-    seen: dict[tuple[str, tuple[tuple[str, int | None], ...]], Evaluation] = {}
+    measure = PlanEvaluator(model, profile, batches, False, per_example, also or {})
+    seen: dict[Any, Evaluation] = {}
     for row in bar(rows, "Compare", "plan", progress):
-        model_of = row.plan.backend, tuple(row.plan.ranks.items())
+        model_of = row.plan.backend, row.plan.form, tuple(row.plan.ranks.items())
         if model_of not in seen:
             seen[model_of] = measure(row.plan)
         yield row, seen[model_of]
@@ -128,6 +139,7 @@ def measure_comparison(
     batches: Sequence[Batch],
     *,
     per_example: bool = False,
+    also: Mapping[str, Sequence[Batch]] | None = None,
     progress: bool | None = None,
 ) -> tuple[Evaluation, list[tuple[ComparedPlan, Evaluation]]]:
     """The dense model, and what measure_rows yields; one bar for all.
@@ -138,22 +150,23 @@ def measure_comparison(
         rows: see measure_rows.
         batches: see measure_rows.
         per_example: see measure_rows.
+        also: see measure_rows.
         progress: see measure_rows.
 
     Raises:
         NotFiniteError: the dense model's loss is NaN or infinite.
     """
     with bar(range(len(rows) + 1), "Compare", "model", progress) as shown:
-        how = {"per_example": per_example, "progress": False}
-        dense = PlanEvaluator(model, profile, batches, **how).dense()
+        dense = PlanEvaluator(model, profile, batches, False, per_example, also or {}).dense()
         shown.update()
         pairs = []
-        for pair in measure_rows(model, profile, rows, batches, **how):
+        how: Any = {"per_example": per_example, "also": also}
+        for pair in measure_rows(model, profile, rows, batches, **how, progress=False):
             pairs.append(pair)
             shown.update()
     return dense, pairs
 
 
 def measured_dict(row: ComparedPlan, measured: Evaluation) -> dict[str, Any]:
-    """A row with its measured loss and metrics, as plain values for JSON."""
-    return {**row.to_dict(), "loss": measured.loss, **measured.metrics}
+    """A row with its measured losses and metrics, as plain values for JSON."""
+    return {**row.to_dict(), "loss": measured.loss, **measured.metrics, **measured.of_others}

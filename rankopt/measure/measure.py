@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from rankopt.backends import find_backends
 from rankopt.backends.base import Backend, recomputable
+from rankopt.data.mixtures import Mixture
 from rankopt.errors import ModelError, OptionError, few
 from rankopt.layers import FORMS, Form, Layer
 from rankopt.measure.accumulate import Gathered, eager, gather
@@ -128,6 +129,7 @@ def profile_model(
         raise OptionError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     if checkpoint_every < 1:
         raise OptionError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    mixed = batches if isinstance(batches, Mixture) else None
     chosen = find_backends(backends)
     backends = tuple(chosen)
     model = unwrapped(model)
@@ -174,6 +176,10 @@ def profile_model(
     if lost:
         subject = dataclasses.replace(subject, selection=selection.without(lost))
     profile = assembled(subject, whole, arrays)
+    if mixed is not None:
+        sources = mixed.sources(profile.examples)
+        info = profile.info.model_copy(update={"sources": sources})
+        profile = dataclasses.replace(profile, info=info)
     _warn_of_zeros(profile)
     seen = whole.gathered.seen if whole.gathered is not None else None
     if seen is not None and seen.weighed and subject.processes.rank == 0:

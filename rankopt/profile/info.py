@@ -86,6 +86,22 @@ class BackendInfo(BaseModel):
         raise OptionError(f"backend {self.name!r} has no scale {name!r}; known: {known}")
 
 
+class SourceInfo(BaseModel):
+    """One of several sources that the examples are of.
+
+    Attributes:
+        name: file or data set, as it was given.
+        weight: as it was given; only their ratios count.
+        examples: of this source, among those that were seen.
+    """
+
+    model_config = STRICT
+
+    name: str
+    weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    examples: Annotated[int, Field(ge=0)]
+
+
 class ProfileInfo(BaseModel):
     """What was measured, on what, and how.
 
@@ -111,6 +127,7 @@ class ProfileInfo(BaseModel):
         processes: that shared the work.
         stopped: why measuring ended before the data did; None if it did not.
         data_digest: sha256 of the batches.
+        sources: of the examples, if there are several.
         model_parameters: of the whole model, tied ones counted once.
         model_bytes: the same in bytes.
         layers: the planned matrices.
@@ -138,6 +155,7 @@ class ProfileInfo(BaseModel):
     processes: Annotated[int, Field(ge=1)] = 1
     stopped: str | None = None
     data_digest: str
+    sources: tuple[SourceInfo, ...] | None = None
     model_parameters: int
     model_bytes: int
     layers: tuple[Layer, ...]
@@ -149,7 +167,7 @@ class ProfileInfo(BaseModel):
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # Profiles of before these fields stay, to the byte, what they were.
         content: dict[str, Any] = handler(self)
-        for name, default in (("estimator_reason", None), ("form", "pairs")):
+        for name, default in (("estimator_reason", None), ("sources", None), ("form", "pairs")):
             if getattr(self, name) == default:
                 content.pop(name, None)
         return content
