@@ -41,6 +41,8 @@ def apply_plan(
         profile: for the Fisher information that weights the factorisation.
         allow_other_weights: accept a model of the same layers whose weights differ (fine-tuned
             since, say); the profile's Fisher information is then used on the model's own weights.
+            Of backends that need more than it (kronecker, whitened), the directions that were best
+            for the profiled weights are kept of the others: near the best if those moved little.
         progress: a bar on stderr; by default if it is a terminal.
 
     Returns:
@@ -173,13 +175,12 @@ def _kept(
 ) -> Mapping[str, Tensor]:
     """What the backend's factors need: from the profile, or decomposed again."""
     stored = profile.kept(name, member)
-    if same and len(stored):
+    if len(stored) and (same or not recomputable(backend)):
         return {kind: torch.from_numpy(array).to(weight.device) for kind, array in stored.items()}
     if not recomputable(backend):
-        why = "the profile was saved without what it needs" if same else "the weights differ"
         raise PlanError(
-            f"layer {member}: {why}, and {name} cannot decompose it again without the data: "
-            "profile this model"
+            f"layer {member}: the profile was saved without what it needs, and {name} cannot "
+            "decompose it again without the data: profile this model"
         )
     columns = profile.fisher_columns.get(member)
     statistics = Statistics(

@@ -49,7 +49,9 @@ def demo(
     rows, measured = zip(*result.rows, strict=True)
     print_comparison(rows, measured, result.dense, wide=wide)
     show(f"\n{result.plan}")
-    show(f"  reloaded        loss {result.reloaded.loss:.4f} (dense {result.dense.loss:.4f})")
+    closed = next(found for row, found in result.rows if row.plan == result.plan)
+    show(f"  closed form     loss {closed.loss:.4f} (dense {result.dense.loss:.4f})")
+    show(f"  reloaded        loss {result.reloaded.loss:.4f}, {result.label}")
     show(f"\nbefore: {result.before}\n\nafter:  {result.after}\n")
     show(f"written to {result.folder}{os.sep}: {', '.join(_written(result.folder))}")
 

@@ -177,14 +177,11 @@ def profile_model(
         subject = dataclasses.replace(subject, selection=selection.without(lost))
     profile = assembled(subject, whole, arrays)
     if mixed is not None:
-        sources = mixed.sources(profile.examples)
-        info = profile.info.model_copy(update={"sources": sources})
+        info = profile.info.model_copy(update={"sources": mixed.sources(profile.examples)})
         profile = dataclasses.replace(profile, info=info)
     _warn_of_zeros(profile)
-    seen = whole.gathered.seen if whole.gathered is not None else None
-    if seen is not None and seen.weighed and subject.processes.rank == 0:
-        task = profile.info.task
-        warn_of_fitted(task, seen.loss / seen.weighed, seen.entropy / seen.weighed)
+    if whole.gathered is not None and subject.processes.rank == 0:
+        warn_of_fitted(profile.info.task, whole.gathered.seen)
     return profile
 
 

@@ -156,7 +156,8 @@ def test_bfloat16_and_other_dtypes_after_apply(tmp_path: Path) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     save_model(model, tmp_path / "model")
     found = type(model).from_pretrained(tmp_path / "model")
-    assert torch.equal(logits(found), logits(model))
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
     wide = type(model).from_pretrained(tmp_path / "model", dtype=torch.float32)
     low = next(m for m in wide.modules() if isinstance(m, LowRank))
     assert low.up.weight.dtype == torch.float32 and low.index.dtype == torch.int64

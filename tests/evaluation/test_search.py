@@ -79,7 +79,7 @@ def test_what_is_chosen_are_the_plans_ranks_whatever_the_objective(
 ) -> None:
     """A choice under one objective is an option list's index under every other."""
     profile = made[1]
-    offered = allocation(profile, "fwsvd", "nats", "total", 2)
+    offered = allocation(profile, "kronecker", "nats", "total", 2)
     plan = make_plan(profile, keep=0.6, rank_multiple=2, objective=objective)
     budget = find_budget(profile.info, keep=0.6)
     _, chosen = choose(profile, budget, rank_multiple=2, objective=objective)

@@ -38,5 +38,5 @@ def test_a_profile_has_the_same_curves_on_two_threads(two_threads: None) -> None
     torch.set_num_threads(1)
     on_one = profile_model(model, batches)
     for layer in on_one.info.layers:
-        one, two = (p.loss_curve("fwsvd", layer.name).losses for p in (on_one, on_two))
+        one, two = (p.loss_curve("kronecker", layer.name).losses for p in (on_one, on_two))
         assert two == pytest.approx(one, rel=1e-6)
