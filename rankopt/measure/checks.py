@@ -33,7 +33,7 @@ _MIXED = (
 _SINGLY = 8
 #: Labels are said to be fitted where the loss is below this share of the entropy. The two are near
 #: each other on text, and on labels as the model would draw them. Of two classes and a label that
-#: is found more likely, the loss is 0.77 of the entropy if that is 0.6 sure, 0.32 if it is 0.9,
+#: is found more likely, the loss is 0.76 of the entropy if that is 0.6 sure, 0.32 if it is 0.9,
 #: and 0.18 if it is 0.99.
 _FITTED = 2 / 3
 
