@@ -125,7 +125,8 @@ def warn_of_fitted(task: str, loss: float, entropy: float) -> None:
     tqdm.write(
         f"warning: the loss on the given labels is {loss:.3g} nats per target, far below the "
         f"{entropy:.3g} that the model itself expects (its entropy): the labels are fitted and "
-        "hardly produce gradients, so their Fisher information is that of a few examples; use "
+        "hardly produce gradients, so their Fisher information is that of a few examples; give "
+        "rows that the model was not trained on, or use "
         f'--estimator {better} (estimator="{better}")',
         file=sys.stderr,
     )
