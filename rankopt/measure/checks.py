@@ -33,7 +33,7 @@ _MIXED = (
 _SINGLY = 8
 #: Labels are said to be fitted where the loss is below this share of the entropy. The two are near
 #: each other on text, and on labels as the model would draw them. Of two classes and a label that
-#: is found more likely, the loss is 0.77 of the entropy if that is 0.6 sure, 0.32 if it is 0.9,
+#: is found more likely, the loss is 0.76 of the entropy if that is 0.6 sure, 0.32 if it is 0.9,
 #: and 0.18 if it is 0.99.
 _FITTED = 2 / 3
 
@@ -111,21 +111,23 @@ def stated_losses(model: nn.Module, task: str, batch: Batch) -> Tensor:
     return terms.sum(1)
 
 
-def warn_of_fitted(task: str, loss: float, entropy: float) -> None:
+def warn_of_fitted(task: str, loss: float, entropy: float, targets: int) -> None:
     """Say on stderr that given labels hardly produce gradients, because they are predicted.
 
     Args:
         task: see tasks.
-        loss: mean over the targets, nats.
-        entropy: of the model's own prediction of the same targets, nats.
+        loss: summed over the targets, nats.
+        entropy: of the model's own prediction of the same targets, summed, nats.
+        targets: how many; 0 if it is not known.
     """
-    if loss >= _FITTED * entropy:
+    if loss >= _FITTED * entropy or not targets:
         return
     better = "sampled" if task in OF_TOKENS else "expected"
     tqdm.write(
-        f"warning: the loss on the given labels is {loss:.3g} nats per target, far below the "
-        f"{entropy:.3g} that the model itself expects (its entropy): the labels are fitted and "
-        "hardly produce gradients, so their Fisher information is that of a few examples; use "
+        f"warning: the loss on the given labels is {loss / targets:.3g} nats per target, far below "
+        f"the {entropy / targets:.3g} that the model itself expects (its entropy): the labels are fitted and "
+        "hardly produce gradients, so their Fisher information is that of a few examples; give "
+        "rows that the model was not trained on, or use "
         f'--estimator {better} (estimator="{better}")',
         file=sys.stderr,
     )

@@ -181,7 +181,8 @@ def profile_model(
         profile = dataclasses.replace(profile, info=info)
     _warn_of_zeros(profile)
     if whole.gathered is not None and subject.processes.rank == 0:
-        warn_of_fitted(profile.info.task, whole.gathered.seen)
+        seen = whole.gathered.seen
+        warn_of_fitted(profile.info.task, seen.loss, seen.entropy, seen.weighed)
     return profile
 
 
