@@ -29,7 +29,7 @@ import numpy as np
 
 from rankopt_solvers.exact.core import Core, core_of, enumerate_core
 from rankopt_solvers.greedy import filled
-from rankopt_solvers.hull import Relaxation, lower_bound, lower_hulls, reduced_losses, relax
+from rankopt_solvers.hull import Relaxation, lower_bound, lower_hulls, options_within, relax
 from rankopt_solvers.problem import Problem, refuse_side_budgets
 from rankopt_solvers.solution import Case, Proof, Solution, certify
 from rankopt_solvers.table import IntArray, Table, identical_rows
@@ -79,7 +79,7 @@ def solve_exact(
     problem.require_feasible()
     table = problem.table
     budget = table.tightened(problem.budget)
-    root = relax(table, problem.hulls, budget)
+    root = problem.relaxation
     position = filled(table, root)
     loss = math.fsum(table.loss[position].tolist())
     bound = lower_bound(table, root)
@@ -148,11 +148,8 @@ class _Search:
         # A rounding to the grid for each row, and those of the reduced losses themselves.
         gap = (loss - bound) * (1 + 1e-12) + (full.rows + 4) * self.unit
         kept = np.zeros(full.cost.size, dtype=np.bool_)
-        for first, block in full.blocks():
-            a = int(full.start[first])
-            at = root.position[first : first + block.rows] - a
-            near = reduced_losses(block, root.multiplier, at) <= gap
-            kept[a : a + near.size] = near & (block.loss <= loss)
+        near, _ = options_within(full, root.multiplier, root.position, gap)
+        kept[near[full.loss[near] <= loss]] = True
         kept[position] = True
         self._siblings = identical_rows(full)
         for row, rows in enumerate(self._siblings):

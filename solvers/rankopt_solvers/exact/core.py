@@ -42,7 +42,8 @@ class Core:
 
 def core_of(table: Table, relaxation: Relaxation) -> Core:
     """Reduced losses and bound of a table whose losses are whole numbers below 2**53."""
-    reduced = reduced_losses(table, relaxation.multiplier, relaxation.position)
+    at = relaxation.position
+    reduced = reduced_losses(table, relaxation.multiplier, table.cost[at], table.loss[at])
     least = np.minimum.reduceat(reduced, table.start[:-1])
     reduced -= table.spread(least)
     taken = int(table.loss[relaxation.position].sum())
