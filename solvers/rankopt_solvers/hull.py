@@ -129,8 +129,10 @@ def _unlinked(table: Table, vertex: IntArray, inner: BoolArray, above: BoolArray
         alive[now] = False
         after[before[now]] = after[now]
         before[after[now]] = before[now]
-        touched = np.unique(np.concatenate((before[now], after[now], work)))
-        touched = touched[alive[touched] & inner[touched]]
+        near = np.zeros(vertex.size, dtype=np.bool_)
+        for places in (before[now], after[now], work):
+            near[places] = True
+        touched = np.flatnonzero(near & alive & inner)
         left, right = before[touched], after[touched]
         steep = (loss[left] - loss[touched]) / (cost[touched] - cost[left])
         flat = (loss[touched] - loss[right]) / (cost[right] - cost[touched])
@@ -274,10 +276,9 @@ def _reaching(
     assert runs.option is not None
     least = reduced_losses(runs, multiplier, sample.cost[at], sample.loss[at], 8 * EPS)
     near = np.flatnonzero(least <= 0.0)
-    end = np.append(runs.option[1:], table.start[-1])
     first = near[np.searchsorted(near, runs.start[:-1])]
     last = near[np.searchsorted(near, runs.start[1:]) - 1]
-    return runs.option[first], end[last]
+    return runs.option[first], table.run_end[last]
 
 
 def reduced_losses(
@@ -324,10 +325,9 @@ def options_within(
     assert runs.option is not None
     # The options' own rounding must not take them below their run's.
     near = np.flatnonzero(reduced_losses(runs, multiplier, cost, loss, 8 * EPS) <= gap)
-    end = np.append(runs.option[1:], table.start[-1])
     positions, losses = [], []
     for few in np.array_split(near, near.size * RUN // BLOCK + 1):
-        part = table.at(ranges(runs.option[few], end[few]))
+        part = table.at(ranges(runs.option[few], table.run_end[few]))
         reduced = reduced_losses(part, multiplier, cost, loss)
         within = reduced <= gap
         assert part.option is not None

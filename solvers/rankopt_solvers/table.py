@@ -84,6 +84,29 @@ class Table:
         return Table(start, self.cost[first], self.loss[last], first)
 
     @cached_property
+    def run_end(self) -> IntArray:
+        """Position after the last option of each run."""
+        assert self.runs.option is not None
+        return np.append(self.runs.option[1:], self.start[-1])
+
+    def runs_between(self, low: IntArray, high: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """The runs inside ``low[k] <= position < high[k]``, cut to that, for any ranges.
+
+        Returns:
+            Index of each range's first run, one more than there are ranges; the first position of
+            each run; and the one after its last.
+        """
+        first = self.runs.option
+        assert first is not None
+        a, b = np.searchsorted(first, low, side="right") - 1, np.searchsorted(first, high)
+        inside = ranges(a, b)
+        return (
+            np.concatenate(([0], np.cumsum(b - a))),
+            np.maximum(first[inside], np.repeat(low, b - a)),
+            np.minimum(self.run_end[inside], np.repeat(high, b - a)),
+        )
+
+    @cached_property
     def divisor(self) -> int:
         """Common divisor of all cost differences inside rows; 0 if there are none."""
         divisor = 0
