@@ -294,20 +294,20 @@ def main() -> None:
     )
     given = parser.parse_args()
     started = time.perf_counter()
+    only_concave = given.only == "concave"
     if given.quick:
         chosen = [instances.synth(m, instances.SHAPES[m]()) for m in ("tiny", "bert")]
         watched = [instances.synth("llama-7b", instances.SHAPES["llama-7b"]())]
         settings = Settings((0.75,), (4, 64), 5.0, given.workers, watched=1, budgets=20)
         skipped: list[str] = []
     else:
-        everything, skipped = instances.benchmark()
+        everything, skipped = ([], []) if only_concave else instances.benchmark()
         chosen = [instance for instance in everything if given.only in instance.name]
         watched = [instance for instance in chosen if instance.name.startswith("llama-70b")]
         settings = Settings(
             (0.2, 0.5, 0.8), (1, 16, 64), given.highs_limit, given.workers, watched=1, budgets=200
         )
     command = " ".join(["python", "experiments/01_exactness/run.py", *sys.argv[1:]])
-    only_concave = given.only == "concave"
     rows, verdicts = [], []
     if not given.watch_again:
         pivoted = ("bert", (0.75,)) if given.quick else ("llama-70b", (0.8, 0.5))

@@ -8,9 +8,13 @@ is a lower bound on the sum objective, whatever lam is; its maximum over lam is 
 linear relaxation, reached at the slope of the hull edge at which the budget runs out (Sinha &
 Zoltners 1979; Dyer 1984). That slope is found exactly, by selection instead of sorting.
 
-The low-rank options of a layer are convex in their cost, but "keep it dense" adds a jump at the
-end: the hull replaces the last low-rank options by one long edge to dense. Slopes are rounded; the
-bound is evaluated at the slope from all options, so a wrong slope could only make it weaker.
+A layer's pairs of factors are convex in their cost, but "keep it dense" adds a jump at the end: the
+hull replaces the last of them by one long edge to dense. In the pivoted form the cost is concave in
+the rank, and there are dents besides. Slopes are rounded; the bound is evaluated at the slope from
+all options, so a wrong slope could only make it weaker.
+
+Of a large table only the options near the break are looked at one by one: runs of options go by the
+cost of their first and the loss of their last, which none of them falls below.
 """
 
 import dataclasses
@@ -247,6 +251,10 @@ def relax_near(table: Table, budget: int) -> Relaxation:
         table: the options.
         budget: at least the cost of the cheapest choice.
     """
+    dearest = table.start[1:] - 1
+    room = budget - int(table.cost[dearest].sum())
+    if room >= 0:
+        return Relaxation(0.0, dearest, room, None)
     if table.cost.size >= LARGE:
         assert table.runs.option is not None
         sample = table.at(table.runs.option)

@@ -36,14 +36,14 @@ from rankopt_solvers.table import IntArray, Table, identical_rows
 
 #: Partial choices that one dynamic program may look at. Where the edge at the break is a long one,
 #: splitting the case does more.
-MOST_STATES = 30_000_000
+MOST_STATES = 100_000_000
 MOST_STATES_LONG = 3_000_000
 
 #: An edge is long if it costs this many times what the next step of most rows costs.
 LONG = 8
 
 #: By how much the tolerance grows until the best choice of a case is found.
-GROWTH = 3.0
+GROWTH = 1.5
 
 
 def solve_exact(

@@ -29,14 +29,17 @@ _BITS = 6
 #: Costs in the widest array: it and its temporaries take a few hundred megabytes.
 _WIDEST = 2**23
 
+#: A state in a list takes as long as this many in an array.
+LISTED = 10
+
 #: Partial choices held at once by the sorted list, whose states take much more memory.
 _MOST_LISTED = 3_000_000
 
 #: A window may be so many times as wide as there are states in it to be kept in an array.
-WIDE = 50
+WIDE = 10
 
 #: Fewer states than that take no less time.
-_FEW = 200
+_FEW = 1_000
 
 #: Steps after which what later ones can reach is summed up again: in between it is overrated.
 _STEPS = 8
@@ -208,9 +211,10 @@ def run(given: Steps, most_states: int, wide: float = WIDE) -> Outcome:
     ends = (given, given.backwards())
     lists = [_List(np.array([end.cost]), np.array([end.loss], dtype=np.int64)) for end in ends]
     seen = 0
-    while (taken := [len(states.history) for states in lists]) and sum(taken) < len(given.steps):
+    while sum(len(states.history) for states in lists) < len(given.steps):
         side = int(lists[1].cost.size < lists[0].cost.size)
-        end, states, k = ends[side], lists[side], taken[side]
+        end, states = ends[side], lists[side]
+        k = len(states.history)
         low, high = int(states.cost[0]), int(states.cost[-1])
         window = end.window(k, low, high)
         if window[0] > window[1]:
@@ -220,7 +224,7 @@ def run(given: Steps, most_states: int, wide: float = WIDE) -> Outcome:
             return _run_array(given, k, states, seen, most_states)
         many = states.cost.size * end.steps[k].change.size
         seen += many
-        if seen > most_states or many > _MOST_LISTED:
+        if seen * LISTED > most_states or many > _MOST_LISTED:
             return False, None, 0, seen
         _extend(end, k, states, window)
         if not states.cost.size:
