@@ -35,7 +35,7 @@ from rankopt_solvers.solution import Case, Proof, Solution, certify
 from rankopt_solvers.table import IntArray, Table, identical_rows
 
 #: Partial choices that one dynamic program may look at. Where the edge at the break is a long one,
-#: splitting the case does more.
+#: splitting the case does more; there the first case may take so many, each next one twice that.
 MOST_STATES = 100_000_000
 MOST_STATES_LONG = 3_000_000
 
@@ -240,7 +240,10 @@ class _Search:
         gap = self.loss - 1 - core.bound
         if gap < 0:
             return True
-        most = MOST_STATES_LONG if _is_long(core) else MOST_STATES
+        most = MOST_STATES
+        if _is_long(core):
+            # Where splitting does not help after all, the cases are not split for ever.
+            most = min(most, MOST_STATES_LONG << min(self.nodes - 1, 20))
         # Start where a few options more than the vertices are in reach.
         few = min(core.table.rows + 32, core.reduced.size - 1)
         tolerance = min(float(np.partition(core.reduced, few)[few]), gap)
