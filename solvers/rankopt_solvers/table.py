@@ -181,7 +181,8 @@ def ranges(low: IntArray, high: IntArray) -> IntArray:
     """All positions ``low[k] <= p < high[k]``, one range after the other."""
     size = high - low
     start = np.cumsum(size) - size
-    return np.arange(int(size.sum())) + np.repeat(low - start, size)
+    positions: IntArray = np.arange(int(size.sum())) + np.repeat(low - start, size)
+    return positions
 
 
 def pareto(cost: IntArray, loss: FloatArray) -> IntArray:
