@@ -1,13 +1,15 @@
 """An instance's options under a rank multiple, a budget and an objective.
 
 A layer of shape (m, n) with squared singular values s_1 >= s_2 >= ... offers the ranks q, 2q, ...
-up to the break-even rank, rank r at cost r (m + n) with loss sum_{k>r} s_k, and "dense" at cost mn
-with loss 0. Losses are summed from the small end, so the tail keeps its digits. ``sum`` minimises
+that cost less than dense, rank r with loss sum_{k>r} s_k, and "dense" at cost mn with loss 0. As a
+pair of factors rank r costs r (m + n), in the pivoted form r (m + n - r): concave, and below mn up
+to full rank. Losses are summed from the small end, so the tail keeps its digits. ``sum`` minimises
 the total loss, ``layerwise`` the sum of the lost fractions.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,7 @@ from instances import FloatArray, Instance, Layer
 from rankopt_solvers import Group, Problem
 
 IntArray = npt.NDArray[np.int64]
+Form = Literal["pairs", "pivoted"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,23 +64,29 @@ class Case:
         return 1.0 - loss / self.total
 
 
-def offered_ranks(layer: Layer, multiple: int) -> IntArray:
+def offered_ranks(layer: Layer, multiple: int, form: Form = "pairs") -> IntArray:
     """Multiples that save parameters; the multiple is halved where it leaves none."""
-    while multiple > layer.break_even and multiple > 1:
+    most = layer.break_even if form == "pairs" else min(layer.rows, layer.columns) - 1
+    while multiple > most and multiple > 1:
         multiple //= 2
-    return np.arange(multiple, layer.break_even + 1, multiple, dtype=np.int64)
+    return np.arange(multiple, most + 1, multiple, dtype=np.int64)
 
 
 def cases(
-    instance: Instance, multiple: int, keeps: Iterable[float], objectives: Iterable[str]
+    instance: Instance,
+    multiple: int,
+    keeps: Iterable[float],
+    objectives: Iterable[str],
+    form: Form = "pairs",
 ) -> Iterator[Case]:
     """One case for each objective and kept fraction, on common tables."""
     ranks, costs, losses, totals = [], [], [], []
     for layer, spectrum in zip(instance.layers, instance.spectra, strict=True):
         tail = np.append(np.cumsum(spectrum[::-1])[::-1], 0.0)
-        rank = offered_ranks(layer, multiple)
+        rank = offered_ranks(layer, multiple, form)
+        step = layer.step - (rank if form == "pivoted" else 0)
         ranks.append(np.append(rank, -1))
-        costs.append(np.append(rank * layer.step, layer.dense))
+        costs.append(np.append(rank * step, layer.dense))
         losses.append(np.append(tail[rank], 0.0))
         totals.append(float(tail[0]))
     shares = [loss / total for loss, total in zip(losses, totals, strict=True)]

@@ -1,11 +1,12 @@
-"""The benchmark's instances: layer shapes and spectra, in three families.
+"""The benchmark's instances: layer shapes and spectra, in four families.
 
 * ``synth``: a power-law head, a bulk (1 - x)^b and 2 % noise;
+* ``fast``, ``slow``: exponential decay and a slow power law, with the same noise;
 * ``flat``: SmolLM2's spectra of the same kind of layer, stretched to the size wanted;
 * ``minilm``, ``smollm2``: the spectra of those models' weights, as they are (``plain``) or scaled.
 
 Scaled means: times a log-normal factor (sigma 0.8) of each layer, which stands in for the spread of
-Fisher information between layers. ``synth`` and ``flat`` are scaled, and their masses follow the
+Fisher information between layers. All but the last are scaled, and their masses follow the
 layers' sizes, a profile over the depth and a factor of the kind.
 """
 
@@ -107,6 +108,21 @@ def synth(model: str, layers: tuple[Layer, ...]) -> Instance:
         noisy = smooth * np.exp(0.02 * random.standard_normal(size))
         spectra.append(np.sort(noisy)[::-1])
     return _with_masses(f"{model} synth", layers, spectra)
+
+
+def decaying(model: str, layers: tuple[Layer, ...], speed: str) -> Instance:
+    """Spectra that fall ``fast``, exp(-a k / size), or ``slow``, k^-a, with 2 % noise."""
+    random = _random(f"{model} {speed}")
+    spectra = []
+    for layer in layers:
+        size = min(layer.rows, layer.columns)
+        order = np.arange(1, size + 1)
+        if speed == "fast":
+            smooth = np.exp(-order / size * random.uniform(5.0, 30.0))
+        else:
+            smooth = order ** -random.uniform(0.02, 0.3)
+        spectra.append(np.sort(smooth * np.exp(0.02 * random.standard_normal(size)))[::-1])
+    return _with_masses(f"{model} {speed}", layers, spectra)
 
 
 def flat(model: str, layers: tuple[Layer, ...], source: Instance) -> Instance:

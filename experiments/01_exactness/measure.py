@@ -36,6 +36,18 @@ def exact(case: Case) -> tuple[Solution, float]:
     return solution, statistics.median(seconds)
 
 
+def build(case: Case) -> float:
+    """The median CPU seconds of making the Problem of arrays that are read-only."""
+    seconds = []
+    for array in (*case.costs, *case.losses):
+        array.flags.writeable = False
+    for _ in range(REPEATS):
+        started = time.process_time()
+        case.problem()
+        seconds.append(time.process_time() - started)
+    return statistics.median(seconds)
+
+
 def memory_ratio(case: Case, writable: bool = False) -> float:
     """Peak bytes of inputs, Problem and exact solve over the bytes of the inputs.
 

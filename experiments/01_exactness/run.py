@@ -69,6 +69,7 @@ class Found:
 
     rows: list[Row] = dataclasses.field(default_factory=list)
     comparisons: list[Row] = dataclasses.field(default_factory=list)
+    concave: list[Row] = dataclasses.field(default_factory=list)
     verdicts: list[claims.Claim] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)
 
@@ -223,12 +224,31 @@ def watch(watched: list[instances.Instance], settings: Settings) -> list[claims.
     return verdicts
 
 
-def watch_again(watched: list[instances.Instance], settings: Settings, before: Row) -> Found:
-    """Only memory and frontier once more; the other figures stay those of the run before."""
-    found = Found(before["rows"], before["knapsack_and_exact"], left_out=before["left_out"])
-    again = {claim.text: claim for claim in watch(watched, settings)}
-    old = [claims.Claim(**claim) for claim in before["claims"]]
-    found.verdicts = [again.get(claim.text, claim) for claim in old]
+def concave(model: str, keeps: Sequence[float]) -> tuple[list[Row], list[claims.Claim]]:
+    """Our own solver on every rank of the pivoted form, in several families of spectra."""
+    layers = instances.SHAPES[model]()
+    synth = instances.synth(model, layers)
+    decays = [instances.decaying(model, layers, speed) for speed in ("fast", "slow")]
+    rows = []
+    for instance in (synth, *decays):
+        objectives = ("sum", "layerwise") if instance is synth else ("sum",)
+        for case in cases(instance, 1, keeps, objectives, "pivoted"):
+            print(f"pivoted: {case.name} ({case.objective})", flush=True)
+            built = measure.build(case)
+            best, seconds = measure.exact(case)
+            row = line(case, "exact", best.status, best.choice, best.bound, best.bound, seconds)
+            stats = {name: best.stats.get(name, 0) for name in ("nodes", "core")}
+            rows.append({**row, "build": built, **stats})
+    return rows, [claims.concave(rows)]
+
+
+def again(found: Found, new: Sequence[claims.Claim], before: Row) -> Found:
+    """What was measured once more; the other figures stay those of the run before."""
+    found.rows, found.comparisons = before["rows"], before["knapsack_and_exact"]
+    found.concave = found.concave or before.get("concave", [])
+    found.left_out = before["left_out"]
+    verdicts = {claim["text"]: claims.Claim(**claim) for claim in before["claims"]}
+    found.verdicts = list((verdicts | {claim.text: claim for claim in new}).values())
     return found
 
 
@@ -247,10 +267,13 @@ def write(found: Found, settings: Settings, seconds: float, folder: Path, comman
         "left_out": found.left_out,
     }
     text = json.dumps(head, indent=1)[:-2]
-    for name, lines in (("rows", found.rows), ("knapsack_and_exact", found.comparisons)):
+    parts = {
+        "rows": found.rows, "knapsack_and_exact": found.comparisons, "concave": found.concave
+    }  # fmt: skip
+    for name, lines in parts.items():
         text += f',\n "{name}": [\n' + ",\n".join("  " + json.dumps(x) for x in lines) + "\n ]"
     (folder / "results.json").write_text(text + "\n}\n", encoding="utf-8")
-    table = tables.document(found.rows, found.verdicts, found.left_out)
+    table = tables.document(found.rows, found.concave, found.verdicts, found.left_out)
     (folder / "table.md").write_text(table, encoding="utf-8")
 
 
@@ -260,33 +283,46 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--highs-limit", type=float, default=40.0, help="seconds, full model")
     parser.add_argument("--workers", type=int, default=2, help="HiGHS processes at a time")
-    parser.add_argument("--only", default="", help="instances whose name holds this")
+    parser.add_argument(
+        "--only",
+        default="",
+        help='instances whose name holds this, or "concave": that part once more',
+    )
     parser.add_argument("--folder", type=Path, default=HERE, help="where the results go")
     parser.add_argument(
         "--watch-again", action="store_true", help="measure only memory and frontier once more"
     )
     given = parser.parse_args()
     started = time.perf_counter()
+    only_concave = given.only == "concave"
     if given.quick:
         chosen = [instances.synth(m, instances.SHAPES[m]()) for m in ("tiny", "bert")]
         watched = [instances.synth("llama-7b", instances.SHAPES["llama-7b"]())]
         settings = Settings((0.75,), (4, 64), 5.0, given.workers, watched=1, budgets=20)
         skipped: list[str] = []
     else:
-        everything, skipped = instances.benchmark()
+        everything, skipped = ([], []) if only_concave else instances.benchmark()
         chosen = [instance for instance in everything if given.only in instance.name]
         watched = [instance for instance in chosen if instance.name.startswith("llama-70b")]
         settings = Settings(
             (0.2, 0.5, 0.8), (1, 16, 64), given.highs_limit, given.workers, watched=1, budgets=200
         )
     command = " ".join(["python", "experiments/01_exactness/run.py", *sys.argv[1:]])
-    if given.watch_again:
+    rows, verdicts = [], []
+    if not given.watch_again:
+        pivoted = ("tiny", (0.75, 0.5)) if given.quick else ("llama-70b", (0.8, 0.5))
+        rows, verdicts = concave(*pivoted)
+    if given.watch_again or only_concave:
         before = json.loads((given.folder / "results.json").read_text(encoding="utf-8"))
-        found, skipped = watch_again(watched, settings, before), []
-        command, started = f"{before['command']}; {command}", started - before["wall_seconds"]
+        verdicts += watch(watched, settings) if given.watch_again else []
+        found, skipped = again(Found(concave=rows), verdicts, before), []
+        earlier = [part for part in before["command"].split("; ") if part != command]
+        command, started = "; ".join([*earlier, command]), started - before["wall_seconds"]
     else:
         with tempfile.TemporaryDirectory() as temporary:
             found = study(chosen, watched, settings, Path(temporary))
+        found.concave = rows
+        found.verdicts += verdicts
     found.left_out += [f"{name}: its package is not installed" for name in skipped]
     if not given.quick:
         write(found, settings, time.perf_counter() - started, given.folder, command)

@@ -10,37 +10,42 @@ saving per cost first.
 cost. It sees the jump only from the option before it. It is here to be compared with.
 """
 
-import dataclasses
 import heapq
 
 import numpy as np
 
-from rankopt_solvers.hull import Relaxation, lower_bound, relax
+from rankopt_solvers.hull import Relaxation, lower_bound, relax_near
 from rankopt_solvers.problem import Problem, refuse_side_budgets
 from rankopt_solvers.solution import Solution, certify
-from rankopt_solvers.table import IntArray, Table
+from rankopt_solvers.table import IntArray, Table, ranges
 
 
 def _best_steps(table: Table, position: IntArray, room: int) -> list[tuple[float, int, int]]:
     """The best affordable step of every row that has one: (-saved per cost, row, target)."""
     reach = table.last_affordable(table.cost[position] + room) + 1
-    steps: list[tuple[float, int, int]] = []
-    for first, block in table.blocks():
-        a, b = first, first + block.rows
-        open_rows = np.flatnonzero(reach[a:b] > position[a:b] + 1) + first
-        if not open_rows.size:
-            continue
-        now = position[open_rows]
-        options = table.between(now + 1, reach[open_rows])
-        saved = options.spread(table.loss[now]) - options.loss
-        density = saved / (options.cost - options.spread(table.cost[now]))
-        best = np.maximum.reduceat(density, options.start[:-1])
-        hits = np.flatnonzero(density == options.spread(best))
-        hits = hits[np.searchsorted(hits, options.start[:-1])]
-        assert options.option is not None
-        targets = options.option[hits].tolist()
-        steps.extend(zip((-best).tolist(), open_rows.tolist(), targets, strict=True))
-    return steps
+    rows = np.flatnonzero(reach > position + 1)
+    if not rows.size:
+        return []
+    now = position[rows]
+    start, first, end = table.runs_between(now + 1, reach[rows])
+    size = np.diff(start)
+    here, spent = (
+        np.repeat(table.loss[now], size),
+        table.cost[first] - np.repeat(table.cost[now], size),
+    )
+    # No option of a run does better than its last loss at its first cost, and one does this well.
+    least = np.maximum.reduceat((here - table.loss[first]) / spent, start[:-1])
+    near = (here - table.loss[end - 1]) / spent >= np.repeat(least, size)
+    options = table.at(ranges(first[near], end[near]))
+    assert options.option is not None
+    begin = np.searchsorted(options.option, now)
+    size = np.diff(begin, append=options.option.size)
+    saved = np.repeat(table.loss[now], size) - options.loss
+    density = saved / (options.cost - np.repeat(table.cost[now], size))
+    best = np.maximum.reduceat(density, begin)
+    hits = np.flatnonzero(density == np.repeat(best, size))
+    targets = options.option[hits[np.searchsorted(hits, begin)]]
+    return list(zip((-best).tolist(), rows.tolist(), targets.tolist(), strict=True))
 
 
 def _best_step(table: Table, row: int, now: int, room: int) -> tuple[float, int, int] | None:
@@ -92,21 +97,20 @@ def solve_greedy(problem: Problem) -> Solution:
     """
     refuse_side_budgets(problem, "greedy")
     problem.require_feasible()
-    table, hulls = problem.table, problem.hulls
+    table, relaxation = problem.table, problem.relaxation
     budget = table.tightened(problem.budget)
-    relaxation = relax(table, hulls, budget)
     choice = table.options_at(filled(table, relaxation))
     if relaxation.edge is not None:
         row, target = relaxation.edge
-        first = int(hulls.start[row])
-        left = budget - int(table.cost[target] - table.cost[hulls.vertex[first]])
-        if left >= int(table.cost[table.start[:-1]].sum()):
-            slope = hulls.slope.copy()
-            slope[first : int(hulls.start[row + 1])] = -1.0
-            forced = relax(table, dataclasses.replace(hulls, slope=slope), left)
-            forced.position[row] = target
-            other = table.options_at(filled(table, forced))
-            choice = min(choice, other, key=problem.loss_of)
+        low, high = table.start[:-1].copy(), table.start[1:].copy()
+        low[row], high[row] = target, target + 1
+        if int(table.cost[low].sum()) <= budget:
+            part = table.between(low, high)
+            forced = relax_near(part, budget)
+            assert part.option is not None
+            position = part.option[forced.position]
+            fill(table, position, forced.room)
+            choice = min(choice, table.options_at(position), key=problem.loss_of)
     bound = (lower_bound(table, relaxation), relaxation.multiplier)
     return certify(problem, choice, "greedy", bound=bound)
 

@@ -8,9 +8,13 @@ is a lower bound on the sum objective, whatever lam is; its maximum over lam is 
 linear relaxation, reached at the slope of the hull edge at which the budget runs out (Sinha &
 Zoltners 1979; Dyer 1984). That slope is found exactly, by selection instead of sorting.
 
-The low-rank options of a layer are convex in their cost, but "keep it dense" adds a jump at the
-end: the hull replaces the last low-rank options by one long edge to dense. Slopes are rounded; the
-bound is evaluated at the slope from all options, so a wrong slope could only make it weaker.
+A layer's pairs of factors are convex in their cost, but "keep it dense" adds a jump at the end: the
+hull replaces the last of them by one long edge to dense. In the pivoted form the cost is concave in
+the rank, and there are dents besides. Slopes are rounded; the bound is evaluated at the slope from
+all options, so a wrong slope could only make it weaker.
+
+Of a large table only the options near the break are looked at one by one: runs of options go by the
+cost of their first and the loss of their last, which none of them falls below.
 """
 
 import dataclasses
@@ -18,7 +22,19 @@ import math
 
 import numpy as np
 
-from rankopt_solvers.table import EPS, BoolArray, FloatArray, IntArray, Table
+from rankopt_solvers.table import (
+    BLOCK,
+    EPS,
+    RUN,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Table,
+    ranges,
+)
+
+#: Options from which on the break is looked for in a sample first.
+LARGE = 2**16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,8 +133,10 @@ def _unlinked(table: Table, vertex: IntArray, inner: BoolArray, above: BoolArray
         alive[now] = False
         after[before[now]] = after[now]
         before[after[now]] = before[now]
-        touched = np.unique(np.concatenate((before[now], after[now], work)))
-        touched = touched[alive[touched] & inner[touched]]
+        near = np.zeros(vertex.size, dtype=np.bool_)
+        for places in (before[now], after[now], work):
+            near[places] = True
+        touched = np.flatnonzero(near & alive & inner)
         left, right = before[touched], after[touched]
         steep = (loss[left] - loss[touched]) / (cost[touched] - cost[left])
         flat = (loss[touched] - loss[right]) / (cost[right] - cost[touched])
@@ -181,6 +199,14 @@ def _break_slope(slope: FloatArray, weight: IntArray, room: int) -> float:
     return max(float(slope[order[over[0]]]), 0.0) if over.size else 0.0
 
 
+def _taken(hulls: Hulls, multiplier: float) -> IntArray:
+    """For each row the index of the vertex up to which its edges are steeper than lam >= 0."""
+    # At the end of a row the slope is -1: the last vertex is never counted as an edge.
+    steeper = (hulls.slope > multiplier).view(np.int8)
+    index: IntArray = hulls.start[:-1] + np.add.reduceat(steeper, hulls.start[:-1], dtype=np.int64)
+    return index
+
+
 def relax(table: Table, hulls: Hulls, budget: int) -> Relaxation:
     """Solve the linear relaxation.
 
@@ -197,9 +223,7 @@ def relax(table: Table, hulls: Hulls, budget: int) -> Relaxation:
     del cost
     weight[ends] = 0
     lam = _break_slope(hulls.slope, weight, room)
-    # At the end of a row the slope is -1: the last vertex is never counted as an edge.
-    taken = np.add.reduceat((hulls.slope > lam).view(np.int8), hulls.start[:-1], dtype=np.int64)
-    index = hulls.start[:-1] + taken
+    index = _taken(hulls, lam)
     position = hulls.vertex[index]
     room = budget - int(table.cost[position].sum())
     edge = None
@@ -216,21 +240,79 @@ def relax(table: Table, hulls: Hulls, budget: int) -> Relaxation:
     return Relaxation(lam, position, room, edge)
 
 
-def reduced_losses(table: Table, multiplier: float, position: IntArray) -> FloatArray:
-    """What each option adds to the Lagrangian function, relative to one position in each row.
+def relax_near(table: Table, budget: int) -> Relaxation:
+    """``relax`` of a large table, without the hulls far from the break.
+
+    The relaxation of the first options of all runs says roughly where the break slope is. What is
+    cheaper than the first run that reaches the Lagrangian minimum at a steeper slope, or dearer
+    than the last that does at a flatter one, plays no part if the slope then found lies between.
+
+    Args:
+        table: the options.
+        budget: at least the cost of the cheapest choice.
+    """
+    dearest = table.start[1:] - 1
+    room = budget - int(table.cost[dearest].sum())
+    if room >= 0:
+        return Relaxation(0.0, dearest, room, None)
+    if table.cost.size >= LARGE:
+        assert table.runs.option is not None
+        sample = table.at(table.runs.option)
+        hulls = lower_hulls(sample)
+        rough = relax(sample, hulls, budget).multiplier
+        for width in (2.0**-6, 2.0**-3):
+            steep, flat = rough * (1 + width), rough * (1 - width)
+            part = table.between(
+                _reaching(table, sample, hulls, steep)[0], _reaching(table, sample, hulls, flat)[1]
+            )
+            if int(part.cost[part.start[:-1]].sum()) > budget:
+                continue
+            found = relax(part, lower_hulls(part), budget)
+            if flat < found.multiplier < steep:
+                assert part.option is not None
+                edge = found.edge and (found.edge[0], int(part.option[found.edge[1]]))
+                return Relaxation(found.multiplier, part.option[found.position], found.room, edge)
+    return relax(table, lower_hulls(table), budget)
+
+
+def _reaching(
+    table: Table, sample: Table, hulls: Hulls, multiplier: float
+) -> tuple[IntArray, IntArray]:
+    """From where to where in each row the Lagrangian function can be as small as in the sample."""
+    at = hulls.vertex[_taken(hulls, multiplier)]
+    runs = table.runs
+    assert runs.option is not None
+    least = reduced_losses(runs, multiplier, sample.cost[at], sample.loss[at], 8 * EPS)
+    near = np.flatnonzero(least <= 0.0)
+    first = near[np.searchsorted(near, runs.start[:-1])]
+    last = near[np.searchsorted(near, runs.start[1:]) - 1]
+    return runs.option[first], table.run_end[last]
+
+
+def reduced_losses(
+    table: Table, multiplier: float, cost: IntArray, loss: FloatArray, rounding: float = EPS
+) -> FloatArray:
+    """What each option adds to the Lagrangian function, relative to one point for each row.
+
+    Args:
+        table: the options.
+        multiplier: lam.
+        cost: cost* of each row, shape ``(G,)``.
+        loss: loss* of each row, shape ``(G,)``.
+        rounding: by how much of its terms the sum is rounded down.
 
     Returns:
         ``(loss - loss*) + lam (cost - cost*)``, rounded down, shape ``(N,)``.
     """
-    paid = (table.cost - table.spread(table.cost[position])).astype(np.float64)
-    reduced = table.loss - table.spread(table.loss[position])
+    paid = (table.cost - table.spread(cost)).astype(np.float64)
+    reduced = table.loss - table.spread(loss)
     with np.errstate(over="ignore", invalid="ignore"):
         paid *= multiplier
         error = np.abs(reduced)
         reduced += paid
         np.abs(paid, out=paid)
         error += paid
-        error *= EPS
+        error *= rounding
         reduced -= error
     if not np.isfinite(reduced.max()):
         # Too dear for a float: no choice has them.
@@ -238,14 +320,36 @@ def reduced_losses(table: Table, multiplier: float, position: IntArray) -> Float
     return reduced
 
 
+def options_within(
+    table: Table, multiplier: float, position: IntArray, gap: float
+) -> tuple[IntArray, FloatArray]:
+    """The options whose reduced losses, relative to one position in each row, are at most ``gap``.
+
+    Returns:
+        Their positions, in order, and their reduced losses.
+    """
+    cost, loss = table.cost[position], table.loss[position]
+    runs = table.runs
+    assert runs.option is not None
+    # The options' own rounding must not take them below their run's.
+    near = np.flatnonzero(reduced_losses(runs, multiplier, cost, loss, 8 * EPS) <= gap)
+    positions, losses = [], []
+    for few in np.array_split(near, near.size * RUN // BLOCK + 1):
+        part = table.at(ranges(runs.option[few], table.run_end[few]))
+        reduced = reduced_losses(part, multiplier, cost, loss)
+        within = reduced <= gap
+        assert part.option is not None
+        positions.append(part.option[within])
+        losses.append(reduced[within])
+    return np.concatenate(positions), np.concatenate(losses)
+
+
 def lower_bound(table: Table, relaxation: Relaxation) -> float:
     """L(lam) over all options, rounded down: no choice within the budget loses less."""
-    correction = [0.0]
-    for first, block in table.blocks():
-        position = relaxation.position[first : first + block.rows] - table.start[first]
-        reduced = reduced_losses(block, relaxation.multiplier, position)
-        least = np.minimum.reduceat(reduced, block.start[:-1])
-        correction.extend(least[least < 0].tolist())
+    near, reduced = options_within(table, relaxation.multiplier, relaxation.position, 0.0)
+    # Every row has its own position, at 0.
+    least = np.minimum.reduceat(reduced, np.searchsorted(near, table.start[:-1]))
+    correction = [0.0, *least[least < 0].tolist()]
     taken = table.loss[relaxation.position].tolist()
     unspent = relaxation.multiplier * relaxation.room
     if unspent == 0.0 and len(correction) == 1:

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from rankopt_solvers.hull import Hulls, lower_hulls
+from rankopt_solvers.hull import Hulls, Relaxation, lower_hulls, relax, relax_near
 from rankopt_solvers.table import FloatArray, IntArray, Table, tabulate
 
 Objective = Literal["sum", "max"]
@@ -244,6 +244,14 @@ class Problem:
     def hulls(self) -> Hulls:
         """The lower convex hull of every group: all that the linear relaxation can see."""
         return lower_hulls(self.table)
+
+    @cached_property
+    def relaxation(self) -> Relaxation:
+        """The linear relaxation of a sum, from the hulls if there are any already."""
+        budget = self.table.tightened(self.budget)
+        if "hulls" in self.__dict__:
+            return relax(self.table, self.hulls, budget)
+        return relax_near(self.table, budget)
 
     @cached_property
     def smallest_cost(self) -> int:

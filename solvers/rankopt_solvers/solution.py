@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rankopt_solvers.hull import lower_bound, relax
+from rankopt_solvers.hull import lower_bound
 from rankopt_solvers.maxmin import smallest_level
 from rankopt_solvers.problem import Problem
 
@@ -106,9 +106,8 @@ def bound_of(problem: Problem) -> tuple[float, float]:
     """
     if problem.objective == "max":
         return smallest_level(problem), 0.0
-    table = problem.table
-    relaxation = relax(table, problem.hulls, table.tightened(problem.budget))
-    return lower_bound(table, relaxation), relaxation.multiplier
+    relaxation = problem.relaxation
+    return lower_bound(problem.table, relaxation), relaxation.multiplier
 
 
 def checked_choice(problem: Problem, choice: Sequence[int], solver: str) -> tuple[int, ...]:

@@ -25,6 +25,9 @@ EPS = float(np.finfo(np.float64).eps)
 #: Options of a block: its float64 temporaries fit a second-level cache.
 BLOCK = 2**15
 
+#: Options of a run: what is looked at in every problem are the runs, and few of them from within.
+RUN = 32
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
@@ -65,10 +68,51 @@ class Table:
             first = last
 
     @cached_property
+    def runs(self) -> "Table":
+        """At most RUN neighbours as one option: the cost of the first, the loss of the last.
+
+        No option of a run costs or loses less than that, so where the pair is out of the question
+        the whole run is. The last option of a row is a run of its own; ``option`` holds the
+        position of each run's first option.
+        """
+        size = (np.diff(self.start) - 2) // RUN + 2
+        start = np.concatenate(([0], np.cumsum(size)))
+        first = np.repeat(self.start[:-1] - RUN * start[:-1], size)
+        first += RUN * np.arange(first.size)
+        first[start[1:] - 1] = self.start[1:] - 1
+        last = np.append(first[1:], self.start[-1]) - 1
+        return Table(start, self.cost[first], self.loss[last], first)
+
+    @cached_property
+    def run_end(self) -> IntArray:
+        """Position after the last option of each run."""
+        assert self.runs.option is not None
+        return np.append(self.runs.option[1:], self.start[-1])
+
+    def runs_between(self, low: IntArray, high: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+        """The runs inside ``low[k] <= position < high[k]``, cut to that, for any ranges.
+
+        Returns:
+            Index of each range's first run, one more than there are ranges; the first position of
+            each run; and the one after its last.
+        """
+        first = self.runs.option
+        assert first is not None
+        a, b = np.searchsorted(first, low, side="right") - 1, np.searchsorted(first, high)
+        inside = ranges(a, b)
+        return (
+            np.concatenate(([0], np.cumsum(b - a))),
+            np.maximum(first[inside], np.repeat(low, b - a)),
+            np.minimum(self.run_end[inside], np.repeat(high, b - a)),
+        )
+
+    @cached_property
     def divisor(self) -> int:
         """Common divisor of all cost differences inside rows; 0 if there are none."""
         divisor = 0
         for _, block in self.blocks():
+            if divisor == 1:
+                break
             rest = block.cost - block.spread(block.cost[block.start[:-1]])
             if divisor:
                 rest %= divisor
@@ -119,16 +163,26 @@ class Table:
 
     def keep(self, mask: BoolArray) -> "Table":
         """The table of the options marked, shape ``(N,)``; ``option`` holds their positions."""
-        kept = np.flatnonzero(mask)
+        return self.at(np.flatnonzero(mask))
+
+    def at(self, kept: IntArray) -> "Table":
+        """The table of the options at these positions, in order; ``option`` holds them."""
         start = np.searchsorted(kept, self.start)
         return Table(start.astype(np.int64), self.cost[kept], self.loss[kept], kept)
 
     def between(self, low: IntArray, high: IntArray) -> "Table":
         """The table of the options ``low[g] <= position < high[g]``; ``option`` as in keep."""
-        size = high - low
-        start = np.concatenate(([0], np.cumsum(size)))
-        kept = np.arange(int(start[-1])) + np.repeat(low - start[:-1], size)
+        start = np.concatenate(([0], np.cumsum(high - low)))
+        kept = ranges(low, high)
         return Table(start, self.cost[kept], self.loss[kept], kept)
+
+
+def ranges(low: IntArray, high: IntArray) -> IntArray:
+    """All positions ``low[k] <= p < high[k]``, one range after the other."""
+    size = high - low
+    start = np.cumsum(size) - size
+    positions: IntArray = np.arange(int(size.sum())) + np.repeat(low - start, size)
+    return positions
 
 
 def pareto(cost: IntArray, loss: FloatArray) -> IntArray:

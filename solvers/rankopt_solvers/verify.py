@@ -7,7 +7,7 @@ by cases; the bound of a max must be a level below which no choice fits the budg
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
@@ -248,45 +248,52 @@ def _cheapest_below(
             break
         slack = tighter
     order = sorted(range(len(rows)), key=lambda g: sorted(excess[g][kept[g]].tolist())[1:2])
-    least = {g: int(rows[g].cost[kept[g]].min()) for g in order}
-    most = {g: int(rows[g].cost[kept[g]].max()) for g in order}
-    later_least, later_most = sum(least.values()), sum(most.values())
-    partial: dict[int, tuple[float, float]] = {0: (0.0, 0.0)}  # cost -> (loss, excess)
+    least = [int(row.cost[k].min()) for row, k in zip(rows, kept, strict=True)]
+    most = [int(row.cost[k].max()) for row, k in zip(rows, kept, strict=True)]
+    limit = min(budget, sum(most))
+    # Partial choices of the first rows and of the last ones; each side's other rows, summed up.
+    sides = [_Partial(np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1)) for _ in range(2)]
+    other_least, other_most = [sum(least)] * 2, [sum(most)] * 2
     looked_at = 0
-    for g in order:
-        later_least -= least[g]
-        later_most -= most[g]
-        longer: dict[int, tuple[float, float]] = {}
-        for j, (cost, (loss, extra)) in _pairs(kept[g], partial):
-            looked_at += 1
-            total = cost + int(rows[g].cost[j])
-            above = extra + float(excess[g][j])
-            unspent = max(budget - total - later_most, 0)
-            if total + later_least > budget or above + lam * unspent > slack + lam * left_over:
-                continue
-            # At one cost the excess orders as the loss does, but a high price can swallow it.
-            lost = loss + float(rows[g].loss[j])
-            if total not in longer or lost < longer[total][0]:
-                longer[total] = (lost, above)
+    while order:
+        side = 0 if sides[0].cost.size <= sides[1].cost.size else 1
+        g = order.pop(-side)
+        other_least[side] -= least[g]
+        other_most[side] -= most[g]
+        looked_at += sides[side].cost.size * kept[g].size
         if looked_at > MOST_PARTIAL_CHOICES:
             return None
-        partial = _front(longer)
-    return min((loss for loss, _ in partial.values()), default=math.inf)
+        longer = []
+        for j in kept[g].tolist():
+            cost = sides[side].cost + int(rows[g].cost[j])
+            above = sides[side].excess + float(excess[g][j])
+            unspent = np.maximum(limit - cost - other_most[side], 0)
+            fits = (cost + other_least[side] <= limit) & (
+                above + lam * unspent <= slack + lam * left_over
+            )
+            loss = sides[side].loss[fits] + float(rows[g].loss[j])
+            longer.append(_Partial(cost[fits], loss, above[fits]))
+        sides[side] = _front(longer)
+    # Of the one side the dearest that fits with a partial choice of the other loses least.
+    partner = np.searchsorted(sides[1].cost, limit - sides[0].cost, side="right") - 1
+    fits = partner >= 0
+    return float((sides[0].loss[fits] + sides[1].loss[partner[fits]]).min(initial=math.inf))
 
 
-def _pairs(
-    options: np.ndarray, partial: dict[int, tuple[float, float]]
-) -> Iterator[tuple[int, tuple[int, tuple[float, float]]]]:
-    for j in options.tolist():
-        for item in partial.items():
-            yield j, item
+@dataclasses.dataclass
+class _Partial:
+    """Partial choices: what they cost, lose, and are above their rows' least prices."""
+
+    cost: np.ndarray
+    loss: np.ndarray
+    excess: np.ndarray
 
 
-def _front(partial: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Without the partial choices that cost more and lose no less than another."""
-    best, front = math.inf, {}
-    for cost in sorted(partial):
-        if partial[cost][0] < best:
-            best = partial[cost][0]
-            front[cost] = partial[cost]
-    return front
+def _front(parts: list[_Partial]) -> _Partial:
+    """Sorted by cost, without those that cost more and lose no less than another."""
+    cost = np.concatenate([part.cost for part in parts])
+    loss = np.concatenate([part.loss for part in parts])
+    order = np.lexsort((loss, cost))
+    best = np.minimum.accumulate(loss[order])
+    kept = order[np.append(True, loss[order][1:] < best[:-1])[: order.size]]
+    return _Partial(cost[kept], loss[kept], np.concatenate([part.excess for part in parts])[kept])

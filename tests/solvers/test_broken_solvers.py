@@ -87,7 +87,7 @@ def bound_half_way(problem: Problem) -> Solution:
     return dataclasses.replace(found, bound=(found.loss + found.bound) / 2)
 
 
-@fails("check_jump_to_dense")
+@fails("check_jump_to_dense", "check_concave_costs")
 def bound_that_believes_in_convexity(problem: Problem) -> Solution:
     found = solve_greedy(problem)
     left, slope = problem.budget - found.cost, 0.0

@@ -29,21 +29,21 @@ import numpy as np
 
 from rankopt_solvers.exact.core import Core, core_of, enumerate_core
 from rankopt_solvers.greedy import filled
-from rankopt_solvers.hull import Relaxation, lower_bound, lower_hulls, reduced_losses, relax
+from rankopt_solvers.hull import Relaxation, lower_bound, lower_hulls, options_within, relax
 from rankopt_solvers.problem import Problem, refuse_side_budgets
 from rankopt_solvers.solution import Case, Proof, Solution, certify
 from rankopt_solvers.table import IntArray, Table, identical_rows
 
 #: Partial choices that one dynamic program may look at. Where the edge at the break is a long one,
-#: splitting the case does more.
-MOST_STATES = 30_000_000
+#: splitting the case does more; there the first case may take so many, each next one twice that.
+MOST_STATES = 100_000_000
 MOST_STATES_LONG = 3_000_000
 
 #: An edge is long if it costs this many times what the next step of most rows costs.
 LONG = 8
 
 #: By how much the tolerance grows until the best choice of a case is found.
-GROWTH = 3.0
+GROWTH = 1.5
 
 
 def solve_exact(
@@ -79,7 +79,7 @@ def solve_exact(
     problem.require_feasible()
     table = problem.table
     budget = table.tightened(problem.budget)
-    root = relax(table, problem.hulls, budget)
+    root = problem.relaxation
     position = filled(table, root)
     loss = math.fsum(table.loss[position].tolist())
     bound = lower_bound(table, root)
@@ -148,11 +148,8 @@ class _Search:
         # A rounding to the grid for each row, and those of the reduced losses themselves.
         gap = (loss - bound) * (1 + 1e-12) + (full.rows + 4) * self.unit
         kept = np.zeros(full.cost.size, dtype=np.bool_)
-        for first, block in full.blocks():
-            a = int(full.start[first])
-            at = root.position[first : first + block.rows] - a
-            near = reduced_losses(block, root.multiplier, at) <= gap
-            kept[a : a + near.size] = near & (block.loss <= loss)
+        near, _ = options_within(full, root.multiplier, root.position, gap)
+        kept[near[full.loss[near] <= loss]] = True
         kept[position] = True
         self._siblings = identical_rows(full)
         for row, rows in enumerate(self._siblings):
@@ -243,7 +240,10 @@ class _Search:
         gap = self.loss - 1 - core.bound
         if gap < 0:
             return True
-        most = MOST_STATES_LONG if _is_long(core) else MOST_STATES
+        most = MOST_STATES
+        if _is_long(core):
+            # Where splitting does not help after all, the cases are not split for ever.
+            most = min(most, MOST_STATES_LONG << min(self.nodes - 1, 20))
         # Start where a few options more than the vertices are in reach.
         few = min(core.table.rows + 32, core.reduced.size - 1)
         tolerance = min(float(np.partition(core.reduced, few)[few]), gap)

@@ -18,7 +18,7 @@ import dataclasses
 
 import numpy as np
 
-from rankopt_solvers.exact.dynamic import Step, Steps, run_dense, run_sparse
+from rankopt_solvers.exact.dynamic import Step, Steps, run
 from rankopt_solvers.hull import Relaxation, reduced_losses
 from rankopt_solvers.table import EPS, FloatArray, IntArray, Table
 
@@ -42,7 +42,8 @@ class Core:
 
 def core_of(table: Table, relaxation: Relaxation) -> Core:
     """Reduced losses and bound of a table whose losses are whole numbers below 2**53."""
-    reduced = reduced_losses(table, relaxation.multiplier, relaxation.position)
+    at = relaxation.position
+    reduced = reduced_losses(table, relaxation.multiplier, table.cost[at], table.loss[at])
     least = np.minimum.reduceat(reduced, table.start[:-1])
     reduced -= table.spread(least)
     taken = int(table.loss[relaxation.position].sum())
@@ -115,7 +116,6 @@ def enumerate_core(core: Core, tolerance: float, most_states: int) -> Found:
         multiplier=relaxation.multiplier * unit,
         left=left,
     )
-    run = run_dense if steps.is_narrow else run_sparse
     complete, options, loss, states = run(steps, most_states)
     total = int(table.loss[relaxation.position].sum()) + loss
     if options is None or total > core.bound + tolerance:

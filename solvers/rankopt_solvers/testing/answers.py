@@ -198,6 +198,11 @@ def check_rank_multiples(solver: Solver) -> None:
     each(solver, "rank_multiples", sound)
 
 
+def check_concave_costs(solver: Solver) -> None:
+    """Costs that are concave in the rank, with options ever closer towards the dearest."""
+    each(solver, "concave", sound)
+
+
 def check_group_order(solver: Solver) -> None:
     """The order of the groups changes no claim: no bound above a loss seen in another order."""
 

@@ -115,6 +115,18 @@ def _shared(rng: np.random.Generator) -> Tables:
     return tables
 
 
+def _concave(rng: np.random.Generator) -> Tables:
+    """Pivoted factors: rank r of an m x n matrix costs r (m + n - r), so that all ranks save."""
+    tables = []
+    for _ in range(4):
+        m, n = (int(side) for side in rng.integers(2, 12, 2))
+        ranks = np.arange(1, min(m, n))
+        kept = np.cumsum(np.arange(1, min(m, n) + 1) ** -rng.uniform(0.0, 2.0))
+        lost = np.append(kept[-1] - kept[ranks - 1], 0.0) * rng.lognormal()
+        tables.append((np.append(ranks * (m + n - ranks), m * n), lost))
+    return tables
+
+
 FAMILIES: dict[str, Callable[[np.random.Generator], Tables]] = {
     "falling": _falling,
     "unordered": _unordered,
@@ -130,6 +142,7 @@ FAMILIES: dict[str, Callable[[np.random.Generator], Tables]] = {
     "rank_multiples": _rank_multiples,
     "shared": _shared,
     "generic": _generic,
+    "concave": _concave,
 }
 
 
