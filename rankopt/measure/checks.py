@@ -116,7 +116,7 @@ def warn_of_fitted(task: str, loss: float, entropy: float, targets: int) -> None
 
     Args:
         task: see tasks.
-        loss: summed over the targets, nats.
+        loss: on the given labels, summed over the targets, nats.
         entropy: of the model's own prediction of the same targets, summed, nats.
         targets: how many; 0 if it is not known.
     """
@@ -125,9 +125,9 @@ def warn_of_fitted(task: str, loss: float, entropy: float, targets: int) -> None
     better = "sampled" if task in OF_TOKENS else "expected"
     tqdm.write(
         f"warning: the loss on the given labels is {loss / targets:.3g} nats per target, far below "
-        f"the {entropy / targets:.3g} that the model itself expects (its entropy): the labels are fitted and "
-        "hardly produce gradients, so their Fisher information is that of a few examples; give "
-        "rows that the model was not trained on, or use "
+        f"the {entropy / targets:.3g} that the model itself expects (its entropy): the labels are "
+        "fitted and hardly produce gradients, so their Fisher information is that of a few "
+        "examples; give rows that the model was not trained on, or use "
         f'--estimator {better} (estimator="{better}")',
         file=sys.stderr,
     )

@@ -42,7 +42,6 @@ from rankopt.profile.profile import Profile
 #: few numbers that a checkpoint keeps, and why to stop, or None.
 Stop = Callable[[Profile, Sequence[float]], tuple[Sequence[float], str | None]]
 
-#: Said of layers after the first batch.
 _SILENT = "are silent on the first batch, and left alone if they are on all"
 
 #: Bases are kept while they fit in this many bytes; beyond, ``apply_plan`` decomposes again.
@@ -180,8 +179,8 @@ def profile_model(
         info = profile.info.model_copy(update={"sources": mixed.sources(profile.examples)})
         profile = dataclasses.replace(profile, info=info)
     _warn_of_zeros(profile)
-    if whole.gathered is not None and subject.processes.rank == 0:
-        seen = whole.gathered.seen
+    seen = None if whole.gathered is None else whole.gathered.seen
+    if seen is not None and subject.processes.rank == 0:
         warn_of_fitted(profile.info.task, seen.loss, seen.entropy, seen.weighed)
     return profile
 

@@ -67,8 +67,7 @@ class Allocation:
     @cached_property
     def _prepared(self) -> Problem:
         problem = Problem(self.groups, 0, "max" if self.objective == "maxmin" else "sum")
-        # The level of a maxmin needs the table only; every bound of a sum needs the hulls too.
-        _ = problem.table if problem.objective == "max" else problem.hulls
+        _ = problem.table
         return problem
 
     def fairness_problem(self, budget: int) -> Problem:

@@ -128,7 +128,8 @@ def _first_columns(budgets: Budgets) -> IntArray:
         wanted.append(priced(none, np.eye(scales.size)[row]).position)
     total = float(np.maximum.reduceat(budgets.loss, budgets.start[:-1]).sum())
     for power in range(-8, 5):
-        wanted.append(priced(budgets, total * 2.0**power / scales).position)
+        price = np.minimum(total * 2.0**power / scales, np.finfo(np.float64).max)
+        wanted.append(priced(budgets, price).position)
     return np.unique(np.concatenate(wanted))
 
 
