@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from rankopt.measure.measure import profile_model as profile_model
     from rankopt.model.lowrank import LowRankLinear as LowRankLinear
     from rankopt.model.tasks import LossFunction as LossFunction
+    from rankopt.refinement.refinement import Refined as Refined
+    from rankopt.refinement.refinement import refine as refine
 
 #: Public names that need torch, and the module each lives in.
 _TORCH = {
@@ -52,6 +54,7 @@ _TORCH = {
     "Evaluation": "rankopt.evaluation.evaluation",
     "LossFunction": "rankopt.model.tasks",
     "LowRankLinear": "rankopt.model.lowrank",
+    "Refined": "rankopt.refinement.refinement",
     "SearchedPlan": "rankopt.evaluation.search",
     "applied": "rankopt.apply.apply",
     "apply_plan": "rankopt.apply.apply",
@@ -59,6 +62,7 @@ _TORCH = {
     "load_batches": "rankopt.data.batches",
     "measure_rows": "rankopt.evaluation.plans",
     "profile_model": "rankopt.measure.measure",
+    "refine": "rankopt.refinement.refinement",
     "save_model": "rankopt.apply.saving",
     "search_plan": "rankopt.evaluation.search",
     "text_batches": "rankopt.data.batches",
@@ -82,6 +86,7 @@ __all__ = [
     "Profile",
     "ProfileError",
     "RankoptError",
+    "Refined",
     "SearchedPlan",
     "SpilledArrays",
     "Stability",
@@ -94,6 +99,7 @@ __all__ = [
     "make_plan",
     "measure_rows",
     "profile_model",
+    "refine",
     "save_model",
     "search_plan",
     "text_batches",

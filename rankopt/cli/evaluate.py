@@ -27,14 +27,19 @@ def evaluate(
 ) -> None:
     """Measure loss, the task's metric and size of a dense or compressed model."""
     source = asked.read(model)
+    from rankopt.apply.refined import refined_on, refinements_of
     from rankopt.cli.report import evaluation, print_table
     from rankopt.evaluation.evaluation import evaluate as evaluated
 
     loaded, batches = source.load(dtype)
     found = evaluated(loaded, batches)
+    refined = refinements_of(loaded)
     if as_json:
-        show_json(dataclasses.asdict(found))
+        about = {"refined": [each.model_dump() for each in refined]} if refined else {}
+        show_json(dataclasses.asdict(found) | about)
     else:
         print_table(evaluation(found))
+    if refined:
+        note(f"{model}: {refined_on(refined)}")
     for reason in found.notes:
         note(f"{asked.data}: {reason}")
