@@ -151,7 +151,7 @@ def test_padding_of_a_block_does_not_count() -> None:
 
 def test_a_block_of_several_uses_is_refused() -> None:
     model, dense, batches = compressed("albert")
-    with pytest.raises(ModelError, match="several times in one run.*method distill"):
+    with pytest.raises(ModelError, match=r"several times in one run.*method distill"):
         refine(model, dense, batches, method="blocks", **RECIPE)
     assert all(p.requires_grad for p in model.parameters())
 

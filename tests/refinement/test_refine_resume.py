@@ -109,10 +109,10 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     name = next(iter(tensors))
     tensors[name] = tensors[name] + 1.0
     save_file(tensors, path, header)
-    with pytest.raises(DataError, match="cannot be read .*damaged.*: delete it to start again"):
+    with pytest.raises(DataError, match=r"cannot be read .*damaged.*: delete it to start again"):
         refined("distill", checkpoint=path)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(Exception, match="no such file of rankopt|cannot be read"):
+    with pytest.raises(Exception, match=r"no such file of rankopt|cannot be read"):
         refined("distill", checkpoint=path)
     assert path.stat().st_size == 100
 
