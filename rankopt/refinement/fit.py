@@ -222,15 +222,21 @@ class Fit:
                 parameter.grad = None
             loss = self._loss(number)
             if not bool(torch.isfinite(loss)):
-                raise NotFiniteError(f"the loss of batch {number + 1} is {loss.item()}")
+                raise NotFiniteError(
+                    f"the loss of batch {number + 1} is {loss.item()} after {self.state.step} "
+                    "steps: take a smaller learning_rate"
+                )
             (loss * scale).backward()
             found = (p.grad for p in self._parameters.values() if p.grad is not None)
             return all(bool(torch.isfinite(gradient).all()) for gradient in found)
 
         scale = largest_scale(fits) if self._half else 1.0 if fits(1.0) else None
         if scale is None:
-            remedy = "; refine the model in bfloat16 or float32" if self._half else ""
-            raise NotFiniteError(f"a gradient of batch {number + 1} is NaN or infinite{remedy}")
+            remedy = "bfloat16 or float32, or " if self._half else ""
+            raise NotFiniteError(
+                f"a gradient of batch {number + 1} is NaN or infinite: take {remedy}a smaller "
+                "learning_rate"
+            )
         return scale
 
     def _copies(self) -> dict[str, Tensor]:

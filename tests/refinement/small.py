@@ -2,15 +2,21 @@
 
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from rankopt import apply_plan, make_plan, profile_model
+from rankopt.model.lowrank import LowRank
 from tests import tiny
 
 #: Large steps, for models whose losses are large.
 RECIPE: dict[str, Any] = {"passes": 2, "learning_rate": 3e-3, "progress": False}
+
+
+#: Of models that lose little; what others keep.
+KEEP = {"bert-classification": 0.3, "bert-regression": 0.3, "vit": 0.3}
 
 
 @functools.cache
@@ -19,13 +25,18 @@ def _made(name: str) -> tuple[Any, Any, list[Any]]:
     batches = tiny.batches(dense, count=9)
     profile = profile_model(dense, batches, progress=False)
     model = copy.deepcopy(dense)
-    apply_plan(model, make_plan(profile, keep=0.6), profile, progress=False)
+    apply_plan(model, make_plan(profile, keep=KEEP.get(name, 0.6)), profile, progress=False)
     return model, dense, batches
 
 
 def compressed(name: str = "llama") -> tuple[Any, Any, list[Any]]:
     """A compressed model, the dense one, nine batches with padding: the eighth is held out."""
     return copy.deepcopy(_made(name))
+
+
+def low_rank_in(model: Any) -> Iterator[LowRank]:
+    """The low-rank layers of a model."""
+    return (module for module in model.modules() if isinstance(module, LowRank))
 
 
 def bits(model: Any) -> dict[str, Any]:

@@ -37,9 +37,10 @@ def test_the_held_out_divergence_falls(name: str) -> None:
     model, dense, batches = compressed(name)
     start, teacher = bits(model), bits(dense)
     before = by_hand(model, dense, batches[7])
-    found = refine(model, dense, batches, **RECIPE)
-    assert found.before == pytest.approx(before, rel=1e-5)
-    assert found.after == pytest.approx(by_hand(model, dense, batches[7]), rel=1e-5)
+    rate = 1e-3 if name == "bert-regression" else 3e-3
+    found = refine(model, dense, batches, **{**RECIPE, "learning_rate": rate})
+    assert found.before == pytest.approx(before, rel=1e-4)
+    assert found.after == pytest.approx(by_hand(model, dense, batches[7]), rel=1e-4)
     assert found.after < 0.9 * found.before
     assert changed(start, model) and not changed(teacher, dense)
     assert found.examples == 8 * 3
@@ -52,10 +53,10 @@ def test_the_held_out_divergence_falls(name: str) -> None:
 
 @pytest.mark.parametrize("vectors", [True, False])
 def test_only_factors_and_vectors_move(vectors: bool) -> None:
-    model, dense, batches = compressed("bert-classification")
+    model, dense, batches = compressed("bert-tokens")
     head = model.classifier.weight.requires_grad_(False)
     model.train()
-    model.bert.pooler.eval()
+    model.bert.encoder.layer[1].eval()
     start = bits(model)
     refine(model, dense, batches, vectors=vectors, **RECIPE)
     low = [n for n, module in model.named_modules() if isinstance(module, LowRank)]
@@ -65,8 +66,9 @@ def test_only_factors_and_vectors_move(vectors: bool) -> None:
     outside = moved - inside
     assert all(start[n].dim() == 1 for n in outside)
     assert ("bert.embeddings.LayerNorm.weight" in outside) == vectors == bool(outside)
-    assert not head.requires_grad and model.bert.pooler.dense.weight.requires_grad
-    assert model.training and not model.bert.pooler.training
+    assert not head.requires_grad and model.bert.embeddings.word_embeddings.weight.requires_grad
+    assert model.training and model.bert.encoder.layer[0].training
+    assert not model.bert.encoder.layer[1].training
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -136,7 +138,7 @@ def test_steps_that_16_bits_cannot_tell_add_up() -> None:
     parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     slope = torch.tensor([1.0, -1.0, 0.0])
     one = Fit({"x": parameter}, 100, lambda _: (parameter.float() * slope).sum(),
-              lambda: float((parameter.float() * slope).sum()),
+              lambda: float((parameter.detach().float() * slope).sum()),
               Recipe(1e-3, 1, warm_up=0.0))  # fmt: skip
     list(one.run())
     # Sum of the rates, each less than half of what bfloat16 can tell from 1.
@@ -194,9 +196,9 @@ def test_an_embedding_learns_too() -> None:
     from rankopt import apply_plan, make_plan, profile_model
 
     model, batches = tiny.llama(), tiny.batches(tiny.llama(), count=9)
-    profile = profile_model(model, batches, include=["*"], untie=True, progress=False)
-    apply_plan(model, make_plan(profile, keep=0.4), profile, progress=False)
+    profile = profile_model(model, batches, include=["lm_head"], untie=True, progress=False)
+    apply_plan(model, make_plan(profile, keep=0.5), profile, progress=False)
     start = bits(model)
-    found = refine(model, tiny.llama(), batches, **RECIPE)
+    found = refine(model, tiny.llama(), batches, held_out=batches, **RECIPE)
     assert found.after < found.before
     assert "model.embed_tokens.down.weight" in changed(start, model)

@@ -11,7 +11,7 @@ from rankopt import DataError, ModelError, OptionError, evaluate, refine, save_m
 from rankopt.apply.refined import refined_on, refinements_of
 from rankopt.model.loading import load_model
 from tests import tiny
-from tests.refinement.small import RECIPE, bits, changed, compressed
+from tests.refinement.small import RECIPE, bits, changed, compressed, low_rank_in
 
 
 def refused(
@@ -28,7 +28,7 @@ def refused(
 def test_another_dense_model_is_refused() -> None:
     model, dense, batches = compressed()
     other = "the dense model is not what the model was compressed from: "
-    refused(f"{other}model.embed_tokens.weight is 80 x 24, not 64 x 24", model,
+    refused(f"{other}.*model.embed_tokens.weight is 80 x 24, not 64 x 24", model,
             tiny.llama(vocab_size=80), batches)  # fmt: skip
     refused(f"{other}.*self_attn.k_proj.weight is 24 x 24, not 12 x 24", model,
             tiny.llama(num_key_value_heads=4), batches)  # fmt: skip
@@ -49,10 +49,10 @@ def test_models_that_cannot_learn_are_refused() -> None:
     refused("the model has an adapter .*merge it into the weights first", adapted, dense, batches)
     with torch.inference_mode():
         refused("torch.inference_mode is on", model, dense, batches)
-    model.model.layers[0].mlp.up_proj.up.weight = nn.Parameter(
-        torch.zeros(40, 9, dtype=torch.int8), requires_grad=False
-    )
-    refused("up_proj.up.weight is torch.int8, quantised", model, dense, batches)
+    low = next(low_rank_in(model))
+    whole = torch.zeros(low.up.weight.shape, dtype=torch.int8)
+    low.up.weight = nn.Parameter(whole, requires_grad=False)
+    refused("up.weight is torch.int8, quantised", model, dense, batches)
     model, _, _ = compressed()
     model.config.quantization_config = {"quant_method": "bitsandbytes"}
     refused("the model is quantised: refine it before", model, dense, batches)
@@ -98,11 +98,15 @@ def test_a_refined_model_says_so_wherever_it_goes(method: Any, tmp_path: Path) -
     assert refined_on([label]) == f"refined on 144 tokens ({method})"
     assert f"refined on 144 tokens ({method}, {found.steps} steps)" in str(found)
     # Once more on the same data, then on other data: what is the same counts once.
-    refine(loaded, dense, batches, **RECIPE)
-    refine(loaded, dense, tiny.batches(dense, count=4, tokens=6), **RECIPE)
+    others = tiny.batches(dense, count=4, tokens=6)
+    for data, held_out in ((batches, batches), (others, others)):
+        refine(loaded, dense, data, held_out=held_out, **RECIPE)
     labels = refinements_of(loaded)
     assert len(labels) == 3 and labels[0] == label and labels[1].data == label.data
-    assert refined_on(labels) == f"refined on 180 tokens ({method}, then distill, then distill)"
+    assert (
+        refined_on(labels)
+        == f"refined on {162 + 4 * 12} tokens ({method}, then distill, then distill)"
+    )
     save_model(loaded, tmp_path / "again")
     assert refinements_of(load_model(str(tmp_path / "again"))) == labels
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from rankopt import DataError, refine
 from rankopt.refinement.fit import Fit
 from rankopt.refinement.refinement import Refined
-from tests.refinement.small import RECIPE, bits, changed, compressed
+from tests.refinement.small import RECIPE, bits, changed, compressed, low_rank_in
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("distill", "blocks")
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_something_else_is_refused(
     with pytest.raises(DataError, match="another data: "):
         refine(model, dense, batches[::-1], checkpoint=path, **RECIPE)
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.up.weight[0, 0] += 1.0
+        next(low_rank_in(model)).up.weight[0, 0] += 1.0
     with pytest.raises(DataError, match="another model: "):
         refine(model, dense, batches, checkpoint=path, **RECIPE)
     assert path.read_bytes() == before
