@@ -13,6 +13,7 @@ from torch import nn
 from rankopt.schema import STRICT, Count, first_of
 
 Method = Literal["distill", "blocks"]
+Unit = Literal["tokens", "examples"]
 
 
 class Refinement(BaseModel):
@@ -33,7 +34,7 @@ class Refinement(BaseModel):
 
     method: Method
     targets: Count
-    unit: Literal["tokens", "examples"]
+    unit: Unit
     examples: Count
     passes: Annotated[int, Field(ge=1)]
     learning_rate: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]

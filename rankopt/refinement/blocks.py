@@ -39,7 +39,7 @@ def refine_blocks(job: Job) -> Outcome:
     start = saved.state
     with (
         Activations(job.folder) as store,
-        bar((), "Blocks", "step", job.progress, steps * len(names)) as shown,
+        bar(range(steps * len(names)), "Blocks", "step", job.progress) as shown,
     ):
         shown.update(steps * len(done))
         ours = Walk(job.model, blocks, batches, store, "compressed")

@@ -15,7 +15,7 @@ def distil(job: Job) -> Outcome:
     start = job.resumed().state
     with learning(job.parameters):
         fit = Fit(job.parameters, len(job.data.fitted), job.loss, job.held_out, job.recipe, start)
-        with bar((), "Distil", "step", job.progress, fit.steps) as shown:
+        with bar(range(fit.steps), "Distil", "step", job.progress) as shown:
             shown.update(fit.state.step)
             for step in fit.run():
                 shown.update()

@@ -226,7 +226,7 @@ class Fit:
                     f"the loss of batch {number + 1} is {loss.item()} after {self.state.step} "
                     "steps: take a smaller learning_rate"
                 )
-            (loss * scale).backward()
+            torch.autograd.backward(loss * scale)
             found = (p.grad for p in self._parameters.values() if p.grad is not None)
             return all(bool(torch.isfinite(gradient).all()) for gradient in found)
 

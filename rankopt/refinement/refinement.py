@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from rankopt.apply.refined import Method, Refinement
+from rankopt.apply.refined import Method, Refinement, Unit
 from rankopt.errors import ModelError, OptionError
 from rankopt.measure.accumulate import eager
 from rankopt.measure.taps import frozen
@@ -46,11 +46,11 @@ class Refined:
         blocks: of the method ``blocks``, each with its own error.
     """
 
-    method: str
+    method: Method
     before: float
     after: float
     targets: int
-    unit: str
+    unit: Unit
     examples: int
     held_out: int
     steps: int
@@ -135,7 +135,7 @@ def refine(
         job = Job(model, dense, data, parameters, recipe, saved, where, progress)
         with _all_or_nothing(parameters) as undo:
             found = METHODS[method](job)
-            if not found.after <= found.before:
+            if not found.after < found.before:
                 # Blocks may each be better and the whole be worse.
                 undo()
                 found = dataclasses.replace(found, after=found.before, seen=frozenset())

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from rankopt.apply.quantizer import RankoptConfig
+from rankopt.apply.refined import Unit
 from rankopt.data.digest import chained
 from rankopt.errors import DataError, ModelError, few
 from rankopt.model.inputs import OF_TOKENS, limits_of, listed
@@ -38,7 +39,7 @@ class Data:
     held_out_digest: str
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:
         """What a target is."""
         return "tokens" if self.task in OF_TOKENS else "examples"
 
