@@ -137,8 +137,8 @@ def _in_decoder(model: nn.Module, name: str) -> bool:
     """Whether a block of an encoder-decoder is the decoder's."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
-    decoder = model.get_decoder()  # type: ignore[operator]
-    return model.get_submodule(name) in set(decoder.modules())
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    return decoder is not None and model.get_submodule(name) in set(decoder.modules())
 
 
 def _mask(job: Job, batch: object, side: int, hidden: Tensor) -> Tensor | None:
