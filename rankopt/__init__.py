@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from rankopt.model.lowrank import LowRank as LowRank
     from rankopt.model.lowrank import LowRankLinear as LowRankLinear
     from rankopt.model.tasks import LossFunction as LossFunction
+    from rankopt.refinement.refinement import Refined as Refined
+    from rankopt.refinement.refinement import refine as refine
 
 #: Public names that need torch, and the module each lives in.
 _TORCH = {
@@ -55,6 +57,7 @@ _TORCH = {
     "LossFunction": "rankopt.model.tasks",
     "LowRank": "rankopt.model.lowrank",
     "LowRankLinear": "rankopt.model.lowrank",
+    "Refined": "rankopt.refinement.refinement",
     "SearchedPlan": "rankopt.evaluation.search",
     "applied": "rankopt.apply.apply",
     "apply_plan": "rankopt.apply.apply",
@@ -63,6 +66,7 @@ _TORCH = {
     "measure_comparison": "rankopt.evaluation.plans",
     "measure_rows": "rankopt.evaluation.plans",
     "profile_model": "rankopt.measure.measure",
+    "refine": "rankopt.refinement.refinement",
     "save_model": "rankopt.apply.saving",
     "search_plan": "rankopt.evaluation.search",
     "text_batches": "rankopt.data.batches",
@@ -87,6 +91,7 @@ __all__ = [
     "Profile",
     "ProfileError",
     "RankoptError",
+    "Refined",
     "SearchedPlan",
     "SpilledArrays",
     "Stability",
@@ -100,6 +105,7 @@ __all__ = [
     "measure_comparison",
     "measure_rows",
     "profile_model",
+    "refine",
     "save_model",
     "search_plan",
     "text_batches",

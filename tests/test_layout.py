@@ -41,7 +41,7 @@ def test_private_functions_take_at_most_12_parameters() -> None:
     assert max(counts.values()) <= 12, max(counts, key=lambda name: counts[name])
 
 
-@pytest.mark.parametrize("package", ["model", "measure", "apply", "evaluation"])
+@pytest.mark.parametrize("package", ["model", "measure", "apply", "refinement", "evaluation"])
 def test_faces_of_torch_packages_hold_a_docstring_only(package: str) -> None:
     """An import there would import torch, or transformers while it is half imported."""
     tree = ast.parse((ROOT / "rankopt" / package / "__init__.py").read_text(encoding="utf-8"))

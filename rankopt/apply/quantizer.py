@@ -19,7 +19,7 @@ so a low-rank model is written under its own names and read without conversion.
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from rankopt.apply.refined import read
 from rankopt.errors import ModelError, few
 from rankopt.layers import FORMS, Form
 from rankopt.model.lowrank import LowRank
@@ -55,7 +56,11 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         ties: parameters that stay tied although the config ties no more, copy -> original.
         own_names: the files have the model's own names; older ones those of transformers' format.
         form: how the low-rank layers are kept.
+        refined: what the factors have learnt since, see refined; no entry where nothing.
     """
+
+    # Of the class, as what an object does not have is not written.
+    refined: Sequence[Mapping[str, Any]] = ()
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         ties: Mapping[str, str] | None = None,
         own_names: bool = False,
         form: Form = "pairs",
+        refined: Sequence[Mapping[str, Any]] = (),
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -81,6 +87,8 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.ties = dict(ties or {})
         self.own_names = own_names
         self.form = form
+        if refined:
+            self.refined = [each.model_dump() for each in read(refined)]
 
 
 class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]

@@ -26,14 +26,19 @@ def evaluate(
 ) -> None:
     """Measure loss, the task's metric and size of a dense or compressed model."""
     source = asked.read(model)
+    from rankopt.apply.refined import refined_on, refinements_of
     from rankopt.cli.report import evaluation, print_table, reasons_of
     from rankopt.evaluation.evaluation import evaluate as evaluated
 
     loaded, batches, also = source.load_all(dtype)
     found = evaluated(loaded, batches, also=also)
+    refined = refinements_of(loaded)
     if as_json:
-        show_json(found.to_dict())
+        about = {"refined": [each.model_dump() for each in refined]} if refined else {}
+        show_json(found.to_dict() | about)
     else:
         print_table(evaluation(found))
+    if refined:
+        note(f"{model}: {refined_on(refined)}")
     for reason in reasons_of(found, asked.named):
         note(reason)

@@ -52,7 +52,7 @@ def term_losses(task: str, logits: Tensor, labels: Tensor) -> Tensor:
         targets = labels.to(logits.dtype)
         answers: Tensor = binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return answers
-    logits, labels = _aligned(task, logits, labels)
+    logits, labels = aligned(task, logits, labels)
     losses = cross_entropy(
         logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none"
     )
@@ -75,14 +75,14 @@ def draw_labels(task: str, logits: Tensor, labels: Tensor, generator: torch.Gene
     if labels.is_floating_point():
         drawn = torch.bernoulli(logits.sigmoid(), generator=generator)
         return drawn.to(labels.dtype)
-    aligned, targets = _aligned(task, logits, labels)
-    chances = aligned.flatten(0, -2).softmax(-1)
+    scores, targets = aligned(task, logits, labels)
+    chances = scores.flatten(0, -2).softmax(-1)
     drawn = torch.multinomial(chances, 1, generator=generator).reshape(targets.shape)
     drawn = torch.where(targets == IGNORED, targets, drawn)
     return torch.cat([labels[:, :1], drawn], 1) if task == "causal-lm" else drawn
 
 
-def _aligned(task: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def aligned(task: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Causal language models predict the next token; all others the label at the same place."""
     if task in OF_TOKENS and logits.dim() == 2:
         counted = labels != IGNORED
@@ -110,7 +110,7 @@ def entropies(task: str, logits: Tensor, labels: Tensor) -> Tensor:
         chances = torch.stack([logits.double().sigmoid(), (-logits.double()).sigmoid()])
         both: Tensor = torch.special.entr(chances)
         return both.sum(0)
-    logits, labels = _aligned(task, logits, labels)
+    logits, labels = aligned(task, logits, labels)
     # One example at a time: probabilities of a vocabulary are large.
     found = torch.stack([_entropy(each) for each in logits])
     return found.masked_fill(labels == IGNORED, 0.0).reshape(len(labels), -1)

@@ -1,0 +1,1 @@
+"""Low-rank factors learn from the dense model what truncation has taken."""

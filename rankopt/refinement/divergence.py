@@ -1,0 +1,64 @@
+"""How far a model's predictions are from those of the dense one.
+
+The loss of a target is KL(p || q) = sum over classes of p (log p - log q), p of the dense model and
+q of the compressed one: what the likelihood of labels drawn from the dense model loses, in nats.
+Yes-or-no answers have two classes each. A regression's numbers have the squared error, which is
+what that is for normal distributions of variance 1/2. Targets are the terms of the task's own loss,
+so padding and ignored labels are none.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from rankopt.model.inputs import IGNORED
+from rankopt.model.likelihood import aligned, likelihood
+from rankopt.model.tasks import Batch, mean_loss, to_device
+from rankopt.model.weights import device_of
+
+
+def divergences(task: str, logits: Tensor, dense: Tensor, labels: Tensor) -> Tensor:
+    """The loss of every target, in float32 or wider, shape ``(targets,)``.
+
+    Args:
+        task: see tasks.
+        logits: of the compressed model, as term_losses takes them.
+        dense: of the dense model, likewise.
+        labels: as prepare returns them; only which are ignored is read.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits, dense = logits.to(wide), dense.to(wide)
+    if task == "regression":
+        return (logits - dense).square().flatten()
+    if labels.is_floating_point():
+        chance = dense.sigmoid()
+        yes = chance * (logsigmoid(dense) - logsigmoid(logits))
+        no = (1.0 - chance) * (logsigmoid(-dense) - logsigmoid(-logits))
+        return (yes + no).flatten()
+    logits, targets = aligned(task, logits, labels)
+    dense, _ = aligned(task, dense, labels)
+    counted = targets != IGNORED
+    q, p = logits[counted].log_softmax(-1), dense[counted].log_softmax(-1)
+    # What a model never predicts (-inf) is no term.
+    return (p.exp() * (p - q).masked_fill(p == -torch.inf, 0.0)).sum(-1)
+
+
+def logits_of(model: nn.Module, ready: Batch) -> tuple[Tensor, Any]:
+    """Of a prepared batch, and the whole output."""
+    _, output = mean_loss(model, to_device(ready, device_of(model)))
+    return output.logits, output
+
+
+def distillable(task: str, output: Any, labels: Tensor) -> bool:
+    """Whether a model's output has logits for its labels."""
+    return likelihood(task, output, labels.to(output.logits.device)) is not None
+
+
+def divergence(model: nn.Module, dense: nn.Module, task: str, ready: Batch) -> Tensor:
+    """The loss of every target of a batch, with its graph; see divergences."""
+    with torch.no_grad():
+        target, _ = logits_of(dense, ready)
+    logits, _ = logits_of(model, ready)
+    return divergences(task, logits, target.to(logits.device), ready["labels"].to(logits.device))
