@@ -250,7 +250,8 @@ def run_demo(
     plan.save(folder / "plan.json")
     teacher = copy.deepcopy(model)
     apply_plan(model, plan, profile)
-    refined = refine(model, teacher, batches)
+    # One window a step: so few windows are few steps.
+    refined = refine(model, teacher, text_batches(texts, tokenizer, max_length, 1, calibration))
     del teacher
     save_model(model, folder / "compressed", plan=plan, tokenizer=tokenizer, overwrite=True)
     reloaded = load_model(str(folder / "compressed"))

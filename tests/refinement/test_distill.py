@@ -1,12 +1,14 @@
 """Distillation: less divergence on what is held out, and nothing else is touched."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
-from rankopt import refine
+from rankopt import apply_plan, make_plan, profile_model, refine, save_model
 from rankopt.model.likelihood import aligned
 from rankopt.model.lowrank import LowRank
 from rankopt.model.tasks import prepare, task_of
@@ -203,3 +205,21 @@ def test_an_embedding_learns_too() -> None:
     found = refine(model, tiny.llama(), batches, held_out=batches, **RECIPE)
     assert found.after < found.before
     assert "model.embed_tokens.down.weight" in changed(start, model)
+
+
+def test_the_pivoted_form_learns_too(tmp_path: Path) -> None:
+    dense = tiny.llama()
+    batches = tiny.batches(dense, count=9)
+    profile = profile_model(dense, batches, backends=["fwsvd"], progress=False)
+    model = copy.deepcopy(dense)
+    apply_plan(model, make_plan(profile, keep=0.4), profile, progress=False)
+    before = bits(model)
+    found = refine(model, dense, batches, **RECIPE)
+    assert found.after < 0.9 * found.before
+    moved = changed(before, model)
+    low = {n for n, m in model.named_modules() if isinstance(m, LowRank)}
+    assert {f"{name}.{part}.weight" for name in low for part in ("down", "up")} <= moved
+    assert not any(name.endswith(".index") for name in moved)
+    save_model(model, tmp_path / "model")
+    again = type(model).from_pretrained(tmp_path / "model")
+    assert not changed(bits(model), again)
