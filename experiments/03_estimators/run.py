@@ -259,7 +259,7 @@ def prepared(
     path = here / "profile.safetensors"
     if not path.is_file():
         started = time.perf_counter()
-        profile_model(model, calibration).save(path)
+        profile_model(model, calibration, backends=("fwsvd",), form="pairs").save(path)
         print(f"profile: {time.perf_counter() - started:.0f} s", flush=True)
     profile = Profile.load(path)
     return Work(size, model, found, profile, calibration, other, held_out, here)

@@ -47,8 +47,10 @@ QUICK = Settings(0.7, 10, (0,), 8, 16, 16, 40, 7)
 def prepared(folder: Path, quick: bool, device: str) -> tuple[Any, Any, list[Any], list[Any]]:
     """Model, profile, the data to search on, and the data to test on."""
     from rankopt.data.batches import text_batches
-    from rankopt.demo import cached_profile, help_texts, smollm2
+    from rankopt.demo import help_texts, smollm2
+    from rankopt.measure.measure import profile_model
     from rankopt.model.loading import load_model, load_tokenizer
+    from rankopt.profile.profile import Profile
 
     size = QUICK if quick else Settings()
     if quick:
@@ -63,7 +65,11 @@ def prepared(folder: Path, quick: bool, device: str) -> tuple[Any, Any, list[Any
     model, tokenizer = load_model(str(source), "float32"), load_tokenizer(str(source))
     texts, held_out = help_texts()
     calibration = text_batches(texts, tokenizer, size.calibration_tokens, 4, size.calibration)
-    profile = cached_profile(model, calibration, folder / "profile.safetensors")
+    path = folder / "profile.safetensors"
+    if not path.is_file():
+        backends = ("fwsvd", "kronecker")
+        profile_model(model, calibration, backends=backends, form="pairs").save(path)
+    profile = Profile.load(path)
     windows = text_batches(held_out, tokenizer, size.tokens, 4, size.windows)
     test = [batch for index, batch in enumerate(windows) if index % 5]
     return model.to(device), profile, windows[::5], test

@@ -42,7 +42,7 @@ def measured(
     from rankopt.plan.compare import Strategy, compare
 
     started = time.perf_counter()
-    profile = profile_model(model, calibration, backends=BACKENDS)
+    profile = profile_model(model, calibration, backends=BACKENDS, form="pairs")
     seconds = time.perf_counter() - started
     rows = []
     for strategy, scale in PLANS:
