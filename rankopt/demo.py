@@ -45,7 +45,6 @@ STRATEGIES = (
     "proportional/pairs@fwsvd",
     "threshold/pairs@fwsvd",
     "exact/pairs@fwsvd",
-    "exact@fwsvd",
     "exact/pairs@kronecker",
     "uniform@kronecker",
     "exact@kronecker",
