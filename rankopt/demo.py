@@ -249,8 +249,9 @@ def run_demo(
     plan.save(folder / "plan.json")
     teacher = copy.deepcopy(model)
     apply_plan(model, plan, profile)
-    # One window a step: so few windows are few steps.
-    refined = refine(model, teacher, text_batches(texts, tokenizer, max_length, 1, calibration))
+    # An eighth is held out, of few windows too.
+    size = min(4, max(1, calibration // 8))
+    refined = refine(model, teacher, text_batches(texts, tokenizer, max_length, size, calibration))
     del teacher
     save_model(model, folder / "compressed", plan=plan, tokenizer=tokenizer, overwrite=True)
     reloaded = load_model(str(folder / "compressed"))
