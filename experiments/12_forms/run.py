@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 KEEPS = (0.9, 0.8, 0.65, 0.5)
-STRATEGIES = ("uniform@kronecker", "exact@kronecker", "uniform@fwsvd", "exact@fwsvd")
+STRATEGIES = ("uniform@kronecker", "exact@kronecker", "exact@fwsvd")
 FORMS = ("pairs", "pivoted")
 #: (out, in): SmolLM2's and BERT-base's.
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (768, 768), (3072, 768), (768, 3072))
