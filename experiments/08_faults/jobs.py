@@ -80,9 +80,12 @@ def make_profile(given: Given, output: Path, every: int = 1) -> None:
 
 
 def search(given: Given, output: Path) -> None:
-    """The command ``rankopt plan --solver search``: plans only, so that the best is known."""
+    """The command ``rankopt plan --solver search``: plans only, so that the best is known.
+
+    In the form of pairs its six plans are six.
+    """
     how = ("--solver", "search", "--model", given.model, "--data", given.data, "--examples", 4)
-    what = ("--max-length", 16, "--trials", 6, "-o", output, "--force")
+    what = ("--form", "pairs", "--max-length", 16, "--trials", 6, "-o", output, "--force")
     command("plan", given.profile, "--keep", 0.6, *how, *what)
 
 
