@@ -2,15 +2,41 @@
 
 import json
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 STRICT = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Grown(BaseModel):
+    """A model that has got fields since its first files: where they say nothing, they are left out.
+
+    So what says nothing new is written, to the byte, as it was before them.
+    """
+
+    #: Names of these fields; each has a default.
+    later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                content.pop(name, None)
+        return content
+
 
 #: No count of parameters or bytes has more digits.
 _MOST_DIGITS = 19

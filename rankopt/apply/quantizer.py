@@ -37,7 +37,7 @@ from rankopt.errors import ModelError, few
 from rankopt.layers import FORMS, Form
 from rankopt.model.lowrank import LowRank
 from rankopt.model.surgery import kind_of, replace
-from rankopt.model.weights import is_conv1d, tensor_of, weight_shape
+from rankopt.model.weights import is_conv1d, shown_shape, tensor_of, weight_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,7 +206,8 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
         expected = {name: tuple(tensor.shape) for name, tensor in again.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         differences = [
-            f"{name} is {_shape(found.get(name))} here and {_shape(expected.get(name))} there"
+            f"{name} is {shown_shape(found.get(name))} here "
+            f"and {shown_shape(expected.get(name))} there"
             for name in sorted(found.keys() | expected.keys())
             if found.get(name) != expected.get(name)
         ]
@@ -300,10 +301,6 @@ def _skeleton(model: "PreTrainedModel") -> "PreTrainedModel":
         config.dtype = getattr(torch, config.dtype.removeprefix("torch."), None)
     with torch.device("meta"):
         return type(model)(config)
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else " x ".join(map(str, shape)) or "a number"
 
 
 def _empty(dense: nn.Module, rank: int, form: Form) -> LowRank:

@@ -7,19 +7,17 @@ import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
 from rankopt.backends import find_backends
 from rankopt.backends.base import Backend, recomputable
 from rankopt.data.mixtures import Mixture
-from rankopt.errors import ModelError, OptionError, few
+from rankopt.errors import OptionError, few
 from rankopt.layers import FORMS, Form, Layer
 from rankopt.measure.accumulate import Gathered, eager, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
@@ -30,7 +28,7 @@ from rankopt.measure.loss import find_loss, name_of
 from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint
 from rankopt.measure.sums import bytes_of_sums
-from rankopt.measure.taps import copied_inputs, probe
+from rankopt.measure.taps import copied_inputs, differentiable, probe, require_gradients
 from rankopt.model.inputs import listed
 from rankopt.model.selection import Selection, find_layers
 from rankopt.model.size import model_size
@@ -132,14 +130,14 @@ def profile_model(
     chosen = find_backends(backends)
     backends = tuple(chosen)
     model = unwrapped(model)
-    _require_gradients(model)
+    require_gradients(model, "profile_model")
     selection = find_layers(model, include=include, exclude=exclude, untie=untie)
     loss = find_loss(model, loss_fn, Estimator(estimator, unit, draws, seed))
     _passes(selection.layers, layers_at_a_time, stop, checkpoint)
     workers = _workers(model, workers)
     needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
     subject = Subject(model, selection, loss, Processes.join(), form)
-    with _differentiable(model) as around:
+    with differentiable(model) as around:
         subject, silent, batches = _examined(subject, batches, around)
         selection = subject.selection
         passes = _passes(selection.layers, layers_at_a_time, stop, checkpoint, silent)
@@ -183,31 +181,6 @@ def profile_model(
     if seen is not None and subject.processes.rank == 0:
         warn_of_fitted(profile.info.task, seen.loss, seen.entropy, seen.weighed)
     return profile
-
-
-def _require_gradients(model: nn.Module) -> None:
-    if torch.is_inference_mode_enabled():
-        raise ModelError(
-            "torch.inference_mode is on, and there are no gradients in it: call profile_model "
-            "outside of it (torch.no_grad does no harm)"
-        )
-    for name, parameter in model.named_parameters():
-        if not is_lazy(parameter) and parameter.is_inference():
-            raise ModelError(
-                f"parameter {name} was made under torch.inference_mode, where nothing has a "
-                "gradient: load the model outside of it"
-            )
-
-
-@contextlib.contextmanager
-def _differentiable(model: nn.Module) -> Iterator[contextlib.ExitStack]:
-    """Gradients on and autocast off, whatever the caller has switched; and what is added to it."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        for kind in {"cpu", device_of(model).type}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield stack
 
 
 def _examined(

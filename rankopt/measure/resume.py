@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
@@ -95,12 +95,20 @@ class _Layers(BaseModel):
     seen: dict[str, Count] = {}
 
 
-class _About(BaseModel):
+class Described(BaseModel):
+    """What a checkpoint says of itself."""
+
     model_config = STRICT
 
+    settings: dict[str, Any]
+
+
+_D = TypeVar("_D", bound=Described)
+
+
+class _About(Described):
     seen: _Counted
     layers: _Layers
-    settings: dict[str, Any]
 
 
 def save(
@@ -119,24 +127,39 @@ def save(
         layers: what the collector knows of the layers besides.
         settings: what must be the same when it goes on.
     """
-    from safetensors.torch import save_file
-
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sums.items()}
     if seen.totals:
         plain["seen.totals"] = torch.stack(seen.totals)
     plain["seen.units"] = torch.tensor(seen.units, dtype=torch.float64)
     counts = {name: getattr(seen, name) for name in _Counted.model_fields}
-    about = json.dumps({"seen": counts, "layers": dict(layers), "settings": dict(settings)})
-    header = {"format": CHECKPOINT, "about": about, "sha256": _digest(about, plain)}
-    with whole_file(path, is_format(CHECKPOINT)) as temporary:
-        save_file(plain, temporary, header)
+    about = {"seen": counts, "layers": dict(layers), "settings": dict(settings)}
+    write(path, CHECKPOINT, about, plain)
+
+
+def write(
+    path: str | os.PathLike[str], kind: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write safetensors with a description in JSON; a reader never sees half of it.
+
+    Args:
+        path: of the file; another of its kind is replaced.
+        kind: of file.
+        about: the description, plain values.
+        tensors: on the CPU, contiguous.
+    """
+    from safetensors.torch import save_file
+
+    text = json.dumps(about)
+    header = {"format": kind, "about": text, "sha256": _digest(text, tensors)}
+    with whole_file(path, is_format(kind)) as temporary:
+        save_file(dict(tensors), temporary, header)
 
 
 def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         digest.update(f" {name} ".encode())
-        digest.update(tensors[name].numpy().data)
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -149,11 +172,34 @@ def load(
         DataError: it is not readable, or of other settings; says which.
         RankoptError, WriteError: it could not be written.
     """
-    from safetensors import SafetensorError, safe_open
-
     require_file(path)
     if not Path(path).is_file():
         return None
+
+    about, tensors = read(path, _About, settings, "was measured with another")
+    try:
+        seen = _seen(about.seen, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise unreadable(path, str(error)) from error
+    return seen, tensors, about.layers.model_dump()
+
+
+def read(
+    path: str | os.PathLike[str], kind: type[_D], settings: Mapping[str, Any], differs: str
+) -> tuple[_D, dict[str, Tensor]]:
+    """Read what write has written: the description, and the tensors.
+
+    Args:
+        path: of a file.
+        kind: of description.
+        settings: that must be the same.
+        differs: said between the path and the settings that are others.
+
+    Raises:
+        DataError: it is not readable, or of other settings; says which.
+    """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -161,8 +207,7 @@ def load(
         if _digest(header["about"], tensors) != header["sha256"]:
             raise ValueError("its contents were damaged")
         parse(header["about"])
-        about = _About.model_validate_json(header["about"])
-        seen = _seen(about.seen, tensors)
+        about = kind.model_validate_json(header["about"])
     except ValidationError as error:
         raise unreadable(path, first_of(error)) from error
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, MemoryError) as error:
@@ -171,10 +216,10 @@ def load(
     other = [name for name in plain if about.settings.get(name) != plain[name]]
     if other:
         raise DataError(
-            f"the checkpoint {path} was measured with another {', another '.join(other)}: give the "
-            "same to go on, or delete it to start again"
+            f"the checkpoint {path} {differs} {', another '.join(other)}: give the same to go on, "
+            "or delete it to start again"
         )
-    return seen, tensors, about.layers.model_dump()
+    return about, tensors
 
 
 def unreadable(path: str | os.PathLike[str], why: str) -> DataError:

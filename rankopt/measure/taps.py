@@ -20,7 +20,7 @@ from rankopt.errors import DataError, ModelError
 from rankopt.measure.layout import widened
 from rankopt.model.matrices import is_output, is_subclass
 from rankopt.model.tasks import in_eval
-from rankopt.model.weights import is_conv1d
+from rankopt.model.weights import device_of, is_conv1d
 
 Sink = Callable[[Tensor, Tensor], None]
 
@@ -90,6 +90,40 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, required in held:
             module.get_parameter(name).requires_grad_(required)
+
+
+def require_gradients(model: nn.Module, caller: str) -> None:
+    """Refuse what has no gradients: ``torch.inference_mode``, and weights that were made in it.
+
+    Args:
+        model: whose weights.
+        caller: what is to be called outside of it.
+
+    Raises:
+        ModelError: says which.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            f"torch.inference_mode is on, and there are no gradients in it: call {caller} outside "
+            "of it (torch.no_grad does no harm)"
+        )
+    for name, parameter in model.named_parameters():
+        if not is_lazy(parameter) and parameter.is_inference():
+            raise ModelError(
+                f"parameter {name} was made under torch.inference_mode, where nothing has a "
+                "gradient: load the model outside of it"
+            )
+
+
+@contextlib.contextmanager
+def differentiable(model: nn.Module) -> Iterator[contextlib.ExitStack]:
+    """Gradients on and autocast off, whatever the caller has switched; and what is added to it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for kind in {"cpu", device_of(model).type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield stack
 
 
 @contextlib.contextmanager

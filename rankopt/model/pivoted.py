@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.layers import Form
-from rankopt.model.lowrank import LowRank, LowRankEmbedding, LowRankLinear
-from rankopt.model.product import product
+from rankopt.model.lowrank import LowRankLinear, OfEmbedding, OfLinear
+from rankopt.model.product import Order, product
 
 #: What no coefficient exceeds. Exchanges become many below it, and gain little.
 BOUND = 1.25
@@ -64,76 +64,32 @@ def pivot_columns(factor: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(order, device=factor.device), mixing
 
 
-class _Pivoted(LowRank):
-    """What the pivoted layers have in common: W has rank r and is kept as its pivots.
+class PivotedColumns(OfLinear):
+    """W = [A, A D] with its columns in another order: y = up(x_pivots + down(x_others)).
 
-    Attributes:
-        index: int64, a permutation.
+    ``up`` is A, r columns of W, and has the bias; ``down`` is D; ``index`` are the columns, the
+    pivots first, int64 ``(in,)``. For in <= out.
     """
 
     form: Form = "pivoted"
     index: Tensor
 
-    def _number(self, count: int, device: torch.device | str | None) -> None:
-        self.register_buffer("index", torch.arange(count, device=device))
+    def _make(self, bias: bool, how: dict[str, Any]) -> None:
+        self.down = nn.Linear(self.in_features - self.rank, self.rank, bias=False, **how)
+        self.up = nn.Linear(self.rank, self.out_features, bias=bias, **how)
+        self.register_buffer("index", torch.arange(self.in_features, device=how["device"]))
 
-    def _take(self, down: Tensor, up: Tensor, index: Tensor) -> None:
-        self.down.weight, self.up.weight = nn.Parameter(down), nn.Parameter(up)
-        self.index = index
-
-
-class PivotedColumns(_Pivoted):
-    """W = [A, A D] with its columns in another order: y = up(x_pivots + down(x_others)).
-
-    ``up`` is A, r columns of W, and has the bias; ``down`` is D. For in <= out.
-
-    Args:
-        in_features: size of the input's last dimension.
-        out_features: size of the output's last dimension.
-        rank: number of pivots.
-        bias: whether ``up`` has one.
-        device: as in ``nn.Linear``.
-        dtype: as in ``nn.Linear``.
-    """
-
-    down: nn.Linear
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        how: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.down = nn.Linear(in_features - rank, rank, bias=False, **how)
-        self.up = nn.Linear(rank, out_features, bias=bias, **how)
-        self._number(in_features, device)
-
-    @classmethod
-    def from_factors(cls, down: Tensor, up: Tensor, bias: Tensor | None) -> "PivotedColumns":
-        """From factors of shapes ``(rank, in)`` and ``(out, rank)``; see LowRankLinear."""
-        layer = cls(down.shape[1], up.shape[0], down.shape[0], bias is not None, device="meta")
-        order, mixing = pivot_columns(down)
-        kept = up.double() @ down.double()[:, order[: layer.rank]]
-        layer._take(mixing.to(down.dtype), kept.to(up.dtype), order)
-        if bias is not None:
-            layer.up.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-        return layer
+    def _take(self, down: Tensor, up: Tensor) -> None:
+        self.index, mixing = pivot_columns(down)
+        kept = up.double() @ down.double()[:, self.index[: self.rank]]
+        super()._take(mixing.to(down.dtype), kept.to(up.dtype))
 
     @property
     def weight(self) -> Tensor:
         """W, shape ``(out, in)``: formed if used."""
-        return product(self.up.weight, self.down.weight, self.index.argsort())
+        return product(self.up.weight, self.down.weight, Order(self.index, sends=True))
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias of ``up``."""
-        return self.up.bias
+    bias = LowRankLinear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., in)`` -> ``(..., out)``."""
@@ -142,57 +98,35 @@ class PivotedColumns(_Pivoted):
         y: Tensor = self.up(kept)
         return y
 
-    extra_repr = LowRankLinear.extra_repr
 
-
-class PivotedRows(_Pivoted):
+class PivotedRows(OfLinear):
     """W = [B; C B] with its rows in another order: h = down(x), y = [h, up(h)] + bias.
 
-    ``down`` is B, r rows of W; ``up`` is C. For out < in.
-
-    Args:
-        in_features: size of the input's last dimension.
-        out_features: size of the output's last dimension.
-        rank: number of pivots.
-        bias: whether there is one; it is the layer's own.
-        device: as in ``nn.Linear``.
-        dtype: as in ``nn.Linear``.
+    ``down`` is B, r rows of W; ``up`` is C; ``index`` says where in [B; C B] each row of W is,
+    int64 ``(out,)``. The bias is the layer's own. For out < in.
     """
 
-    down: nn.Linear
-    bias: nn.Parameter | None
+    form: Form = "pivoted"
+    index: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        how: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.down = nn.Linear(in_features, rank, bias=False, **how)
-        self.up = nn.Linear(rank, out_features - rank, bias=False, **how)
-        self._number(out_features, device)
-        self.bias = nn.Parameter(torch.zeros(out_features, **how)) if bias else None
+    def _make(self, bias: bool, how: dict[str, Any]) -> None:
+        self.down = nn.Linear(self.in_features, self.rank, bias=False, **how)
+        self.up = nn.Linear(self.rank, self.out_features - self.rank, bias=False, **how)
+        self.register_buffer("index", torch.arange(self.out_features, device=how["device"]))
+        self.bias = nn.Parameter(torch.zeros(self.out_features, **how)) if bias else None
 
-    @classmethod
-    def from_factors(cls, down: Tensor, up: Tensor, bias: Tensor | None) -> "PivotedRows":
-        """From factors of shapes ``(rank, in)`` and ``(out, rank)``; see LowRankLinear."""
-        layer = cls(down.shape[1], up.shape[0], down.shape[0], bias is not None, device="meta")
-        kept, others, index = _pivoted_rows(down, up)
-        layer._take(kept, others, index)
-        if bias is not None:
-            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-        return layer
+    @property
+    def _biased(self) -> nn.Module:
+        return self
+
+    def _take(self, down: Tensor, up: Tensor) -> None:
+        kept, others, self.index = _pivoted_rows(down, up)
+        super()._take(kept, others)
 
     @property
     def weight(self) -> Tensor:
         """W, shape ``(out, in)``: formed if used."""
-        return product(self.down.weight.T, self.up.weight.T, self.index, turned=True)
+        return product(self.down.weight.T, self.up.weight.T, Order(self.index), turned=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., in)`` -> ``(..., out)``."""
@@ -200,65 +134,30 @@ class PivotedRows(_Pivoted):
         y = torch.cat([kept, self.up(kept)], -1).index_select(-1, self.index)
         return y if self.bias is None else y + self.bias
 
-    extra_repr = LowRankLinear.extra_repr
 
+class PivotedEmbedding(OfEmbedding):
+    """As PivotedRows, of W in normal form (d, V): r numbers are looked up, d - r made of them."""
 
-class PivotedEmbedding(_Pivoted):
-    """As PivotedRows, of W in normal form (d, V): r numbers are looked up, d - r made of them.
+    form: Form = "pivoted"
+    index: Tensor
 
-    Args:
-        num_embeddings: size of the vocabulary V.
-        embedding_dim: size d of the output's last dimension, at most V.
-        rank: number of pivots.
-        padding_idx: as in LowRankEmbedding.
-        device: as in ``nn.Embedding``.
-        dtype: as in ``nn.Embedding``.
-    """
+    def _make(self, how: dict[str, Any]) -> None:
+        self.up = nn.Linear(self.rank, self.embedding_dim - self.rank, bias=False, **how)
+        self.register_buffer("index", torch.arange(self.embedding_dim, device=how["device"]))
 
-    down: nn.Embedding
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        rank: int,
-        padding_idx: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.num_embeddings, self.embedding_dim, self.rank = num_embeddings, embedding_dim, rank
-        how: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.down = nn.Embedding(num_embeddings, rank, padding_idx, **how)
-        self.up = nn.Linear(rank, embedding_dim - rank, bias=False, **how)
-        self._number(embedding_dim, device)
-
-    @classmethod
-    def from_factors(
-        cls, down: Tensor, up: Tensor, padding_idx: int | None = None
-    ) -> "PivotedEmbedding":
-        """From factors of shapes ``(rank, V)`` and ``(d, rank)``; see LowRankEmbedding."""
-        layer = cls(down.shape[1], up.shape[0], down.shape[0], padding_idx, device="meta")
-        kept, others, index = _pivoted_rows(down, up)
-        layer._take(kept.T.contiguous(), others, index)
-        return layer
-
-    @property
-    def padding_idx(self) -> int | None:
-        """The index of ``down`` that gets no gradient."""
-        return self.down.padding_idx
+    def _take(self, down: Tensor, up: Tensor) -> None:
+        kept, others, self.index = _pivoted_rows(down, up)
+        super()._take(kept.T.contiguous(), others)
 
     @property
     def weight(self) -> Tensor:
         """Shape ``(V, d)`` as in nn.Embedding: formed if used."""
-        return product(self.down.weight, self.up.weight.T, self.index)
+        return product(self.down.weight, self.up.weight.T, Order(self.index))
 
     def forward(self, index: Tensor) -> Tensor:
         """Shape ``(...)`` of indices -> ``(..., d)``."""
         kept = self.down(index)
         return torch.cat([kept, self.up(kept)], -1).index_select(-1, self.index)
-
-    extra_repr = LowRankEmbedding.extra_repr
 
 
 def _pivoted_rows(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,11 +4,12 @@ Models look at a layer's ``weight`` in every pass to learn its dtype or device (
 times a block). A ``Product`` knows those without a multiplication; an operation that needs numbers
 forms them once. To autograd it is an operation with the factors as its inputs.
 
-Two factors L and R are the matrix L R. With an index, of the columns of a pivoted matrix, they are
-[L, L R] in that order (see pivots); turned, its transpose.
+Two factors L and R are the matrix L R. With an order, of the columns of a pivoted matrix, they are
+[L, L R] in that order (see pivoted); turned, its transpose.
 """
 
 import copy
+import dataclasses
 from typing import Any
 
 import torch
@@ -16,10 +17,31 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Order:
+    """An order of columns.
+
+    Attributes:
+        index: a permutation: of each column the place that it comes from.
+        sends: of each column the place that it goes to, instead.
+    """
+
+    index: Tensor
+    sends: bool = False
+
+    def of(self, columns: Tensor) -> Tensor:
+        """Columns in this order."""
+        return columns.index_select(1, self.index.argsort() if self.sends else self.index)
+
+    def undone(self, columns: Tensor) -> Tensor:
+        """What was put in this order as it was before."""
+        return columns.index_select(1, self.index if self.sends else self.index.argsort())
+
+
 def product(
-    left: Tensor, right: Tensor, index: Tensor | None = None, *, turned: bool = False
+    left: Tensor, right: Tensor, order: Order | None = None, *, turned: bool = False
 ) -> Tensor:
-    """``left @ right``, or ``[left, left @ right][:, index]``, formed at its first use.
+    """``left @ right``, or ``[left, left @ right]`` in some order, formed at its first use.
 
     Where operations are recorded rather than done (torch.compile, export, tracing, fake tensors,
     transforms of torch.func), it is the multiplication itself: what is not used is dropped there.
@@ -27,17 +49,17 @@ def product(
     plain = all(type(factor) in (Tensor, nn.Parameter) for factor in (left, right))
     recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     if not plain or recorded or torch._C._are_functorch_transforms_active():
-        return _formed(left, right, index, turned)
+        return _formed(left, right, order, turned)
     if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
-        formed: Tensor = _Forming.apply(left, right, index, turned)  # type: ignore[no-untyped-call]
+        formed: Tensor = _Forming.apply(left, right, order, turned)  # type: ignore[no-untyped-call]
         return formed
-    return Product(left, right, index, turned)
+    return Product(left, right, order, turned)
 
 
-def _formed(left: Tensor, right: Tensor, index: Tensor | None, turned: bool) -> Tensor:
+def _formed(left: Tensor, right: Tensor, order: Order | None, turned: bool) -> Tensor:
     whole = left @ right
-    if index is not None:
-        whole = torch.cat([left, whole], 1).index_select(1, index)
+    if order is not None:
+        whole = order.of(torch.cat([left, whole], 1))
     return whole.T.contiguous() if turned else whole
 
 
@@ -47,23 +69,23 @@ class Product(Tensor):
     Args:
         left: shape ``(m, r)``.
         right: shape ``(r, n)``, of the same dtype and device.
-        index: shape ``(r + n,)``: the order of the columns of [left, left @ right]; or None.
+        order: of the columns of [left, left @ right]; or None.
         turned: whether the matrix is the transpose of that.
     """
 
-    _parts: tuple[Tensor, Tensor, Tensor | None, bool]
+    _parts: tuple[Tensor, Tensor, Order | None, bool]
     _formed: Tensor | None
 
     @staticmethod
     def __new__(
-        cls, left: Tensor, right: Tensor, index: Tensor | None = None, turned: bool = False
+        cls, left: Tensor, right: Tensor, order: Order | None = None, turned: bool = False
     ) -> "Product":
         """Without memory for the matrix."""
-        shape = (left.shape[0], right.shape[1] if index is None else len(index))
+        shape = (left.shape[0], right.shape[1] if order is None else len(order.index))
         made: Product = Tensor._make_wrapper_subclass(
             cls, shape[::-1] if turned else shape, dtype=left.dtype, device=left.device
         )
-        made._parts, made._formed = (left.detach(), right.detach(), index, turned), None
+        made._parts, made._formed = (left.detach(), right.detach(), order, turned), None
         return made
 
     def formed(self) -> Tensor:
@@ -115,21 +137,19 @@ class _Forming(torch.autograd.Function):
     """Y = L R: dL = dY Rᵀ, dR = Lᵀ dY. Y = [L, L R]: dL = dY_1 + dY_2 Rᵀ, dR = Lᵀ dY_2."""
 
     @staticmethod
-    def forward(
-        ctx: Any, left: Tensor, right: Tensor, index: Tensor | None, turned: bool
-    ) -> Tensor:
+    def forward(ctx: Any, left: Tensor, right: Tensor, order: Order | None, turned: bool) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.save_for_forward(left, right)
-        ctx.index, ctx.turned = index, turned
-        return Product(left, right, index, turned)
+        ctx.order, ctx.turned = order, turned
+        return Product(left, right, order, turned)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
         of_left, of_right = ctx.needs_input_grad[:2]
         rest, kept = grads[0].T if ctx.turned else grads[0], None
-        if ctx.index is not None:
-            kept, rest = rest.index_select(1, ctx.index.argsort()).tensor_split([len(right)], 1)
+        if ctx.order is not None:
+            kept, rest = ctx.order.undone(rest).tensor_split([len(right)], 1)
         grad = rest @ right.T if of_left else None
         if grad is not None and kept is not None:
             grad = kept + grad
@@ -141,7 +161,7 @@ class _Forming(torch.autograd.Function):
         of_left, of_right = tangents[:2]
         terms = [] if of_left is None else [of_left @ right]
         moved = sum(terms if of_right is None else [*terms, left @ of_right])
-        if ctx.index is not None:
+        if ctx.order is not None:
             kept = torch.zeros_like(left) if of_left is None else of_left
-            moved = torch.cat([kept, moved], 1).index_select(1, ctx.index)
+            moved = ctx.order.of(torch.cat([kept, moved], 1))
         return moved.T if ctx.turned else moved

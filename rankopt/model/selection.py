@@ -138,11 +138,22 @@ def _require_plain(model: nn.Module) -> None:
             )
         if isinstance(module, LowRank):
             raise ModelError(f"layer {name} is low rank already: use the dense model")
-        if type(module).__module__.startswith("peft."):
-            raise ModelError(_adapter(model, name, module))
+        _require_no_adapter(model, name, module)
 
 
-def _adapter(model: nn.Module, name: str, module: nn.Module) -> str:
+def require_no_adapters(model: nn.Module) -> None:
+    """Refuse a model with adapters of PEFT, which are no part of its weights.
+
+    Raises:
+        ModelError: names the first, and what to do.
+    """
+    for name, module in model.named_modules():
+        _require_no_adapter(model, name, module)
+
+
+def _require_no_adapter(model: nn.Module, name: str, module: nn.Module) -> None:
+    if not type(module).__module__.startswith("peft."):
+        return
     what = f"layer {name} has" if name else "the model has"
     remedy = "merge it into the weights first, model = model.merge_and_unload()"
     prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
@@ -150,7 +161,7 @@ def _adapter(model: nn.Module, name: str, module: nn.Module) -> str:
         remedy = "a prompt is no weight: profile model.get_base_model()"
     elif not hasattr(model, "merge_and_unload"):
         remedy += " of the peft.PeftModel"
-    return f"{what} an adapter ({type(module).__name__}): {remedy}"
+    raise ModelError(f"{what} an adapter ({type(module).__name__}): {remedy}")
 
 
 def _patterns(given: Iterable[str]) -> list[str]:

@@ -183,6 +183,11 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if _transposed(module) else (rows, columns)
 
 
+def shown_shape(shape: tuple[int, ...] | None) -> str:
+    """``576 x 1536``; None is of what is missing."""
+    return "missing" if shape is None else " x ".join(map(str, shape)) or "a number"
+
+
 def _transposed(module: nn.Module) -> bool:
     return is_conv1d(module) or isinstance(module, nn.Embedding)
 

@@ -8,14 +8,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -23,7 +21,7 @@ from rankopt.errors import PlanError, printable
 from rankopt.files import PLAN, is_format, whole_file
 from rankopt.layers import Form, Layer
 from rankopt.plan.budget import Budget
-from rankopt.schema import STRICT, Count, Loss, Number, Share, first_of, parse
+from rankopt.schema import STRICT, Count, Grown, Loss, Number, Share, first_of, parse
 
 FORMAT_VERSION = 1
 #: No honest plan is larger; a larger file is not read.
@@ -137,7 +135,7 @@ class Size(BaseModel):
                 raise ValueError(f"size.{what} is {given}; by its layers it is {wanted}")
 
 
-class Plan(BaseModel):
+class Plan(Grown):
     """The rank of every planned layer, and the proof.
 
     Attributes:
@@ -164,6 +162,7 @@ class Plan(BaseModel):
     """
 
     model_config = STRICT
+    later: ClassVar[tuple[str, ...]] = ("form",)
 
     format: Literal["rankopt-plan"] = "rankopt-plan"
     format_version: Literal[1] = 1
@@ -185,14 +184,6 @@ class Plan(BaseModel):
     fingerprint: str
     profile_digest: str
     layers: Annotated[tuple[PlannedLayer, ...], Field(min_length=1)]
-
-    @model_serializer(mode="wrap")
-    def _without_pairs(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Plans of pairs stay, to the byte, what they were without the field.
-        content: dict[str, Any] = handler(self)
-        if self.form == "pairs":
-            content.pop("form", None)
-        return content
 
     @model_validator(mode="after")
     def _consistent(self) -> "Plan":

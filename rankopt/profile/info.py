@@ -4,20 +4,18 @@ It says all that planning needs to know of a backend, so that a profile can be p
 backend that made it, perhaps somebody else's, is not installed.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
 from rankopt.errors import OptionError, ProfileError
 from rankopt.layers import Form, Layer, LeftAlone
-from rankopt.schema import STRICT, first_of, parse
+from rankopt.schema import STRICT, Grown, first_of, parse
 
 FORMAT_VERSION = 2
 
@@ -45,7 +43,7 @@ class ScaleInfo(BaseModel):
     factors: tuple[Annotated[float, Field(ge=0.0, allow_inf_nan=False)], ...]
 
 
-class BackendInfo(BaseModel):
+class BackendInfo(Grown):
     """How layers were factorised, and how their losses compare.
 
     Attributes:
@@ -57,19 +55,12 @@ class BackendInfo(BaseModel):
     """
 
     model_config = STRICT
+    later: ClassVar[tuple[str, ...]] = ("loaded_from",)
 
     name: _Name
     source: str
     loaded_from: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")] | None = None
     scales: Annotated[tuple[ScaleInfo, ...], Field(min_length=1)]
-
-    @model_serializer(mode="wrap")
-    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Profiles of installed backends stay, to the byte, what they were without the field.
-        content: dict[str, Any] = handler(self)
-        if self.loaded_from is None:
-            content.pop("loaded_from", None)
-        return content
 
     def find_scale(self, name: str | None = None) -> ScaleInfo:
         """The scale by name, or the default.
@@ -102,7 +93,7 @@ class SourceInfo(BaseModel):
     examples: Annotated[int, Field(ge=0)]
 
 
-class ProfileInfo(BaseModel):
+class ProfileInfo(Grown):
     """What was measured, on what, and how.
 
     Attributes:
@@ -138,6 +129,7 @@ class ProfileInfo(BaseModel):
     """
 
     model_config = STRICT
+    later: ClassVar[tuple[str, ...]] = ("estimator_reason", "sources", "form")
 
     format_version: Literal[2] = 2
     versions: dict[str, str]
@@ -162,15 +154,6 @@ class ProfileInfo(BaseModel):
     left_alone: tuple[LeftAlone, ...]
     backends: Annotated[tuple[BackendInfo, ...], Field(min_length=1)]
     form: Form = "pairs"
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Profiles of before these fields stay, to the byte, what they were.
-        content: dict[str, Any] = handler(self)
-        for name, default in (("estimator_reason", None), ("sources", None), ("form", "pairs")):
-            if getattr(self, name) == default:
-                content.pop(name, None)
-        return content
 
     @model_validator(mode="after")
     def _consistent(self) -> "ProfileInfo":

@@ -14,8 +14,8 @@ from torch import nn
 from rankopt.apply.refined import Method, Refinement, Unit
 from rankopt.errors import ModelError, OptionError
 from rankopt.measure.accumulate import eager
-from rankopt.measure.taps import frozen
-from rankopt.model.weights import device_of, unwrapped
+from rankopt.measure.taps import differentiable, frozen
+from rankopt.model.weights import unwrapped
 from rankopt.refinement.blocks import refine_blocks
 from rankopt.refinement.distill import distil
 from rankopt.refinement.divergence import distillable, logits_of
@@ -124,7 +124,7 @@ def refine(
     model, dense = unwrapped(model), unwrapped(dense)
     require_refinable(model, dense)
     parameters = trained(model, vectors)
-    with frozen(model), frozen(dense), _differentiable(model), eager(model), eager(dense):
+    with frozen(model), frozen(dense), differentiable(model), eager(model), eager(dense):
         data = gathered(model, batches, held_out)
         saved = None
         if checkpoint is not None:
@@ -200,13 +200,6 @@ def _require_logits(model: nn.Module, data: Data) -> None:
             f"{type(model).__name__} has no logits for its labels, so there is nothing to compare "
             "with the dense model's: it cannot be refined"
         )
-
-
-@contextlib.contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients on and autocast off, whatever the caller has switched."""
-    with torch.enable_grad(), torch.autocast(device_of(model).type, enabled=False):
-        yield
 
 
 def _settings(

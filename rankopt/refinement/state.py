@@ -6,21 +6,19 @@ refused if it is damaged or of another model, other data or other settings.
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from rankopt.errors import DataError
-from rankopt.files import REFINEMENT, is_format, require_file, whole_file
-from rankopt.measure.resume import unreadable
+from rankopt.files import REFINEMENT, require_file
+from rankopt.measure.resume import Described, read, unreadable, write
 from rankopt.model.weights import tensor_of
 from rankopt.refinement.fit import State
-from rankopt.schema import STRICT, Count, Number, first_of, parse
+from rankopt.schema import STRICT, Count, Number
 
 _SAMPLE = 64
 
@@ -54,10 +52,7 @@ class _Counted(BaseModel):
     worse: Count
 
 
-class _About(BaseModel):
-    model_config = STRICT
-
-    settings: dict[str, Any]
+class _About(Described):
     done: tuple[RefinedBlock, ...]
     state: _Counted | None
 
@@ -93,8 +88,6 @@ class Checkpoint:
 
     def save(self, saved: Saved) -> None:
         """Write it; a reader never sees half of it."""
-        from safetensors.torch import save_file
-
         tensors = {f"done/{name}": value for name, value in saved.values.items()}
         counted = None
         if saved.state is not None:
@@ -102,10 +95,8 @@ class Checkpoint:
             counted = {name: getattr(saved.state, name) for name in _Counted.model_fields}
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         done = [dataclasses.asdict(block) for block in saved.done]
-        about = json.dumps({"settings": dict(self.settings), "done": done, "state": counted})
-        header = {"format": REFINEMENT, "about": about, "sha256": _digest(about, plain)}
-        with whole_file(self.path, is_format(REFINEMENT)) as temporary:
-            save_file(plain, temporary, header)
+        about = {"settings": dict(self.settings), "done": done, "state": counted}
+        write(self.path, REFINEMENT, about, plain)
 
     def load(self, parameters: Mapping[str, nn.Parameter]) -> Saved | None:
         """Read it; None if there is none.
@@ -117,30 +108,11 @@ class Checkpoint:
             DataError: it is not readable, or of other settings; says which.
             RankoptError, WriteError: it could not be written.
         """
-        from safetensors import SafetensorError, safe_open
-
         require_file(self.path)
         if not self.path.is_file():
             return None
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if _digest(header["about"], tensors) != header["sha256"]:
-                raise ValueError("its contents were damaged")
-            parse(header["about"])
-            about = _About.model_validate_json(header["about"])
-        except ValidationError as error:
-            raise unreadable(self.path, first_of(error)) from error
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, MemoryError) as error:
-            raise unreadable(self.path, str(error) or type(error).__name__) from error
-        plain = json.loads(json.dumps(dict(self.settings)))
-        other = [name for name in plain if about.settings.get(name) != plain[name]]
-        if other:
-            raise DataError(
-                f"the checkpoint {self.path} is of a refinement with another "
-                f"{', another '.join(other)}: give the same to go on, or delete it to start again"
-            )
+        differs = "is of a refinement with another"
+        about, tensors = read(self.path, _About, self.settings, differs)
         _require_fitting(self.path, tensors, parameters)
         values = {n.removeprefix("done/"): t for n, t in tensors.items() if n.startswith("done/")}
         rest = {name: t for name, t in tensors.items() if not name.startswith("done/")}
@@ -158,14 +130,6 @@ def _require_fitting(
             raise unreadable(path, f"it has {name}, which is not in the model")
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise unreadable(path, f"{name} holds what is no finite number")
-
-
-def _digest(about: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(about.encode())
-    for name in sorted(tensors):
-        digest.update(f" {name} ".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:

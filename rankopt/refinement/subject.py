@@ -11,10 +11,12 @@ from rankopt.apply.quantizer import RankoptConfig
 from rankopt.apply.refined import Unit
 from rankopt.data.digest import chained
 from rankopt.errors import DataError, ModelError, few
+from rankopt.measure.taps import require_gradients
 from rankopt.model.inputs import OF_TOKENS, limits_of, listed
 from rankopt.model.lowrank import LowRank
+from rankopt.model.selection import require_no_adapters
 from rankopt.model.tasks import Batch, loss_terms, prepare, settled, task_of
-from rankopt.model.weights import weight_shape
+from rankopt.model.weights import shown_shape, weight_shape
 
 #: Every so-manieth batch is held out, if none are given for that.
 EVERY = 8
@@ -105,18 +107,9 @@ def require_refinable(model: nn.Module, dense: nn.Module) -> None:
     Raises:
         ModelError: says what to do.
     """
-    if torch.is_inference_mode_enabled():
-        raise ModelError(
-            "torch.inference_mode is on, and there are no gradients in it: call refine outside of "
-            "it (torch.no_grad does no harm)"
-        )
-    for what, each in (("the model", model), ("the dense model", dense)):
-        for name, module in each.named_modules():
-            if type(module).__module__.startswith("peft."):
-                raise ModelError(
-                    f"{what} has an adapter ({type(module).__name__}{name and ' at '}{name}): "
-                    "merge it into the weights first, model = model.merge_and_unload()"
-                )
+    require_gradients(model, "refine")
+    for each in (model, dense):
+        require_no_adapters(each)
     low = {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
     if not low:
         raise ModelError(
@@ -139,11 +132,6 @@ def require_refinable(model: nn.Module, dense: nn.Module) -> None:
                 "refined without device_map (the dense one may be offloaded), or refine it on a "
                 "machine with more memory"
             )
-        if parameter.is_inference():
-            raise ModelError(
-                f"parameter {name} was made under torch.inference_mode, where nothing has a "
-                "gradient: load the model outside of it"
-            )
     for name, module in low.items():
         for own, parameter in module.named_parameters():
             if not parameter.is_floating_point() or parameter.element_size() < 2:
@@ -158,13 +146,13 @@ def _require_same(model: nn.Module, dense: nn.Module, low: dict[str, LowRank]) -
     """Refuse a dense model of other layers or shapes."""
     ours, theirs = _shapes(model, low), _shapes(dense, low)
     for name, layer in low.items():
-        ours[f"{name}.weight"] = _normal_shape(layer)
+        ours[f"{name}.weight"] = layer.shape
         try:
             theirs[f"{name}.weight"] = weight_shape(dense.get_submodule(name))
         except (AttributeError, ValueError):
             continue  # it is missing there, or no layer
     different = [
-        f"{name} is {_told(theirs.get(name))}, not {_told(ours.get(name))}"
+        f"{name} is {shown_shape(theirs.get(name))}, not {shown_shape(ours.get(name))}"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]
@@ -183,16 +171,6 @@ def _shapes(model: nn.Module, low: Iterable[str]) -> dict[str, tuple[int, ...]]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if not name.startswith(inside)
     }
-
-
-def _normal_shape(layer: Any) -> tuple[int, int]:
-    if hasattr(layer, "num_embeddings"):
-        return layer.embedding_dim, layer.num_embeddings
-    return layer.out_features, layer.in_features
-
-
-def _told(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else " x ".join(map(str, shape)) or "a number"
 
 
 def trained(model: nn.Module, vectors: bool) -> dict[str, nn.Parameter]:
