@@ -140,8 +140,9 @@ def test_a_look_at_the_weight_forms_no_product(
         weight = low.weight
         plain = weight + 0.0
         monkeypatch.setattr(Product, "formed", lambda self: pytest.fail("it was formed"))
-        for name in ("dtype", "device", "shape", "ndim", "requires_grad", "is_leaf"):
-            assert getattr(low.weight, name) == getattr(plain, name) or name == "is_leaf"
+        monkeypatch.setattr(Tensor, "argsort", lambda *_: pytest.fail("it was sorted"))
+        for name in ("dtype", "device", "shape", "ndim", "requires_grad"):
+            assert getattr(low.weight, name) == getattr(plain, name)
         assert low.weight.stride() == plain.stride()
         monkeypatch.undo()
 

@@ -98,10 +98,10 @@ def test_proportional_ranks_follow_the_traces_in_either_form() -> None:
     profile = pivoted(shapes=((400, 400), (400, 400)), seed=3)
     trace = [profile.fisher_trace(x.name) for x in profile.info.layers]
     for form in FORMS:
-        plan = make_plan(profile, keep=0.2, solver="proportional", form=form)
+        plan = make_plan(profile, keep=0.5, solver="proportional", form=form)
         small, large = plan.layers[0].rank, plan.layers[1].rank
         assert small is not None and large is not None
-        assert large / small == pytest.approx(trace[1] / trace[0], rel=0.2) or small == 1
+        assert large / small == pytest.approx(trace[1] / trace[0], rel=0.05)
 
 
 def test_a_profile_says_which_form_plans_have() -> None:
@@ -124,7 +124,7 @@ def test_ranks_up_to_full_are_on_offer() -> None:
         assert ranks.tolist() == [*range(1, full), DENSE]
         assert (np.diff(group.cost) > 0).all() and group.cost[-1] == x.dense_cost
         # Each rank costs less than the one before.
-        assert (np.diff(group.cost, 2) == -2).all() or full < 3
+        assert (np.diff(group.cost, 2) == -2).all()
     by_three = allocation(profile, rank_multiple=3)
     assert all((r[:-1] % 3 == 0).all() for r in by_three.ranks)
 
