@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-import re
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankopt import Profile, make_plan
-from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError, ProfileError
+from rankopt.errors import InfeasibleBudgetError, OptionError
 from rankopt.layers import DENSE
 from rankopt.plan.allocation import allocation
 from rankopt.plan.budget import at_least, find_budget
-from rankopt.plan.compare import Strategy, compare
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import known_solvers
 from rankopt.profile.curves import LossCurve
@@ -163,95 +161,6 @@ def test_bound_is_below_every_choice_and_maxmin_reaches_the_best(
         assert greedy.certificate.status == "optimal"
 
 
-@pytest.mark.parametrize("keep", [0.25, 0.5, 0.75, 0.95])
-def test_threshold_has_the_best_worst_layer(keep: float) -> None:
-    threshold = make_plan(PROFILE, keep=keep, solver="threshold")
-    maxmin = make_plan(PROFILE, keep=keep, solver="greedy", objective="maxmin")
-    assert threshold.retained_worst == maxmin.retained_worst
-    for solver in ("uniform", "proportional", "greedy"):
-        other = make_plan(PROFILE, keep=keep, solver=solver)
-        assert other.retained_worst <= threshold.retained_worst
-
-
-@pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99, 0.999999, 1.0])
-def test_threshold_takes_the_smallest_rank_that_keeps_the_share(
-    share: float, multiple: int
-) -> None:
-    plan = make_plan(PROFILE, solver="threshold", share=share, rank_multiple=multiple)
-    check(plan, PROFILE)
-    assert (plan.budget.kind, plan.budget.asked) == ("share", share)
-    assert plan.budget.parameters == plan.size.planned
-    for entry in plan.layers:
-        assert entry.retained >= share - 1e-15
-        curve = PROFILE.curves["fwsvd"][entry.layer.name].losses
-        offered = entry.layer.ranks(multiple).tolist()
-        less = offered[: offered.index(DENSE if entry.rank is None else entry.rank)]
-        if less:
-            assert 1 - curve[less[-1]] / curve[0] < share + 1e-15
-
-
-def test_threshold_with_share_and_budget_stays_within_it_or_says_what_it_takes() -> None:
-    free = make_plan(PROFILE, solver="threshold", share=0.9)
-    same = make_plan(PROFILE, solver="threshold", share=0.9, max_params=free.size.planned)
-    assert same.ranks == free.ranks
-    assert same.budget.kind == "max_params"
-    with pytest.raises(InfeasibleBudgetError, match=f"takes {free.size.planned:,} parameters"):
-        make_plan(PROFILE, solver="threshold", share=0.9, max_params=free.size.planned - 1)
-
-
-@pytest.mark.parametrize("keep", [0.2, 0.4, 0.6, 0.8])
-def test_uniform_gives_every_layer_the_same_share_to_within_a_rank(keep: float) -> None:
-    # Crumbs of the large layers' budget would be many ranks for the small ones.
-    profile = smooth_profile(((300, 300), (80, 96), (12, 20), (290, 300), (7, 9)))
-    plan = make_plan(profile, keep=keep, solver="uniform")
-    for entry in plan.layers:
-        layer = entry.layer
-        assert abs(entry.parameters - keep * layer.dense_cost) <= layer.cost(1)
-    assert plan.budget.parameters - plan.size.planned < 600
-
-
-def test_proportional_ranks_follow_the_fisher_information() -> None:
-    profile = smooth_profile(((96, 64), (80, 96), (64, 96), (120, 90)))
-    names = [layer.name for layer in profile.info.layers]
-    trace = np.array([4.0, 1.0, 2.0, 3.0])
-    scaled = {n: t / profile.fisher_rows[n].sum() for n, t in zip(names, trace, strict=True)}
-    plan = make_plan(with_fisher(profile, scaled), keep=0.35, solver="proportional")
-    ranks = np.array([rank or 0 for rank in plan.ranks.values()])
-    assert all(0 < r < e.layer.largest_rank() for r, e in zip(ranks, plan.layers, strict=True))
-    factor = ranks.sum() / trace.sum()
-    assert np.abs(ranks - factor * trace).max() <= 2
-
-
-def test_layers_without_fisher_information_come_last_but_the_budget_is_spent() -> None:
-    profile = smooth_profile(((96, 64), (80, 96), (64, 96), (120, 90)))
-    silent = with_fisher(profile, {"block.1.proj": 0.0, "block.3.proj": 0.0})
-    low = make_plan(silent, keep=0.2, solver="proportional")
-    assert low.ranks["block.1.proj"] == low.ranks["block.3.proj"] == 1
-    high = make_plan(silent, keep=0.9, solver="proportional")
-    assert high.ranks["block.0.proj"] is high.ranks["block.2.proj"] is None
-    none = with_fisher(profile, dict.fromkeys(profile.fisher_rows, 0.0))
-    for made in (low, high, make_plan(none, keep=0.5, solver="proportional")):
-        assert made.budget.parameters - made.size.planned < 210
-
-
-def test_more_fisher_information_never_lowers_a_layers_rank() -> None:
-    for seed in range(5):
-        profile = smooth_profile(seed=seed)
-        names = [layer.name for layer in profile.info.layers]
-        rng = np.random.default_rng(seed)
-        even = {n: rng.uniform(0.5, 2) / profile.fisher_rows[n].sum() for n in names}
-        profile = with_fisher(profile, even)
-        before = make_plan(profile, keep=0.5, solver="proportional")
-        for name in names:
-            after = make_plan(with_fisher(profile, {name: 2.0}), keep=0.5, solver="proportional")
-            costs = [
-                next(e.parameters for e in plan.layers if e.layer.name == name)
-                for plan in (before, after)
-            ]
-            assert costs[1] >= costs[0]
-
-
 def test_three_ways_to_ask_for_one_budget_agree() -> None:
     info = PROFILE.info
     keep = make_plan(PROFILE, keep=0.7)
@@ -350,16 +259,6 @@ def test_tied_layers_pay_for_every_member_and_are_dense_once(solver: str, object
     assert low.size.model_bytes - other.size.model_bytes == 2 * 60
 
 
-def test_proportional_counts_the_fisher_information_of_partners() -> None:
-    made = smooth_profile(((96, 64), (80, 96), (64, 96), (120, 90)), tied=(1,))
-    quiet = with_fisher(made, {"partner.1": 0.0})
-    loud = with_fisher(made, {"partner.1": 1000.0})
-    ranks = [
-        make_plan(p, keep=0.3, solver="proportional").ranks["block.1.proj"] for p in (quiet, loud)
-    ]
-    assert (ranks[0] or 99) < (ranks[1] or 99)
-
-
 def test_unit_and_factors_are_those_that_the_profile_says() -> None:
     """Of a backend that nobody here has heard of."""
     made = synthetic_profile(backends=["theirs"])
@@ -382,77 +281,6 @@ def test_unit_and_factors_are_those_that_the_profile_says() -> None:
     assert shares.certificate.unit == "lost share of a layer's Fisher"
     with pytest.raises(OptionError, match="no scale 'nats'; known: joules"):
         make_plan(profile, keep=0.5, scale="nats")
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("exact", Strategy("exact")),
-        ("exact/maxmin", Strategy("exact", "maxmin")),
-        ("uniform@svd", Strategy("uniform", "total", "svd")),
-        ("exact/layerwise@svd", Strategy("exact", "layerwise", "svd")),
-        (
-            "rankopt_solvers.greedy:solve_density/maxmin@svd",
-            Strategy("rankopt_solvers.greedy:solve_density", "maxmin", "svd"),
-        ),
-        ("exact/min=0.5", Strategy("exact", min_retained=0.5)),
-        ("exact/layerwise/min=0.25@svd", Strategy("exact", "layerwise", "svd", 0.25)),
-        ("greedy/min=best", Strategy("greedy", min_retained="best")),
-        ("exact/pairs", Strategy("exact", form="pairs")),
-        ("exact/maxmin/pivoted@svd", Strategy("exact", "maxmin", "svd", form="pivoted")),
-        ("exact/min=0.5/pairs@svd", Strategy("exact", "total", "svd", 0.5, "pairs")),
-    ],
-)
-def test_strategies_are_read_as_they_are_written(text: str, wanted: Strategy) -> None:
-    assert Strategy.parse(text) == wanted
-    assert str(wanted) == text
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("exact@", "@svd", "exact@svd/maxmin@", "exact/@", "exact/", "exact//min=0.5"),
-        *("exact/min=", "exact/min=half", "exact/min=nan", "exact/min=1.5", "exact/min=-0.1"),
-        *("exact/0.5", "exact/min=0.5/total", "min=0.5", "exact/min=0.5/min=0.6"),
-        *("exact/pairs/pairs", "exact/pairs/min=0.5", "exact/triples", "pairs"),
-    ],
-)
-def test_strategies_that_say_less_than_they_should_are_refused(text: str) -> None:
-    with pytest.raises(OptionError):
-        Strategy.parse(text)
-
-
-def test_a_strategy_says_the_floor_that_an_option_says() -> None:
-    texts = ("exact/min=0.6", "exact/layerwise/min=best", "exact")
-    rows = list(compare(PROFILE, [0.7], [Strategy.parse(text) for text in texts]))
-    assert rows[0].plan == make_plan(PROFILE, keep=0.7, min_retained=0.6)
-    assert rows[1].plan == make_plan(PROFILE, keep=0.7, objective="layerwise", min_retained="best")
-    assert rows[2].plan.min_retained is None
-    assert rows[0].to_dict()["min_retained"] == 0.6 and str(rows[1].strategy) == texts[1]
-    # Of strategies that say none, it is the option's.
-    others = [row.plan for row in compare(PROFILE, [0.7], DEFAULTS, min_retained=0.6)]
-    assert others == [rows[0].plan, rows[1].plan]
-    with pytest.raises(OptionError, match="uniform goes layer by layer"):
-        list(compare(PROFILE, [0.7], [Strategy.parse("uniform/min=0.5")]))
-
-
-DEFAULTS = [Strategy("exact"), Strategy("exact", "layerwise", min_retained="best")]
-
-
-def test_backends_are_compared_side_by_side() -> None:
-    wanted = [Strategy.parse(x) for x in ("exact", "exact@svd", "uniform@fwsvd")]
-    rows = list(compare(PROFILE, [0.5, 0.7], wanted))
-    assert [row.plan.backend for row in rows] == ["fwsvd", "svd", "fwsvd"] * 2
-    for row in rows:
-        made = make_plan(
-            PROFILE, keep=row.keep, solver=row.strategy.solver, backend=row.plan.backend
-        )
-        assert row.plan == made
-        assert row.to_dict()["backend"] == row.plan.backend
-    other = list(compare(PROFILE, [0.5], wanted, backend="svd"))
-    assert [row.plan.backend for row in other] == ["svd", "svd", "fwsvd"]
-    with pytest.raises(ProfileError, match="'pca', only for fwsvd, svd"):
-        list(compare(PROFILE, [0.5], [Strategy.parse("exact@pca")]))
 
 
 @pytest.mark.parametrize(("solver", "objective"), list(itertools.product(FAST, OBJECTIVES)))
@@ -498,89 +326,6 @@ def test_solver_may_be_any_callable_and_is_recounted() -> None:
 
     with pytest.raises(OptionError, match="has no option -1"):
         make_plan(PROFILE, keep=0.5, solver=liar)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "a budget is needed: keep, keep_total or max_params"),
-        ({"keep": 0.5, "max_params": 9}, "one budget, not keep and max_params"),
-        ({"keep": 0.0}, "keep is a share above 0 and at most 1, got 0.0"),
-        ({"keep": 1.5}, r"got 1\.5"),
-        ({"keep": -0.5}, r"got -0\.5"),
-        ({"keep": math.nan}, "got nan"),
-        ({"keep": "0.5"}, "got '0.5'"),
-        ({"keep_total": 2}, "keep_total is a share"),
-        ({"keep_total": math.inf}, "got inf"),
-        ({"max_params": 0}, "whole number above 0"),
-        ({"max_params": 3.5}, "whole number above 0"),
-        ({"max_params": math.nan}, "whole number above 0"),
-        ({"max_params": math.inf}, "whole number above 0"),
-        ({"max_params": "many"}, "whole number above 0"),
-        ({"solver": "threshold", "share": 0.0}, "share must be above 0 and at most 1"),
-        ({"solver": "threshold", "share": 1.1}, "share must be above 0 and at most 1"),
-        ({"solver": "threshold", "share": math.nan}, "share must be above 0 and at most 1"),
-    ],
-)
-def test_mistakes_are_budget_errors_that_say_what_is_wanted(
-    arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(BudgetError, match=message) as caught:
-        make_plan(PROFILE, **arguments)
-    assert caught.value.exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"keep": 0.5, "share": 0.9}, "share belongs to the threshold strategy, not to exact"),
-        ({"keep": 0.5, "rank_multiple": 0}, "rank_multiple"),
-        ({"keep": 0.5, "rank_multiple": 1.5}, "rank_multiple"),
-        ({"keep": 0.5, "rank_multiple": True}, "rank_multiple"),
-        ({"keep": 0.5, "rank_multiple": math.nan}, "rank_multiple"),
-        ({"keep": 0.5, "solver": "magic"}, f"'magic'; known: {', '.join(known_solvers())}"),
-        ({"keep": 0.5, "objective": "fame"}, "'fame'; known: total, layerwise, maxmin"),
-        ({"keep": 0.5, "scale": "metric"}, "no scale 'metric'; known: nats, sum"),
-        ({"keep": 0.5, "backend": "svd", "scale": "nats"}, "known: frobenius"),
-        ({"solver": "threshold", "share": 0.9, "depth": 3}, "no options, got depth"),
-        ({"keep": 0.5, "solver": "uniform", "depth": 3}, "no options, got depth"),
-        ({"keep": 0.5, "solver": "greedy", "depth": 3}, "solver greedy takes no option depth"),
-        ({"keep": 0.5, "solver": "knapsack", "time_limit": 0.0}, "time_limit must be a positive"),
-    ],
-)
-def test_mistakes_are_option_errors_that_say_what_is_wanted(
-    arguments: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(OptionError, match=message) as caught:
-        make_plan(PROFILE, **arguments)
-    assert caught.value.exit_code == 2
-
-
-def test_unknown_backend_names_those_of_the_profile() -> None:
-    with pytest.raises(ProfileError, match="'kronecker', only for fwsvd, svd"):
-        make_plan(PROFILE, keep=0.5, backend="kronecker")
-
-
-@pytest.mark.parametrize("solver", known_solvers())
-@pytest.mark.parametrize(
-    "asked", [{"keep": 0.01}, {"keep_total": 0.26}, {"keep_total": 0.1}, {"max_params": 3}]
-)
-def test_infeasible_budget_names_the_smallest_that_works(
-    asked: dict[str, Any], solver: str
-) -> None:
-    (kind,) = asked
-    with pytest.raises(InfeasibleBudgetError) as caught:
-        make_plan(PROFILE, solver=solver, **asked)
-    assert caught.value.exit_code == 3
-    found = re.search(rf"is ([\d,]+) \({kind} ([\d.]+)\)", str(caught.value))
-    assert found is not None
-    smallest = int(found[1].replace(",", ""))
-    plan = make_plan(PROFILE, solver=solver, max_params=smallest)
-    assert plan.size.planned == smallest == sum(x.cost(1) for x in PROFILE.info.layers)
-    with pytest.raises(InfeasibleBudgetError):
-        make_plan(PROFILE, solver=solver, max_params=smallest - 1)
-    named = int(found[2]) if kind == "max_params" else float(found[2])
-    assert make_plan(PROFILE, solver=solver, **{kind: named}).size.planned >= smallest
 
 
 @settings(max_examples=60, deadline=None)
@@ -629,74 +374,6 @@ def test_any_strategy_makes_a_valid_plan_of_any_profile(
     assert Plan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("objective", ["total", "layerwise"])
-def test_price_and_margins_are_those_of_the_problem(objective: Any) -> None:
-    plan = make_plan(PROFILE, keep=0.6, objective=objective)
-    lam = plan.certificate.multiplier
-    assert lam is not None and lam > 0
-    offered = allocation(PROFILE, plan.backend, plan.scale, objective, 1)
-    choice = [
-        ranks.tolist().index(DENSE if entry.rank is None else entry.rank)
-        for ranks, entry in zip(offered.ranks, plan.layers, strict=True)
-    ]
-    for group, j, entry in zip(offered.groups, choice, plan.layers, strict=True):
-        prices = [loss + lam * cost for loss, cost in zip(group.loss, group.cost, strict=True)]
-        others = prices[:j] + prices[j + 1 :]
-        assert entry.margin == pytest.approx(min(others) - prices[j], abs=1e-9 * max(prices))
-    assert "1,000 more parameters would save" in str(plan)
-
-
-def test_price_predicts_what_a_little_more_budget_saves() -> None:
-    plan = make_plan(PROFILE, keep=0.6)
-    more = make_plan(PROFILE, max_params=plan.budget.parameters + 2_000)
-    assert plan.certificate.multiplier is not None and more.certificate.multiplier is not None
-    saved = (plan.certificate.bound - more.certificate.bound) / 2_000
-    # The curve is convex, but single ranks are coarse: half and double are enough to be wrong.
-    assert 0.3 * more.certificate.multiplier < saved < 3 * plan.certificate.multiplier
-
-
-def test_maxmin_has_no_price() -> None:
-    plan = make_plan(PROFILE, keep=0.6, objective="maxmin")
-    assert plan.certificate.multiplier is None
-    assert {entry.margin for entry in plan.layers} == {None}
-
-
-@pytest.mark.parametrize("objective", ["total", "layerwise"])
-@pytest.mark.parametrize("solver", ["exact", "greedy"])
-def test_floor_is_kept_and_costs_retained_information(solver: str, objective: Any) -> None:
-    free = make_plan(SMOOTH, keep=0.6, solver=solver, objective=objective)
-    best = make_plan(SMOOTH, keep=0.6, objective="maxmin").retained_worst
-    assert free.retained_worst < best
-    floor = (free.retained_worst + best) / 2
-    floored = make_plan(SMOOTH, keep=0.6, solver=solver, objective=objective, min_retained=floor)
-    assert floored.retained_worst >= floor
-    assert floored.min_retained == pytest.approx(floor)
-    assert floored.size.planned <= floored.budget.parameters
-    assert free.certificate.bound <= floored.certificate.bound <= floored.certificate.loss
-    if solver == "exact":
-        assert floored.certificate.status == "optimal"
-    assert Plan.from_json(floored.to_json()) == floored
-
-
-def test_best_floor_is_that_of_maxmin() -> None:
-    floored = make_plan(SMOOTH, keep=0.6, min_retained="best")
-    fair = make_plan(SMOOTH, keep=0.6, objective="maxmin")
-    assert floored.min_retained == pytest.approx(fair.retained_worst, rel=1e-12)
-    assert floored.retained_total >= fair.retained_total - 1e-12
-
-
-def test_floor_beyond_the_budget_names_the_smallest_that_keeps_it() -> None:
-    with pytest.raises(InfeasibleBudgetError, match=r"min_retained=0\.9") as error:
-        make_plan(SMOOTH, keep=0.3, min_retained=0.9)
-    smallest = int(re.findall(r"is ([0-9,]+) \(keep", str(error.value))[0].replace(",", ""))
-    assert make_plan(SMOOTH, max_params=smallest, min_retained=0.9).size.planned <= smallest
-
-
 def test_solver_of_a_module_plans() -> None:
     plan = make_plan(SMOOTH, keep=0.6, solver="rankopt_solvers.greedy:solve_density")
     assert plan.layers == make_plan(SMOOTH, keep=0.6, solver="density").layers
-
-
-def test_an_option_error_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="unknown solver"):
-        make_plan(PROFILE, keep=0.5, solver="magic")
