@@ -24,7 +24,7 @@ _HELP = (
 )
 
 
-_EACH = "Given once it is of all sources, else once for each --data (and --also)."
+_EACH = "Given once it is of all sources, else once for each."
 _ALSO = (
     "Another domain, measured beside: as --data. If not given, language models are also measured "
     "on python-help, 16 windows of Python's help texts."
@@ -62,8 +62,8 @@ class DataOptions:
     examples: Annotated[
         int | None,
         typer.Option(
-            help="Windows or rows to take, at equal distances; all if not given. Of several "
-            "--data in all; of each --also."
+            help="Windows or rows to take, at equal distances; all if not given. Of a mixture "
+            "in all, of another domain as many."
         ),
     ] = None
     max_length: Annotated[

@@ -80,8 +80,8 @@ def gathered(model: nn.Module, batches: Any, held_out: Any) -> Data:
         return Data(task, tuple(ready), tuple(others), digest, held_out_digest)
     if len(ready) < 2:
         raise DataError(
-            "one batch was given, and one is held out to tell what to keep: give more data, a "
-            "smaller batch_size, or other batches as held_out"
+            "one batch was given, and one is held out to tell what to keep: give more data, or a "
+            "smaller batch_size (in Python also: batches to be held out)"
         )
     held = set(range(EVERY - 1, len(ready), EVERY)) or {len(ready) - 1}
     return Data(
