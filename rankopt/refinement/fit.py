@@ -43,7 +43,7 @@ class Recipe:
         OptionError: a number out of range.
     """
 
-    learning_rate: float = 2e-5
+    learning_rate: float = 5e-5
     passes: int = 1
     warm_up: float = 0.1
     clip: float = 1.0

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rankopt import OptionError, ProfileError, make_plan, profile_model
-from rankopt.backends import BUILT_IN, find_backend, known_backends, projection
+from rankopt.backends import BUILT_IN, find_backend, known_backends, kronecker, projection
 from rankopt.backends.base import Backend, ClosedForm, Decomposition
-from rankopt.backends.statistics import Statistics
+from rankopt.backends.statistics import STATISTICS, Statistics
 from tests import tiny
 
 SHAPES = {"wide": (7, 12), "tall": (12, 7), "square": (9, 9)}
@@ -75,8 +75,15 @@ class Made:
             # As it is kept.
             "tfwsvd": lambda: float(((elements / units).float() * d**2).sum()),
             "whitened": lambda: float((outputs**2).sum()) / units,
-            "kronecker": lambda: float(((self.g @ outputs.T) ** 2).sum()) / units**2,
+            "kronecker": lambda: float((damped(self.g) @ d * (d @ damped(self.x))).sum()),
         }[backend]()
+
+
+def damped(each: Tensor) -> Tensor:
+    """The second moment, and a share of its mean diagonal."""
+    moment = each.T @ each / len(each)
+    share = kronecker.DAMPING * moment.diagonal().mean()
+    return moment + share * torch.eye(len(moment), dtype=moment.dtype)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -193,10 +200,10 @@ def test_where_inverses_exist_the_textbook_says_the_same(name: str, shape: str) 
         right = (rows / units).sqrt().diag()
     elif name == "fwsvd_two_sided":
         left, right = (columns / rows.sum()).sqrt().diag(), (rows / units).sqrt().diag()
-    elif name in ("whitened", "kronecker"):
+    elif name == "whitened":
         right = torch.linalg.cholesky(layer.x.T @ layer.x / units)
-    if name == "kronecker":
-        left = torch.linalg.cholesky(layer.g.T @ layer.g / units)
+    elif name == "kronecker":
+        left, right = map(torch.linalg.cholesky, (damped(layer.g), damped(layer.x)))
     u, s, v = torch.linalg.svd(left.T @ w @ right, full_matrices=False)
     found, products = approximations(find_backend(name), layer)
     assert torch.allclose(found.losses[:-1] - found.losses[1:], s**2, rtol=1e-7)
@@ -216,8 +223,11 @@ def test_the_whitened_error_is_that_of_the_outputs(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kronecker_with_gradients_alike_in_all_directions_is_whitened(shape: str) -> None:
+def test_kronecker_with_gradients_alike_in_all_directions_is_whitened(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scaled as well: nats agree exactly where the approximation that whitened makes is true."""
+    monkeypatch.setattr(kronecker, "DAMPING", 0.0)
     layer = made(SHAPES[shape])
     n_out = layer.weight.shape[0]
     # g of 40 positions with g^T g = 2.5 identity.
@@ -368,10 +378,9 @@ def test_what_was_not_collected_is_asked_for_by_name(name: str) -> None:
         without = dataclasses.replace(layer.seen, **{statistic: None})
         with pytest.raises(ProfileError, match=statistic):
             backend.decompose(layer.weight, without, 3)
-    needed = {n: getattr(layer.seen, n) for n in backend.needs}
-    seen = dataclasses.replace(
-        Statistics(layer.seen.units, positions=layer.seen.positions), **needed
-    )
+    # Numbers of a layer are always summed; arrays are, where they are asked for.
+    rest = dict.fromkeys(set(STATISTICS) - backend.needs)
+    seen = dataclasses.replace(layer.seen, **rest)
     alone = backend.decompose(layer.weight, seen, 3).losses
     assert torch.equal(alone, backend.decompose(layer.weight, layer.seen, 3).losses)
 
