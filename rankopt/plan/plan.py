@@ -154,6 +154,8 @@ class Plan(Grown):
         retained_total: share of the Fisher information of all layers together.
         retained_worst: the smallest retained share of a layer.
         worst_layer: that layer.
+        predicted: what the loss of a target (a predicted token, or a label) rises by, in nats, to
+            second order; null where the backend has no such estimate.
         size: parameters and bytes.
         architecture: class of the model.
         fingerprint: of the model.
@@ -162,7 +164,7 @@ class Plan(Grown):
     """
 
     model_config = STRICT
-    later: ClassVar[tuple[str, ...]] = ("form",)
+    later: ClassVar[tuple[str, ...]] = ("form", "predicted")
 
     format: Literal["rankopt-plan"] = "rankopt-plan"
     format_version: Literal[1] = 1
@@ -179,6 +181,7 @@ class Plan(Grown):
     retained_total: Share
     retained_worst: Share
     worst_layer: str
+    predicted: Loss | None = None
     size: Size
     architecture: str
     fingerprint: str
@@ -275,6 +278,11 @@ class Plan(Grown):
                 f"  price           1,000 more parameters would save {1000 * proof.multiplier:.3g}"
                 f"{doubt}"
             ]
+        predicted = []
+        if self.predicted is not None:
+            predicted = [
+                f"  predicted       +{self.predicted:.4g} nats per target (second-order estimate)"
+            ]
         lines = [
             f"{self.solver} plan, objective {self.objective}, backend {self.backend}, "
             f"form {self.form}",
@@ -287,6 +295,7 @@ class Plan(Grown):
             f"{self.retained_worst:.2%} in the worst layer ({self.worst_layer})",
             f"  loss            {proof.loss:.6g} {proof.unit}, at least {proof.bound:.6g} "
             f"(gap {proof.gap:.2g}, {proof.status})",
+            *predicted,
             *price,
             f"  layers          {len(self.layers)}: {dense} dense, "
             f"{len(self.layers) - dense} low rank",

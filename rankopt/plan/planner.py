@@ -3,7 +3,7 @@
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rankopt._version import __version__
@@ -313,6 +313,7 @@ def plan_of(
         retained_total=offered.retained_total(solution.choice),
         retained_worst=retained[worst],
         worst_layer=offered.layers[worst].name,
+        predicted=_predicted(profile, offered, retained),
         size=Size(
             planned_dense=info.planned_parameters,
             planned=solution.cost,
@@ -326,3 +327,16 @@ def plan_of(
         profile_digest=profile.digest(),
         layers=entries,
     )
+
+
+def _predicted(profile: Profile, offered: Allocation, retained: Sequence[float]) -> float | None:
+    """Nats per target, whatever the objective and the scale that the plan was made with."""
+    backend, info = profile.backend(offered.backend), profile.info
+    scale = next((scale for scale in backend.scales if scale.unit.startswith("nats")), None)
+    if scale is None:
+        return None
+    per_unit = math.fsum(
+        factor * profile.loss_curve(backend.name, layer.name).full * (1.0 - share)
+        for layer, factor, share in zip(offered.layers, scale.factors, retained, strict=True)
+    )
+    return per_unit * info.units / info.targets

@@ -238,3 +238,26 @@ def test_summary_names_both_denominators(content: dict[str, Any]) -> None:
     assert f"{size['planned']:,} of {size['planned_dense']:,}" in text
     assert f"{size['model']:,} of {size['model_dense']:,}" in text
     assert content["worst_layer"] in text
+
+
+def test_what_the_loss_rises_by_is_said_in_nats_whatever_was_maximised() -> None:
+    """The same ranks are predicted alike; a backend without nats predicts nothing."""
+    profile = synthetic_profile()
+    info = profile.info
+    factors = profile.backend("fwsvd").scales[0].factors
+    total = make_plan(profile, keep=0.6)
+    assert total.certificate.unit.startswith("nats")
+    assert total.predicted == pytest.approx(total.certificate.loss * info.units / info.targets)
+    for other in ({"objective": "layerwise"}, {"objective": "maxmin"}, {"scale": "sum"}):
+        made = make_plan(profile, keep=0.6, **other)
+        lost = sum(
+            factor * profile.loss_curve("fwsvd", x.layer.name).full * (1.0 - x.retained)
+            for factor, x in zip(factors, made.layers, strict=True)
+        )
+        assert made.predicted == pytest.approx(lost * info.units / info.targets)
+        assert made.predicted >= total.predicted
+        assert f"+{made.predicted:.4g} nats per target" in str(made)
+    silent = make_plan(profile, keep=0.6, backend="svd")
+    assert silent.predicted is None
+    assert "nats per target" not in str(silent)
+    assert "predicted" not in json.loads(silent.to_json())
