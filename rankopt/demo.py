@@ -249,9 +249,7 @@ def run_demo(
     plan.save(folder / "plan.json")
     teacher = copy.deepcopy(model)
     apply_plan(model, plan, profile)
-    # An eighth is held out, of few windows too.
-    size = min(4, max(1, calibration // 8))
-    refined = refine(model, teacher, text_batches(texts, tokenizer, max_length, size, calibration))
+    refined = refine(model, teacher, text_batches(texts, tokenizer, max_length, 1, calibration))
     del teacher
     save_model(model, folder / "compressed", plan=plan, tokenizer=tokenizer, overwrite=True)
     reloaded = load_model(str(folder / "compressed"))

@@ -257,6 +257,7 @@ def with_data(
     needed: bool = True,
     about: str | None = None,
     examples: int | None = None,
+    batch_size: int = 4,
     mixed: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the data options in the place of its parameter of type DataOptions.
@@ -265,13 +266,14 @@ def with_data(
         needed: --data must be given.
         about: the help of --data, if it is not the usual one.
         examples: default of --examples.
+        batch_size: default of --batch-size.
         mixed: several --data are one mixture; else --data is one, and --also are others beside it.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())
         (asked,) = (each.name for each in own if each.annotation is DataOptions)
-        options = list(_parameters(needed, about, examples, mixed))
+        options = list(_parameters(needed, about, examples, batch_size, mixed))
 
         @functools.wraps(command)
         def called(**given: Any) -> None:
@@ -298,7 +300,7 @@ def with_data(
 
 
 def _parameters(
-    needed: bool, about: str | None, examples: int | None, mixed: bool
+    needed: bool, about: str | None, examples: int | None, batch_size: int, mixed: bool
 ) -> Iterator[inspect.Parameter]:
     for field in dataclasses.fields(DataOptions):
         kind: Any = _KINDS[field.name]
@@ -317,6 +319,8 @@ def _parameters(
             default = inspect.Parameter.empty if needed else None
         elif field.name == "examples":
             default = examples
+        elif field.name == "batch_size":
+            default = batch_size
         yield inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
         )

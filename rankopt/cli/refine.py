@@ -28,7 +28,7 @@ A refinement that was interrupted goes on where it was when the same command is 
 """
 
 
-@with_data(mixed=True)
+@with_data(examples=256, batch_size=1, mixed=True)
 def refine(
     compressed: Annotated[str, typer.Argument(help="A folder that rankopt apply wrote.")],
     dense: Annotated[str, typer.Option(help="The model that it was compressed from.")],

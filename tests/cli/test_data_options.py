@@ -25,7 +25,9 @@ BESIDE = {"also": None, "no_also": False}
 @pytest.mark.parametrize(
     ("command", "needed", "examples", "more"),
     [("profile", True, 256, MIXED), ("plan", False, None, MIXED),
-     ("compare", False, None, BESIDE), ("evaluate", True, None, BESIDE)],
+     ("compare", False, None, BESIDE), ("evaluate", True, None, BESIDE),
+     # A batch is a step.
+     ("refine", True, 256, {**MIXED, "batch_size": 1})],
 )  # fmt: skip
 def test_every_command_has_the_data_options(
     command: str, needed: bool, examples: int | None, more: dict[str, Any]
