@@ -50,6 +50,8 @@ class _Counted(BaseModel):
     best: Number
     kept: Count
     worse: Count
+    slowed: Count
+    lost: tuple[tuple[Count, Count], ...]
 
 
 class _About(Described):

@@ -63,7 +63,7 @@ def test_a_block_never_rises_even_when_steps_are_far_too_large() -> None:
     model, dense, batches = compressed()
     start = bits(model)
     found = refine(
-        model, dense, batches, method="blocks", learning_rate=1.0, passes=3, progress=False
+        model, dense, batches, method="blocks", learning_rate=20.0, passes=3, progress=False
     )
     assert all(block.after == block.before for block in found.blocks)
     assert found.after == found.before and found.targets == 0 and not changed(start, model)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from rankopt import apply_plan, make_plan, profile_model, refine, save_model
@@ -40,13 +41,14 @@ def test_the_held_out_divergence_falls(name: str) -> None:
     model, dense, batches = compressed(name)
     start, teacher = bits(model), bits(dense)
     before = by_hand(model, dense, batches[7])
-    rate = 1e-3 if name == "bert-regression" else 3e-3
-    found = refine(model, dense, batches, **{**RECIPE, "learning_rate": rate})
-    assert found.before == pytest.approx(before, rel=1e-4)
-    assert found.after == pytest.approx(by_hand(model, dense, batches[7]), rel=1e-4)
-    assert found.after < 0.9 * found.before
+    found = refine(model, dense, batches, **{**RECIPE, "learning_rate": 1e-3})
+    # In float32 as little as this has three digits.
+    assert found.before == pytest.approx(before, rel=1e-3)
+    assert found.after == pytest.approx(by_hand(model, dense, batches[7]), rel=1e-3)
+    assert found.after < 0.96 * found.before
     assert changed(start, model) and not changed(teacher, dense)
-    assert found.examples == 8 * 3
+    # Three in a batch; of steps that were taken back none are counted.
+    assert found.examples in range(3, 8 * 3 + 1, 3)
     assert found.unit == ("tokens" if "-c" not in name and "-r" not in name and name != "albert"
                           else "examples")  # fmt: skip
     if name == "llama":
@@ -115,10 +117,30 @@ def test_what_is_not_better_on_held_out_data_is_not_kept() -> None:
     start = bits(model)
     found = refine(model, dense, batches, learning_rate=30.0, passes=4, progress=False)
     assert found.after == found.before and found.targets == 0
-    assert found.steps == 8, "one pass of checks is enough to see it"
+    assert found.steps == 16, "four looks are enough to see it"
     assert not changed(start, model)
     assert "refined" not in model.config.quantization_config.to_dict()
     assert "not changed" in str(found)
+
+
+def test_steps_that_are_too_large_are_taken_back_and_made_smaller() -> None:
+    """A bowl: a rate of 30 leaves it at once, and a quarter of that finds its floor."""
+    place = nn.Parameter(torch.tensor([1.0]))
+    fit = Fit(
+        {"place": place},
+        256,
+        lambda number: place.square().sum(),
+        lambda: float(place.detach().square()),
+        Recipe(30.0, 1, warm_up=0.0),
+    )
+    looks = {}
+    for step in fit.run():
+        looks[step] = (fit.state.slowed, fit.state.kept, float(place.detach()))
+    assert looks[31][2] != looks[32][2], "it is taken back where it is looked at"
+    assert looks[32] == (1, 0, 1.0)
+    assert fit.state.lost == ((0, 32),) and fit.state.kept == 256
+    assert fit.state.best == float(place.detach().square()) < 1e-9
+    assert fit.seen() == set(Recipe().order(0, 256)[32:])
 
 
 def test_held_out_batches_may_be_given() -> None:
