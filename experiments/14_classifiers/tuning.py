@@ -1,0 +1,134 @@
+"""Two GLUE tasks, and a MiniLM-L6 fine-tuned on each: what every figure of run.py is about."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LEARNING_RATE = 1e-4
+BATCH = 32
+MAX_LENGTH = 128
+SEED = 0
+#: Of nyu-mll/glue, for the files' names.
+SPLITS = {"train": "train", "dev": "validation"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task of GLUE with two classes.
+
+    Attributes:
+        name: of its folder, and in nyu-mll/glue.
+        text: column of the text.
+        pair: column of the second text, if there is one.
+        epochs: of fine-tuning.
+        training: rows to fine-tune on, at equal distances over the split; None is all.
+    """
+
+    name: str
+    text: str
+    pair: str | None
+    epochs: int
+    training: int | None = None
+
+
+def rows_of(task: Task, data: Path | None, split: str) -> list[Mapping[str, Any]]:
+    """Rows of a split, short ones first: rows of a batch are of one length, and little is padding.
+
+    Args:
+        task: whose rows.
+        data: folder with NAME/train.tsv and NAME/dev.tsv; None is the datasets library.
+        split: ``train``, of which the rows to fine-tune on are taken, or ``dev``.
+    """
+    from rankopt.data.batches import spread
+    from rankopt.data.rows import read_rows
+
+    if data is None:
+        found = read_rows(f"nyu-mll/glue:{task.name}", SPLITS[split])
+    else:
+        found = read_rows(str(data / task.name / f"{split}.tsv"))
+    wanted = task.training if split == "train" else None
+    rows = [found[number] for number in spread(len(found), wanted)]
+    texts = [name for name in (task.text, task.pair) if name]
+    return sorted(rows, key=lambda row: sum(len(row[name]) for name in texts))
+
+
+def batches_of(
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    size: int,
+    examples: int | None = None,
+) -> list[Any]:
+    """Batches of so many of the rows, at equal distances: short and long ones as they occur."""
+    from rankopt.data.batches import load_batches
+    from rankopt.data.rows import Columns
+
+    return load_batches(
+        task.name,
+        tokenizer,
+        "sequence-classification",
+        columns=Columns(task.text, task.pair, "label"),
+        max_length=MAX_LENGTH,
+        batch_size=size,
+        examples=examples,
+        rows=rows,
+    )
+
+
+def fine_tuned(
+    task: Task, source: str, rows: Sequence[Mapping[str, Any]], folder: Path
+) -> tuple[Any, Any]:
+    """The model and its tokenizer; made once, and an epoch at most is lost by an interruption.
+
+    AdamW in float32, with linear warm-up over a tenth of the steps and linear decay.
+
+    Args:
+        task: that it learns.
+        source: folder of the model to start from.
+        rows: to learn from.
+        folder: where both are kept.
+    """
+    import torch
+    import transformers
+
+    from rankopt.files import whole_file, whole_folder
+    from rankopt.model.loading import load_model, load_tokenizer
+
+    made, kept = folder / "model", folder / "epochs.pt"
+    tokenizer = load_tokenizer(source)
+    if made.is_dir():
+        return load_model(str(made), "float32"), tokenizer
+    batches = batches_of(task, rows, tokenizer, BATCH)
+    torch.manual_seed(SEED)
+    auto: Any = transformers.AutoModelForSequenceClassification
+    model = auto.from_pretrained(source, num_labels=2, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01, fused=True)
+    steps = task.epochs * len(batches)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    first = 0
+    if kept.is_file():
+        state = torch.load(kept, weights_only=True)
+        first = state["epochs"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    for epoch in range(first, task.epochs):
+        # Order and dropout are an epoch's own: what goes on is what was never interrupted.
+        torch.manual_seed(1000 * SEED + epoch + 1)
+        model.train()
+        for number in torch.randperm(len(batches)).tolist():
+            loss = model(**batches[number]).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        print(f"{task.name}: epoch {epoch + 1} of {task.epochs}", flush=True)
+        with whole_file(kept) as file:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            torch.save({"epochs": epoch + 1, **states}, file)
+    with whole_folder(made) as whole:
+        model.save_pretrained(whole)
+    kept.unlink()
+    return model.eval(), tokenizer
