@@ -100,7 +100,7 @@ def refine(
         held_out: batches that decide what is kept; by default every eighth of the others, which is
             then not fitted.
         vectors: let biases and norms outside of the low-rank layers learn, too.
-        learning_rate: the largest to begin with, see fit; 5e-5 for ``distill``, 2e-4 for ``blocks``.
+        learning_rate: the largest (see fit); 5e-5 for ``distill``, 2e-4 for ``blocks``.
         passes: over the batches; 1 for ``distill``, 3 for ``blocks``.
         warm_up: share of the steps in which the learning rate rises; then it falls to zero.
         clip: largest norm of a step's gradient.
