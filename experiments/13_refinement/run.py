@@ -181,17 +181,18 @@ def check(row: Row, found: Mapping[str, Any]) -> None:
 def table(found: Mapping[str, Any]) -> str:
     """Markdown: nats per token over the dense model, here / on the other text."""
     dense, rows = found["dense"], found["rows"]
+    keeps = sorted({row["keep"] for row in rows}, reverse=True)
     lines = [
         f"Dense: {dense['loss']:.3f} nats per token, {dense['other']:.3f} on the other text. "
         "Over that, on the text of the calibration / on the other, with keep:",
         "",
-        "| ranks and factors | refined on | " + " | ".join(f"{keep:g}" for keep in KEEPS) + " |",
-        "|---|---|" + "---|" * len(KEEPS),
+        "| ranks and factors | refined on | " + " | ".join(f"{keep:g}" for keep in keeps) + " |",
+        "|---|---|" + "---|" * len(keeps),
     ]
     kinds = dict.fromkeys((row["method"], row["refined_by"], row["windows"]) for row in rows)
     for method, refined, windows in kinds:
         cells = []
-        for keep in KEEPS:
+        for keep in keeps:
             wanted = (method, refined, windows, keep)
             names = ("method", "refined_by", "windows", "keep")
             same = [r for r in rows if tuple(r[name] for name in names) == wanted]
