@@ -34,6 +34,9 @@ from passes import IN_NATS, VARIANTS, Settings, Work, one_by_one, rows_of
 from shortcuts import Rows
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import wikitext  # noqa: E402 (beside the folders of the experiments)
+
 QUICK = Settings(keep=0.7, windows=16, held_out=4, tokens=12)
 
 
@@ -199,16 +202,6 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def texts(file: Path | None, split: str) -> list[str]:
-    """A text file, or a split of WikiText-2."""
-    if file is not None:
-        return [file.read_text(encoding="utf-8")]
-    from rankopt.data.rows import read_rows
-
-    rows = read_rows("Salesforce/wikitext:wikitext-2-raw-v1", split)
-    return [str(row["text"]) for row in rows if str(row["text"]).strip()]
-
-
 def batches(ids: Any, size: int) -> list[Any]:
     """Windows ``(N, T)`` as batches."""
     import torch
@@ -244,7 +237,7 @@ def prepared(
 
         source = str(smollm2(folder / "model"))
         model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
-        text, test = texts(files[0], "validation"), texts(files[1], "test")
+        text, test = wikitext.texts(files[0], "validation"), wikitext.texts(files[1], "test")
         cut = text_batches(text, tokenizer, size.tokens, size.batch, 2 * size.windows)
         windows = torch.cat([batch["input_ids"] for batch in cut])
         held_out = text_batches(test, tokenizer, size.tokens, size.batch, size.held_out)
@@ -270,8 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--folder", type=Path, help="keep the model and what is measured there")
-    parser.add_argument("--calibration", type=Path, help="a text file instead of the data set")
-    parser.add_argument("--held-out", type=Path, help="a text file instead of the data set")
+    wikitext.add_options(parser)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

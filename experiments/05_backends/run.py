@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import wikitext  # noqa: E402 (beside the folders of the experiments)
+
 BACKENDS = ("svd", "fwsvd", "fwsvd_two_sided", "tfwsvd", "whitened", "kronecker")
 #: Strategy and scale; None is the backend's default. The last two are literal scales.
 PLANS = (
@@ -142,28 +145,13 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([f"Dense: {found['dense']:.3f} nats per token.", "", *lines]) + "\n"
 
 
-def texts(file: Path | None, split: str) -> list[str]:
-    """Lines of a text file, or a split of WikiText-2."""
-    if file is not None:
-        return [file.read_text(encoding="utf-8")]
-    from rankopt.data.rows import read_rows
-
-    rows = read_rows("Salesforce/wikitext:wikitext-2-raw-v1", split)
-    return [str(row["text"]) for row in rows if str(row["text"]).strip()]
-
-
 def full(only: str | None, folder: Path, calibration: Path | None, held_out: Path | None) -> None:
     """SmolLM2 on WikiText-2: 32 windows of 256 tokens to calibrate, 16 to measure."""
-    from rankopt.data.batches import text_batches
-    from rankopt.demo import smollm2
-    from rankopt.model.loading import load_model, load_tokenizer
-
-    source = str(smollm2(folder / "model"))
-    model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
+    given = wikitext.protocol(folder, calibration, held_out)
     found = measured(
-        model,
-        text_batches(texts(calibration, "validation"), tokenizer, 256, 4, 32),
-        text_batches(texts(held_out, "test"), tokenizer, 256, 4, 16),
+        given.model,
+        given.calibration,
+        given.held_out,
         (0.8, 0.65),
         BACKENDS if only is None else (only,),
     )
@@ -203,8 +191,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=BACKENDS, help="measure one backend again")
     parser.add_argument("--folder", type=Path, help="keep the model there")
-    parser.add_argument("--calibration", type=Path, help="a text file instead of the data set")
-    parser.add_argument("--held-out", type=Path, help="a text file instead of the data set")
+    wikitext.add_options(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         quick()

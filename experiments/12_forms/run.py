@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import wikitext  # noqa: E402 (beside the folders of the experiments)
+
 KEEPS = (0.9, 0.8, 0.65, 0.5)
 STRATEGIES = ("uniform@kronecker", "exact@kronecker", "exact@fwsvd")
 FORMS = ("pairs", "pivoted")
@@ -166,16 +169,6 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def texts(file: Path | None, split: str) -> list[str]:
-    """Lines of a text file, or a split of WikiText-2."""
-    if file is not None:
-        return [file.read_text(encoding="utf-8")]
-    from rankopt.data.rows import read_rows
-
-    rows = read_rows("Salesforce/wikitext:wikitext-2-raw-v1", split)
-    return [str(row["text"]) for row in rows if str(row["text"]).strip()]
-
-
 def full(only: str | None, folder: Path, calibration: Path | None, held_out: Path | None) -> None:
     """SmolLM2 on WikiText-2: 32 windows of 256 tokens to calibrate, 16 to measure."""
     file = HERE / "results.json"
@@ -185,18 +178,8 @@ def full(only: str | None, folder: Path, calibration: Path | None, held_out: Pat
         "command": "python experiments/12_forms/run.py",
     }
     if only in (None, "loss"):
-        from rankopt.data.batches import text_batches
-        from rankopt.demo import smollm2
-        from rankopt.model.loading import load_model, load_tokenizer
-
-        source = str(smollm2(folder / "model"))
-        model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
-        found["loss"] = losses(
-            model,
-            text_batches(texts(calibration, "validation"), tokenizer, 256, 4, 32),
-            text_batches(texts(held_out, "test"), tokenizer, 256, 4, 16),
-            KEEPS,
-        )
+        given = wikitext.protocol(folder, calibration, held_out)
+        found["loss"] = losses(given.model, given.calibration, given.held_out, KEEPS)
         check(found, loosely=False)
     if only in (None, "latency"):
         found["latency"] = latencies(SHAPES, TOKENS, 15)
@@ -224,8 +207,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=["loss", "latency"])
     parser.add_argument("--folder", type=Path, help="keep the model there")
-    parser.add_argument("--calibration", type=Path, help="a text file instead of the data set")
-    parser.add_argument("--held-out", type=Path, help="a text file instead of the data set")
+    wikitext.add_options(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         quick()

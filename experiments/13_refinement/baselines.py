@@ -26,7 +26,16 @@ from rankopt.model.weights import weight_of
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 
-__all__ = ["Components", "anchored", "check", "components", "put", "zero_sum", "zero_sum_ranks"]
+__all__ = [
+    "Components",
+    "anchored",
+    "check",
+    "components",
+    "cost",
+    "put",
+    "zero_sum",
+    "zero_sum_ranks",
+]
 
 #: Moments of layers behind a norm are singular; this small, the ridge is beneath all tolerances.
 _RIDGE = 1e-8
@@ -94,12 +103,13 @@ def _check_budgets(
             other = copy.deepcopy(model)
             put(other, factors, form)
             counted = model_size(other, layers).planned
-            costs = [_cost(layer, factors[layer.name], form) for layer in layers]
+            costs = [cost(layer, factors[layer.name], form) for layer in layers]
             assert counted == sum(costs), f"{form}, {budget}: {counted} counted, {sum(costs)} said"
             assert budget - step < counted <= budget, f"{form}, {budget}: {counted} parameters"
 
 
-def _cost(layer: Layer, factors: tuple[Tensor, Tensor] | None, form: Form) -> int:
+def cost(layer: Layer, factors: tuple[Tensor, Tensor] | None, form: Form) -> int:
+    """Parameters of a layer with these factors, or dense."""
     return layer.cost(None if factors is None else len(factors[1]), form)
 
 

@@ -29,30 +29,16 @@ from typing import Any
 import baselines
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import wikitext  # noqa: E402 (beside the folders of the experiments)
+
 KEEPS = (0.9, 0.8, 0.65, 0.5)
-#: What a row is called -> how its model is made.
 OURS = ("exact@kronecker", "uniform@kronecker", "exact/pairs@kronecker", "uniform/pairs@kronecker")
 OTHERS = ("exact@fwsvd", "uniform/pairs@whitened")
 FLOORS = ("exact/min=0.98@kronecker",)
 PUBLISHED = ("zero-sum/pairs", "zero-sum", "anchored 0.5/pairs", "anchored 1/pairs")
 #: The anchored closed form with our ranks, in the pivoted form.
 COMPENSATED = ("anchored 0.5 exact@kronecker", "anchored 0 exact@kronecker")
-PARTS: Mapping[str, Callable[[], "list[Row]"]] = {
-    "closed": lambda: [
-        Row(method, keep)
-        for keep in KEEPS
-        for method in (*OURS, *OTHERS, *FLOORS, *PUBLISHED, *COMPENSATED)
-    ],
-    "ladder": lambda: [Row("exact@kronecker", keep, "distill", 256) for keep in (0.65, 0.8, 0.5)],
-    "ranks": lambda: [
-        Row(method, keep, "distill", 64)
-        for keep in (0.65, 0.5, 0.8)
-        for method in (*OURS, *FLOORS, "uniform/pairs@whitened")
-    ],
-    "blocks": lambda: [
-        Row(method, 0.65, "blocks", 64) for method in ("exact@kronecker", "anchored 1/pairs")
-    ],
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,18 +48,36 @@ class Row:
     Attributes:
         method: a strategy of rankopt, or a published method.
         keep: kept share of the planned parameters.
-        refined: method of rankopt.refine, if any.
+        refined_by: method of rankopt.refine, if any.
         windows: that it is given.
     """
 
     method: str
     keep: float
-    refined: str = ""
+    refined_by: str = ""
     windows: int = 0
 
     def __str__(self) -> str:
-        then = f" then {self.refined} on {self.windows}" if self.refined else ""
+        then = f" then {self.refined_by} on {self.windows}" if self.refined_by else ""
         return f"{self.method} at {self.keep:g}{then}"
+
+
+PARTS = {
+    "closed": [
+        Row(method, keep)
+        for keep in KEEPS
+        for method in (*OURS, *OTHERS, *FLOORS, *PUBLISHED, *COMPENSATED)
+    ],
+    "ladder": [Row("exact@kronecker", keep, "distill", 256) for keep in (0.65, 0.8, 0.5)],
+    "ranks": [
+        Row(method, keep, "distill", 64)
+        for keep in (0.65, 0.5, 0.8)
+        for method in (*OURS, *FLOORS, "uniform/pairs@whitened")
+    ],
+    "blocks": [
+        Row(method, 0.65, "blocks", 64) for method in ("exact@kronecker", "anchored 1/pairs")
+    ],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +149,7 @@ def compressed(work: Work, row: Row) -> tuple[Any, int, int]:
         return model, plan.size.planned, plan.budget.parameters
     factors = baselines.zero_sum(work.components, layers, plan.budget.parameters, form)
     baselines.put(model, factors, form)
-    spent = sum(
-        layer.cost(None if (pair := factors[layer.name]) is None else len(pair[1]), form)
-        for layer in layers
-    )
+    spent = sum(baselines.cost(layer, factors[layer.name], form) for layer in layers)
     return model, spent, plan.budget.parameters
 
 
@@ -158,9 +159,9 @@ def measure(work: Work, row: Row) -> dict[str, Any]:
 
     model, parameters, budget = compressed(work, row)
     found: dict[str, Any] = {"parameters": parameters, "budget": budget}
-    if row.refined:
+    if row.refined_by:
         start = time.perf_counter()
-        method: Any = row.refined
+        method: Any = row.refined_by
         done = refine(model, work.model, work.learn(row.windows), method=method)
         found["refined"] = dataclasses.asdict(done) | {"seconds": time.perf_counter() - start}
         del found["refined"]["blocks"]
@@ -173,7 +174,7 @@ def check(row: Row, found: Mapping[str, Any]) -> None:
     """What holds for every model."""
     assert found["parameters"] <= found["budget"], f"{row}: over its budget"
     assert math.isfinite(found["loss"]) and math.isfinite(found["other"]), f"{row}: not finite"
-    if row.refined:
+    if row.refined_by:
         done = found["refined"]
         assert done["after"] <= done["before"], f"{row}: worse on what it did not fit"
 
@@ -212,18 +213,14 @@ def full(
     """SmolLM2: WikiText-2 to calibrate and measure, Python's help texts beside."""
     from rankopt.data.batches import text_batches
     from rankopt.data.domains import python_help
-    from rankopt.demo import smollm2
-    from rankopt.model.loading import load_model, load_tokenizer
 
-    source = str(smollm2(folder / "model"))
-    tokenizer = load_tokenizer(source)
-    text = texts(calibration, "validation")
+    given = wikitext.protocol(folder, calibration, held_out)
     work = Work(
-        load_model(source, "float32"),
-        text_batches(text, tokenizer, 256, 4, 32),
-        lambda count: text_batches(text, tokenizer, 256, 1, count),
-        text_batches(texts(held_out, "test"), tokenizer, 256, 4, 16),
-        python_help(tokenizer),
+        given.model,
+        given.calibration,
+        lambda count: text_batches(given.text, given.tokenizer, 256, 1, count),
+        given.held_out,
+        python_help(given.tokenizer),
     )
     file = HERE / "results.json"
     found: dict[str, Any] = {"rows": []}
@@ -235,26 +232,15 @@ def full(
         "python": platform.python_version(),
         "command": "python experiments/13_refinement/run.py",
     }
-    names = ("method", "keep", "refined_by", "windows")
-    for row in (row for part in parts for row in PARTS[part]()):
-        key = dict(zip(names, dataclasses.astuple(row), strict=True))
-        if any(all(there[name] == key[name] for name in names) for there in found["rows"]):
-            continue
-        found["rows"].append(key | measure(work, row))
+    there = {
+        Row(*(each[field.name] for field in dataclasses.fields(Row))) for each in found["rows"]
+    }
+    for row in (row for part in parts for row in PARTS[part] if row not in there):
+        found["rows"].append(dataclasses.asdict(row) | measure(work, row))
         print(row, {name: found["rows"][-1][name] for name in ("loss", "other")}, flush=True)
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (HERE / "table.md").write_text(table(found), encoding="utf-8")
     print(table(found))
-
-
-def texts(file: Path | None, split: str) -> list[str]:
-    """Lines of a text file, or a split of WikiText-2."""
-    if file is not None:
-        return [file.read_text(encoding="utf-8")]
-    from rankopt.data.rows import read_rows
-
-    rows = read_rows("Salesforce/wikitext:wikitext-2-raw-v1", split)
-    return [str(row["text"]) for row in rows if str(row["text"]).strip()]
 
 
 def quick() -> None:
@@ -268,11 +254,10 @@ def quick() -> None:
     assert figures["unchanged prefix"] < 1e-6
     work = Work(model, batches[:4], lambda count: batches[:count], batches[4:], batches[4:])
     found: dict[str, Any] = {"dense": work.measured(model), "rows": []}
-    for method in (*OURS, *OTHERS, *PUBLISHED, *COMPENSATED):
-        for refined in ("", "distill", "blocks")[: 3 if method in PUBLISHED[2:3] else 2]:
-            row = Row(method, 0.8, refined, 4 if refined else 0)
-            key = {"method": method, "keep": 0.8, "refined_by": refined, "windows": row.windows}
-            found["rows"].append(key | measure(work, row))
+    methods = (*OURS, *OTHERS, *PUBLISHED, *COMPENSATED)
+    rows = [Row(method, 0.8, refined, 4) for method in methods for refined in ("", "distill")]
+    for row in (*rows, Row("anchored 0.5/pairs", 0.8, "blocks", 4)):
+        found["rows"].append(dataclasses.asdict(row) | measure(work, row))
     print(len(table(found).splitlines()), "lines")
 
 
@@ -282,8 +267,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=[*PARTS], action="append")
     parser.add_argument("--folder", type=Path, help="keep the model there")
-    parser.add_argument("--calibration", type=Path, help="a text file instead of the data set")
-    parser.add_argument("--held-out", type=Path, help="a text file instead of the data set")
+    wikitext.add_options(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         quick()

@@ -45,10 +45,10 @@ from torch import Tensor, nn
 from rankopt.errors import ModelError
 from rankopt.layers import Form
 from rankopt.measure.layout import Layout
-from rankopt.model.tasks import Batch, in_eval, mean_loss
+from rankopt.model.tasks import Batch, in_eval
 from rankopt.model.weights import weight_of
 from rankopt.refinement.activations import Activations
-from rankopt.refinement.walk import Walk
+from rankopt.refinement.walk import Walk, repeated
 
 
 def anchored(
@@ -150,27 +150,13 @@ def closed_form(
 
 
 def _blocks(model: nn.Module, names: Iterable[str], ready: Batch) -> dict[str, str]:
-    """Blocks in the order in which they run, and the list of each; as walk has them, but dense."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    wanted: dict[str, None] = {}
+    """The model's blocks, all of the layers being in one."""
+    with in_eval(model):
+        blocks = repeated(model, ready)
     for name in names:
-        holders = [each for each in lists if name.startswith(f"{each}.")]
-        if not holders:
+        if not any(name.startswith(f"{block}.") for block in blocks):
             raise ModelError(f"layer {name} is in no repeated block (nn.ModuleList): not covered")
-        wanted[min(holders, key=len)] = None
-    found = {
-        f"{name}.{own}": name
-        for name in wanted
-        for own, _ in model.get_submodule(name).named_children()
-    }
-    ran: list[str] = []
-    blocks = {name: model.get_submodule(name) for name in found}
-    with torch.no_grad(), in_eval(model), watched(blocks, lambda name, _: ran.append(name)):
-        mean_loss(model, ready)
-    again = next((name for name in ran if ran.count(name) > 1), None)
-    if again is not None:
-        raise ModelError(f"{again} is used several times in one run: not covered")
-    return {name: found[name] for name in ran}
+    return blocks
 
 
 def _groups(block: nn.Module, modules: Mapping[str, nn.Module], given: Any) -> list[list[str]]:

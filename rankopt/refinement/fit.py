@@ -19,6 +19,7 @@ holds the rest. So what goes on from a state has the bits of what was never inte
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -137,6 +138,7 @@ class Fit:
         self.steps = recipe.passes * count
         self._parameters, self._count, self._loss = dict(parameters), count, loss
         self._held_out, self._recipe = held_out, recipe
+        self._order = functools.cache(lambda number: recipe.order(number, count))
         self._half = any(p.dtype == torch.float16 for p in parameters.values())
         self._masters = {
             name: p.detach() if p.dtype in _WIDE else p.detach().float()
@@ -172,8 +174,7 @@ class Fit:
         """
         state = self.state
         while state.step < self.steps and state.worse < PATIENCE:
-            number, place = divmod(state.step, self._count)
-            self._take(self._recipe.order(number, self._count)[place])
+            self._take(self._batch(state.step))
             state.step += 1
             if state.step in self._checks:
                 found = self._held_out()
@@ -191,10 +192,12 @@ class Fit:
         """Numbers of the batches that the kept state has been fitted to."""
         lost = {step for after, to in self.state.lost for step in range(after, to)}
         steps = set(range(self.state.kept)) - lost
-        orders: dict[int, list[int]] = {}
-        for number in {step // self._count for step in steps}:
-            orders[number] = self._recipe.order(number, self._count)
-        return {orders[step // self._count][step % self._count] for step in steps}
+        return set(map(self._batch, steps))
+
+    def _batch(self, step: int) -> int:
+        """The number of the batch that a step, from 0, is taken with."""
+        number, place = divmod(step, self._count)
+        return self._order(number)[place]
 
     def saved(self) -> State:
         """The state with all that it takes to go on."""

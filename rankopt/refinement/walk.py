@@ -35,6 +35,24 @@ def blocks_of(model: nn.Module, ready: Batch) -> dict[str, str]:
     Raises:
         ModelError: none has a low-rank layer, or one is used several times in a run.
     """
+    try:
+        found = repeated(model, ready)
+    except ModelError as error:
+        raise ModelError(f"{error}: take the method distill") from error
+    if not any(is_low_rank(model.get_submodule(name)) for name in found):
+        raise ModelError(
+            f"{type(model).__name__} has no repeated block (a child of an nn.ModuleList) with "
+            "low-rank layers: take the method distill"
+        )
+    return found
+
+
+def repeated(model: nn.Module, ready: Batch) -> dict[str, str]:
+    """As blocks_of, whatever is in them.
+
+    Raises:
+        ModelError: one is used several times in a run.
+    """
     outermost: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in outermost)
@@ -56,13 +74,7 @@ def blocks_of(model: nn.Module, ready: Batch) -> dict[str, str]:
     again = next((name for name in ran if ran.count(name) > 1), None)
     if again is not None:
         raise ModelError(
-            f"{again} is used several times in one run, so it cannot be refined by itself: take "
-            "the method distill"
-        )
-    if not any(is_low_rank(model.get_submodule(name)) for name in ran):
-        raise ModelError(
-            f"{type(model).__name__} has no repeated block (a child of an nn.ModuleList) with "
-            "low-rank layers: take the method distill"
+            f"{again} is used several times in one run, so it cannot be refined by itself"
         )
     return {name: lists[name] for name in ran}
 

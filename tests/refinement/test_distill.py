@@ -41,14 +41,16 @@ def test_the_held_out_divergence_falls(name: str) -> None:
     model, dense, batches = compressed(name)
     start, teacher = bits(model), bits(dense)
     before = by_hand(model, dense, batches[7])
-    found = refine(model, dense, batches, **{**RECIPE, "learning_rate": 1e-3})
-    # In float32 as little as this has three digits.
-    assert found.before == pytest.approx(before, rel=1e-3)
-    assert found.after == pytest.approx(by_hand(model, dense, batches[7]), rel=1e-3)
-    assert found.after < 0.96 * found.before
+    rate = 1e-3 if name.startswith("bert") else 3e-3
+    found = refine(model, dense, batches, **{**RECIPE, "learning_rate": rate})
+    # A divergence is the little that is left of logits in float32.
+    assert found.before == pytest.approx(before, rel=1e-4, abs=3e-8)
+    assert found.after == pytest.approx(by_hand(model, dense, batches[7]), rel=1e-4, abs=3e-8)
+    assert found.after < (0.96 if name == "bert-regression" else 0.9) * found.before
     assert changed(start, model) and not changed(teacher, dense)
-    # Three in a batch; of steps that were taken back none are counted.
-    assert found.examples in range(3, 8 * 3 + 1, 3)
+    # Three in a batch; of steps that are taken back, as of this one, none are counted.
+    least = 7 if name == "bert-classification" else 8
+    assert least * 3 <= found.examples <= 8 * 3
     assert found.unit == ("tokens" if "-c" not in name and "-r" not in name and name != "albert"
                           else "examples")  # fmt: skip
     if name == "llama":

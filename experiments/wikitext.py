@@ -1,0 +1,62 @@
+"""The protocol that several experiments share: SmolLM2-135M on WikiText-2.
+
+32 windows of 256 tokens of the validation split to calibrate, 16 of the test split to measure.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Where the texts come from, if not through the datasets library."""
+    parser.add_argument("--calibration", type=Path, help="a text file instead of the data set")
+    parser.add_argument("--held-out", type=Path, help="a text file instead of the data set")
+
+
+def texts(file: Path | None, split: str) -> list[str]:
+    """A text file, or the lines of a split of WikiText-2."""
+    if file is not None:
+        return [file.read_text(encoding="utf-8")]
+    from rankopt.data.rows import read_rows
+
+    rows = read_rows("Salesforce/wikitext:wikitext-2-raw-v1", split)
+    return [str(row["text"]) for row in rows if str(row["text"]).strip()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """A model and its texts.
+
+    Attributes:
+        model: SmolLM2-135M in float32.
+        tokenizer: its.
+        text: to calibrate on.
+        calibration: batches of it.
+        held_out: batches of the other text.
+    """
+
+    model: Any
+    tokenizer: Any
+    text: list[str]
+    calibration: list[Any]
+    held_out: list[Any]
+
+
+def protocol(folder: Path, calibration: Path | None, held_out: Path | None) -> Protocol:
+    """Load the model, which is kept in the folder, and cut the texts."""
+    from rankopt.data.batches import text_batches
+    from rankopt.demo import smollm2
+    from rankopt.model.loading import load_model, load_tokenizer
+
+    source = str(smollm2(folder / "model"))
+    model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
+    text = texts(calibration, "validation")
+    return Protocol(
+        model,
+        tokenizer,
+        text,
+        text_batches(text, tokenizer, 256, 4, 32),
+        text_batches(texts(held_out, "test"), tokenizer, 256, 4, 16),
+    )
