@@ -158,6 +158,25 @@ def check_curve(backend: Backend, layer: Made) -> None:
     _require(math.isclose(first, none, rel_tol=1e-6), f"rank 0 loses {none:.9g}, not {first:.9g}")
 
 
+def check_projections(backend: Backend, layer: Made) -> None:
+    """Where a decomposition says what it projects on, or has factors at hand, they are these."""
+    found = backend.decompose(layer.weight, layer.seen, layer.full)
+    for place, (rank, product) in enumerate(
+        _products(backend, layer.weight, found.kept, _ranks(found)), 1
+    ):
+        said = []
+        if found.projections is not None:
+            z, q = (each[:, :rank] for each in found.projections)
+            wide = layer.weight.shape[0] <= layer.weight.shape[1]
+            said.append(q @ (z.T @ layer.weight) if wide else (layer.weight @ z) @ q.T)
+        if found.made is not None:
+            up, down = found.made[place]
+            said.append(up.double() @ down.double())
+        for each in said:
+            away = float((product - each).abs().max())
+            _require(away < 1e-5, f"the factors of rank {rank} are {away:.3g} from what it says")
+
+
 def check_full_rank(backend: Backend, layer: Made) -> None:
     """A rank of min(out, in), if there is one, loses nothing and gives W back."""
     found = backend.decompose(layer.weight, layer.seen, layer.full)

@@ -252,7 +252,8 @@ def prepared(
     path = here / "profile.safetensors"
     if not path.is_file():
         started = time.perf_counter()
-        profile_model(model, calibration, backends=("fwsvd",), form="pairs").save(path)
+        how: dict[str, Any] = {"backends": ("fwsvd",), "form": "pairs", "moments": False}
+        profile_model(model, calibration, **how).save(path)
         print(f"profile: {time.perf_counter() - started:.0f} s", flush=True)
     profile = Profile.load(path)
     return Work(size, model, found, profile, calibration, other, held_out, here)

@@ -7,7 +7,7 @@ reports for a rank is the error of the factors that it gives for that rank.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -43,11 +43,16 @@ class Decomposition:
             ``(K+1,)``, or at ``ranks``.
         kept: arrays that ``factors`` needs again, by kind; at most ``largest`` columns are used.
         ranks: for a backend that knows its loss at some ranks only: these, the first one 0.
+        projections: Z and Q, each ``(K, K)``, where the factors of every rank r are Q_r Z_r^T W
+            (out <= in) or W Z_r Q_r^T: what it takes to value them otherwise (see valued).
+        made: ``up`` and ``down`` for each of ``ranks``, where they are there anyhow.
     """
 
     losses: Tensor
     kept: Mapping[str, Tensor]
     ranks: tuple[int, ...] | None = None
+    projections: tuple[Tensor, Tensor] | None = None
+    made: Sequence[tuple[Tensor, Tensor]] | None = None
 
     def curve(self) -> LossCurve:
         """The losses as a profile has them."""
@@ -112,13 +117,15 @@ class ClosedForm:
 
     def decompose(self, weight: Tensor, statistics: Statistics, largest: int) -> Decomposition:
         """See Backend."""
-        found = projection.decompose(self.metric(weight, statistics), self.dual)
+        both = statistics.second_moment is not None and statistics.gradient_moment is not None
+        found = projection.decompose(self.metric(weight, statistics), self.dual or both)
         kept = {"basis": found.basis[:, :largest]}
         if self.dual:
             assert found.dual is not None
             kept["dual"] = found.dual[:, :largest]
         tails = found.energies.flip(0).cumsum(0).flip(0)
-        return Decomposition(torch.cat([tails, tails.new_zeros(1)]), kept)
+        pair = (found.basis, found.basis if found.dual is None else found.dual) if both else None
+        return Decomposition(torch.cat([tails, tails.new_zeros(1)]), kept, projections=pair)
 
     def factors(
         self, weight: Tensor, kept: Mapping[str, Tensor], rank: int

@@ -159,6 +159,27 @@ def factors(
     return up, down
 
 
+def losses(basis: Tensor, dual: Tensor, metric: Metric) -> Tensor:
+    """Errors, at every rank 0..K, of what was projected for one metric under another; ``(K+1,)``.
+
+    With A the inner and N the outer weights, and both sums over i, j <= r,
+    tr(A N) - 2 sum_i q_i^T A N z_i + sum_ij (q_i^T A q_j)(z_i^T N z_j). Rounding is of the size of
+    float64's of the first, and may make small losses negative.
+
+    Args:
+        basis: Z, shape ``(K, K)``.
+        dual: Q, likewise.
+        metric: the other, its inner weights a matrix.
+    """
+    inner, outer = metric.inner, metric.outer
+    assert inner is not None and inner.dim() == 2
+    linear = ((outer @ (inner @ dual)) * basis).sum(0)
+    both = (dual.T @ inner @ dual) * (basis.T @ outer @ basis)
+    squares = both.cumsum_(0).cumsum_(1).diagonal()
+    whole = (inner * outer).sum()
+    return torch.cat([whole[None], whole - 2.0 * linear.cumsum(0) + squares])
+
+
 def error(weight: Tensor, approximation: Tensor, metric: Metric) -> float:
     """||L^T (W - W_r) R||_F^2 in float64.
 

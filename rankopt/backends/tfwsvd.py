@@ -78,11 +78,13 @@ class Curve:
         origins: for each rank the one whose solution, continued with zeros, it has: itself, or a
             lower one that came out better.
         starts: for each rank the closed form it starts from.
+        factors: for each rank the solution, of its origin's rank.
     """
 
     losses: Tensor
     origins: tuple[int, ...]
     starts: tuple[int, ...]
+    factors: tuple[tuple[Tensor, Tensor], ...]
 
 
 def weighted_error(weight: Tensor, approximation: Tensor, fisher: Tensor) -> float:
@@ -253,13 +255,16 @@ def curve(
     losses: list[float] = []
     origins: list[int] = []
     chosen: list[int] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for rank in ranks:
-        _, _, error, start = _solve(wide, exact, starts, rank, iterations)
+        up, down, error, start = _solve(wide, exact, starts, rank, iterations)
         worse = bool(losses) and error > losses[-1]
         losses.append(losses[-1] if worse else error)
         origins.append(origins[-1] if worse else rank)
         chosen.append(chosen[-1] if worse else start)
-    return Curve(torch.tensor(losses, dtype=torch.float64), tuple(origins), tuple(chosen))
+        pairs.append(pairs[-1] if worse else (up, down))
+    values = torch.tensor(losses, dtype=torch.float64)
+    return Curve(values, tuple(origins), tuple(chosen), tuple(pairs))
 
 
 def factors(
@@ -319,7 +324,8 @@ class ElementWise:
         ranks = grid(largest, self.count)
         found = curve(weight, fisher, ranks, self.iterations)
         origins = torch.tensor([ranks, found.origins, found.starts], dtype=torch.float32)
-        return Decomposition(found.losses, {"fisher": fisher, "origins": origins}, ranks)
+        kept = {"fisher": fisher, "origins": origins}
+        return Decomposition(found.losses, kept, ranks, made=found.factors)
 
     def factors(
         self, weight: Tensor, kept: Mapping[str, Tensor], rank: int

@@ -55,6 +55,13 @@ def profile(
             "module:object of your own; or several."
         ),
     ] = None,
+    moments: Annotated[
+        bool,
+        typer.Option(
+            help="Value what any backend's factors lose with the Kronecker-factored Fisher, which "
+            "takes two moments for each layer; or plan each on its own error."
+        ),
+    ] = True,
     include: Annotated[
         list[str] | None,
         typer.Option(help="Globs of layers to plan, instead of those inside the blocks."),
@@ -138,6 +145,7 @@ def profile(
             loaded,
             batches,
             backends=tuple(backend or ["kronecker"]),
+            moments=moments,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),
             untie=untie,

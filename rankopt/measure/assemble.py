@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rankopt._version import __version__
-from rankopt.backends import find_backend, loaded_from
+from rankopt.backends import find_backend, loaded_from, valued
 from rankopt.layers import Form, Layer, fingerprint
 from rankopt.measure.accumulate import Gathered
 from rankopt.measure.decompose import ScaledCurve, Store
@@ -128,6 +128,15 @@ def assembled(subject: Subject, parts: Parts, store: Store) -> Profile:
             backend: {layer: scaled.curve for layer, scaled in found.items()}
             for backend, found in parts.curves.items()
         },
+        valued={
+            backend: {
+                layer: dataclasses.replace(scaled.curve, losses=scaled.valued)
+                for layer, scaled in found.items()
+                if scaled.valued is not None
+            }
+            for backend, found in parts.curves.items()
+            if _all_valued(found)
+        },
         fisher_columns=parts.columns,
         traces=parts.traces,
         batch_fisher=torch.stack(parts.totals, 1).numpy(),
@@ -140,14 +149,22 @@ def _described(
     name: str, unit: str, layers: Sequence[Layer], curves: Mapping[str, ScaledCurve]
 ) -> BackendInfo:
     backend = find_backend(name)
-    scales = tuple(
+    scales = [
         ScaleInfo(
             name=scale,
             unit=value.unit.format(unit=unit),
             factors=tuple(curves[layer.name].factors[scale] for layer in layers),
         )
         for scale, value in backend.scales.items()
-    )
+    ]
+    if _all_valued(curves):
+        # The best estimate of what a rank is worth, and so the default.
+        unit, ones = valued.SCALE.unit.format(unit=unit), (1.0,) * len(layers)
+        scales.insert(0, ScaleInfo(name=valued.NAME, unit=unit, factors=ones, valued=True))
     return BackendInfo(
-        name=name, source=backend.source, loaded_from=loaded_from(name), scales=scales
+        name=name, source=backend.source, loaded_from=loaded_from(name), scales=tuple(scales)
     )
+
+
+def _all_valued(curves: Mapping[str, ScaledCurve]) -> bool:
+    return all(curve.valued is not None for curve in curves.values())

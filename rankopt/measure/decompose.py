@@ -18,8 +18,9 @@ import torch
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, Decomposition
 from rankopt.backends.statistics import Statistics
+from rankopt.backends.valued import valued
 from rankopt.errors import ModelError, RankoptError
-from rankopt.layers import Form, Layer
+from rankopt.layers import FloatArray, Form, Layer
 from rankopt.profile.curves import LossCurve
 from rankopt.progress import bar
 
@@ -34,10 +35,12 @@ class ScaledCurve:
     Attributes:
         curve: the losses.
         factors: scale -> what the losses are multiplied with to be compared with other layers'.
+        valued: losses of the same factors in nats of a unit, at the same ranks, if they are known.
     """
 
     curve: LossCurve
     factors: dict[str, float]
+    valued: FloatArray | None = None
 
 
 def decompose_layers(
@@ -49,6 +52,7 @@ def decompose_layers(
     store: Store | None = None,
     stored: Callable[[Backend], bool] = lambda backend: True,
     form: Form = "pairs",
+    moments: bool = True,
     workers: int = 1,
     progress: bool | None = None,
 ) -> dict[str, dict[str, ScaledCurve]]:
@@ -62,6 +66,7 @@ def decompose_layers(
         store: gets ``MEMBER/KIND.BACKEND``, float32, of the backends that are to be stored.
         stored: which backends these are.
         form: stored is what factors need up to the largest rank that saves parameters in it.
+        moments: value what factors lose, where both second moments are there.
         workers: layers at a time, on the CPU.
         progress: a bar on stderr; by default if it is a terminal.
 
@@ -78,7 +83,13 @@ def decompose_layers(
     def work(layer: Layer) -> tuple[str, dict[str, ScaledCurve]]:
         return layer.name, {
             name: _of_group(
-                layer, backend, weight_of, statistics_of, store if stored(backend) else None, form
+                layer,
+                backend,
+                weight_of,
+                statistics_of,
+                store if stored(backend) else None,
+                form,
+                moments,
             )
             for name, backend in chosen.items()
         }
@@ -125,9 +136,11 @@ def _of_group(
     statistics_of: Callable[[str], Statistics],
     store: Store | None,
     form: Form,
+    moments: bool,
 ) -> ScaledCurve:
     curve: LossCurve | None = None
     factors: dict[str, float] = {}
+    values: list[FloatArray | None] = []
     for member in layer.members:
         weight, statistics = weight_of(member), statistics_of(member)
         shape = (weight.shape[0], weight.shape[1])
@@ -135,6 +148,8 @@ def _of_group(
             made = backend.decompose(weight, statistics, layer.largest_rank(form))
             own = {name: scale.factor(shape, statistics) for name, scale in backend.scales.items()}
             mine = _checked(layer, backend, made)
+            nats = valued(backend, weight, statistics, made) if moments else None
+            values.append(None if nats is None else nats.cpu().numpy())
         except (RankoptError, MemoryError):
             raise
         except Exception as error:
@@ -152,7 +167,9 @@ def _of_group(
                 plain = array.to(torch.float32).cpu().contiguous().numpy()
                 store[f"{member}/{kind}.{backend.name}"] = plain
     assert curve is not None
-    return ScaledCurve(curve, factors)
+    known = [value for value in values if value is not None]
+    whole = np.sum(known, 0) if len(known) == len(values) else None
+    return ScaledCurve(curve, factors, whole)
 
 
 def _checked(layer: Layer, backend: Backend, made: Decomposition) -> LossCurve:

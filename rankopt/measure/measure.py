@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from rankopt.backends import find_backends
+from rankopt.backends import find_backends, valued
 from rankopt.backends.base import Backend, recomputable
 from rankopt.data.mixtures import Mixture
 from rankopt.errors import OptionError, few
@@ -55,6 +55,7 @@ def profile_model(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     untie: bool = False,
+    moments: bool = True,
     estimator: Kind = "auto",
     unit: Unit = "example",
     draws: int = 1,
@@ -88,6 +89,10 @@ def profile_model(
             predicted from it. With ``loss_fn``, anything, examples first.
         backends: ``fwsvd``, ``fwsvd_two_sided``, ``kronecker``, ``svd``, ``tfwsvd``, ``whitened``,
             any that is installed, or ``module:object``; only what they need is measured.
+        moments: sum both second moments for every backend, so that what its factors lose is valued
+            with the Kronecker-factored Fisher information (the scale ``kronecker``, then the
+            default). Without, a backend is planned on its own error, and the diagonal ones take no
+            K x K memory for a layer.
         loss_fn: (model, batch) -> the loss of each example, summed over its terms, ``(B,)``.
         include: globs of the layers to plan, instead of those inside the transformer blocks.
         exclude: globs of layers to leave alone.
@@ -136,6 +141,7 @@ def profile_model(
     _passes(selection.layers, layers_at_a_time, stop, checkpoint)
     workers = _workers(model, workers)
     needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
+    needs |= valued.NEEDS if moments else frozenset()
     subject = Subject(model, selection, loss, Processes.join(), form)
     with differentiable(model) as around:
         subject, silent, batches = _examined(subject, batches, around)
@@ -150,7 +156,7 @@ def profile_model(
             saved = Checkpoint(Path(checkpoint), checkpoint_every, settings)
         arrays: Store = {} if store is None else store
         stored = _storing(subject, chosen.values(), keep_bases)
-        decomposed = functools.partial(_decomposed, subject, workers)
+        decomposed = functools.partial(_decomposed, subject, workers, moments)
         whole, lost = Parts(), dict[str, str]()
         for layers in passes:
             gathered = gather(
@@ -280,6 +286,7 @@ def _asked(
 def _decomposed(
     subject: Subject,
     workers: int,
+    moments: bool,
     layers: Sequence[Layer],
     gathered: Gathered,
     backends: Sequence[str],
@@ -293,6 +300,7 @@ def _decomposed(
         gathered.statistics,
         backends,
         form=subject.form,
+        moments=moments,
         workers=workers,
         **how,
     )
@@ -343,7 +351,8 @@ def _warn_of_memory(
     tqdm.write(
         f"warning: the statistics of {part} layers take up to "
         f"{sums / 1e9:.3g} GB beside the model, and there are {memory / 1e9:.3g} GB in all: "
-        "layers_at_a_time (--layers-at-a-time) takes several passes over the data instead",
+        "layers_at_a_time (--layers-at-a-time) takes several passes over the data instead, and "
+        "backends that need no moments do with less without them (moments=False, --no-moments)",
         file=sys.stderr,
     )
 

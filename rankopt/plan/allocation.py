@@ -187,7 +187,7 @@ def _tabulate(
     factors = compared.factors
     ranks, groups, shares, full = [], [], [], []
     for layer, factor in zip(profile.info.layers, factors, strict=True):
-        curve = profile.loss_curve(backend, layer.name)
+        curve = profile.loss_curve(backend, layer.name, scale)
         offered = curve.offered(layer, rank_multiple, form)
         lost = curve.at(offered)
         # A layer without any Fisher information loses nothing at any rank.

@@ -313,7 +313,7 @@ def plan_of(
         retained_total=offered.retained_total(solution.choice),
         retained_worst=retained[worst],
         worst_layer=offered.layers[worst].name,
-        predicted=_predicted(profile, offered, retained),
+        predicted=_predicted(profile, offered, ranks),
         size=Size(
             planned_dense=info.planned_parameters,
             planned=solution.cost,
@@ -329,14 +329,14 @@ def plan_of(
     )
 
 
-def _predicted(profile: Profile, offered: Allocation, retained: Sequence[float]) -> float | None:
+def _predicted(profile: Profile, offered: Allocation, ranks: Sequence[int | None]) -> float | None:
     """Nats per target, whatever the objective and the scale that the plan was made with."""
     backend, info = profile.backend(offered.backend), profile.info
     scale = next((scale for scale in backend.scales if scale.unit.startswith("nats")), None)
     if scale is None:
         return None
     per_unit = math.fsum(
-        factor * profile.loss_curve(backend.name, layer.name).full * (1.0 - share)
-        for layer, factor, share in zip(offered.layers, scale.factors, retained, strict=True)
+        factor * profile.loss_curve(backend.name, layer.name, scale.name).lost(rank)
+        for layer, factor, rank in zip(offered.layers, scale.factors, ranks, strict=True)
     )
     return per_unit * info.units / info.targets

@@ -67,6 +67,10 @@ class LossCurve:
         """Loss of retaining nothing."""
         return float(self.losses[0])
 
+    def lost(self, rank: int | None) -> float:
+        """Loss at one of the curve's ranks, or dense (None)."""
+        return 0.0 if rank is None else float(self.at(np.array([rank], dtype=np.int64))[0])
+
     def at(self, ranks: IntArray) -> FloatArray:
         """Losses at some of the curve's ranks, same shape; DENSE loses nothing.
 

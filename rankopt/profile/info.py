@@ -27,20 +27,24 @@ NAME = r"^[A-Za-z0-9_+-]+$"
 _Name = Annotated[str, Field(pattern=NAME)]
 
 
-class ScaleInfo(BaseModel):
-    """What the losses of a backend are multiplied with to be compared across layers.
+class ScaleInfo(Grown):
+    """How the losses of a backend are compared across layers.
 
     Attributes:
         name: ``nats``, ``sum``, ``frobenius`` or another.
         unit: of the products: ``nats per example``, ``squared weights``.
-        factors: one for each layer, in their order.
+        factors: what the losses are multiplied with, one for each layer, in their order.
+        valued: whether the losses are not the backend's own error, but what its factors lose under
+            the Kronecker-factored Fisher information.
     """
 
     model_config = STRICT
+    later: ClassVar[tuple[str, ...]] = ("valued",)
 
     name: _Name
     unit: Annotated[str, Field(min_length=1)]
     factors: tuple[Annotated[float, Field(ge=0.0, allow_inf_nan=False)], ...]
+    valued: bool = False
 
 
 class BackendInfo(Grown):

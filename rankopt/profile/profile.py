@@ -10,6 +10,8 @@ tokens: ``info.unit``): divide by ``info.units`` for means.
                                            of gradients; optional
     NAME/losses.BACKEND    float64 (K+1,)  what the backend's factors lose at ranks 0..K,
                                            K = min(out, in), per unit; of the layer and its partners
+    NAME/losses.BACKEND.kronecker  float64  what the same factors lose under the Kronecker-factored
+                                           Fisher information, in nats; there if both moments were
     NAME/ranks.BACKEND     int64 (G,)      there if ``losses`` has a grid of ranks only
     batches/fisher         float64 (batches, layers)  each batch's share of the layers' sums
     batches/units          float64 (batches,)         its units; both optional
@@ -60,6 +62,8 @@ class Profile:
         info: what was measured.
         fisher_rows: layer or partner -> raw row sums of its Fisher information, ``(in,)``.
         curves: backend -> layer -> loss per unit at each of its ranks.
+        valued: the same under the Kronecker-factored Fisher information (see BackendInfo's scales),
+            of all layers; of some backends or none.
         fisher_columns: layer or partner -> raw column sums, ``(out,)``; some or none.
         traces: layer or partner -> positions, traces of the second moments of inputs and of
             gradients, ``(3,)``; some or none.
@@ -74,6 +78,7 @@ class Profile:
     info: ProfileInfo
     fisher_rows: Mapping[str, FloatArray]
     curves: Mapping[str, Mapping[str, LossCurve]]
+    valued: Mapping[str, Mapping[str, LossCurve]] = dataclasses.field(default_factory=dict)
     fisher_columns: Mapping[str, FloatArray] = dataclasses.field(default_factory=dict)
     traces: Mapping[str, FloatArray] = dataclasses.field(default_factory=dict)
     batch_fisher: FloatArray | None = None
@@ -87,8 +92,10 @@ class Profile:
             )
         for layer in self.info.layers:
             _require_statistics(self, layer)
-            for backend in self.backends:
-                self.loss_curve(backend, layer.name).require_sound(layer, backend)
+            for backend in self.info.backends:
+                for scale in (None, *(each.name for each in backend.scales if each.valued)):
+                    curve = self.loss_curve(backend.name, layer.name, scale)
+                    curve.require_sound(layer, backend.name)
         if (self.batch_fisher is None) != (self.batch_units is None):
             raise ProfileError("batch_fisher and batch_units belong together")
         if self.batch_fisher is not None and self.batch_units is not None:
@@ -127,13 +134,21 @@ class Profile:
             f"{', '.join(self.backends)}: profile again with --backend {name}"
         )
 
-    def loss_curve(self, backend: str, layer: str) -> LossCurve:
+    def loss_curve(self, backend: str, layer: str, scale: str | None = None) -> LossCurve:
         """Loss per unit of a layer at the ranks that the backend offers.
 
+        Args:
+            backend: by name.
+            layer: likewise.
+            scale: whose curve; by default that of the backend's own error.
+
         Raises:
+            OptionError: the backend has no such scale.
             ProfileError: there is no such backend or layer.
         """
-        curve = self.curves[self.backend(backend).name].get(layer)
+        info = self.backend(backend)
+        other = scale is not None and info.find_scale(scale).valued
+        curve = (self.valued if other else self.curves).get(info.name, {}).get(layer)
         if curve is None:
             raise ProfileError(f"layer {layer}: no {backend} losses")
         return curve
@@ -248,8 +263,8 @@ class Profile:
             found = {member: tensors.get(f"{member}/{kind}") for member in members}
             return {member: array for member, array in found.items() if array is not None}
 
-        def curve(name: str, backend: str) -> LossCurve:
-            losses, ranks = tensors[f"{name}/losses.{backend}"], f"{name}/ranks.{backend}"
+        def curve(name: str, backend: str, scale: str = "") -> LossCurve:
+            losses, ranks = tensors[f"{name}/losses.{backend}{scale}"], f"{name}/ranks.{backend}"
             if ranks in tensors:
                 return LossCurve(tensors[ranks], losses)
             return LossCurve.complete(losses)
@@ -259,6 +274,12 @@ class Profile:
                 info,
                 fisher_rows={name: tensors[f"{name}/fisher_rows"] for name in members},
                 curves={b: {name: curve(name, b) for name in names} for b in backends},
+                valued={
+                    x.name: {name: curve(name, x.name, f".{scale.name}") for name in names}
+                    for x in info.backends
+                    for scale in x.scales
+                    if scale.valued
+                },
                 fisher_columns=of("fisher_columns"),
                 traces=of("traces"),
                 batch_fisher=tensors.get("batches/fisher"),
@@ -280,9 +301,12 @@ class Profile:
                 for kind in ("fisher_rows", "fisher_columns", "traces"):
                     if member in getattr(self, kind):
                         arrays[f"{member}/{kind}"] = getattr(self, kind)[member]
-            for backend in self.backends:
-                curve = self.curves[backend][layer.name]
+            for info in self.info.backends:
+                backend, curve = info.name, self.curves[info.name][layer.name]
                 arrays[f"{layer.name}/losses.{backend}"] = curve.losses
+                for scale in (scale.name for scale in info.scales if scale.valued):
+                    other = self.valued[backend][layer.name].losses
+                    arrays[f"{layer.name}/losses.{backend}.{scale}"] = other
                 if curve.on_grid:
                     arrays[f"{layer.name}/ranks.{backend}"] = curve.ranks
         if self.batch_fisher is not None and self.batch_units is not None:

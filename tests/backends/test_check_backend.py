@@ -164,6 +164,22 @@ class NeverWhole(Own):
         return up, 0.999 * down
 
 
+@fails("check_projections")
+class ProjectsOnOthers(Own):
+    def decompose(self, weight: Tensor, statistics: Statistics, largest: int) -> Decomposition:
+        plain = find_backend("svd").decompose(weight, statistics, largest)
+        found = super().decompose(weight, statistics, largest)
+        return dataclasses.replace(found, projections=plain.projections)
+
+
+@fails("check_projections")
+class HasTheFactorsOfTheRankBefore(Own):
+    def decompose(self, weight: Tensor, statistics: Statistics, largest: int) -> Decomposition:
+        found = super().decompose(weight, statistics, largest)
+        made = [self.factors(weight, found.kept, max(rank - 1, 0)) for rank in range(largest + 1)]
+        return dataclasses.replace(found, made=made)
+
+
 @fails("check_stored_arrays", "check_largest")
 class DifferencesOfLargeNumbers(Own):
     def decompose(self, weight: Tensor, statistics: Statistics, largest: int) -> Decomposition:
@@ -254,7 +270,7 @@ def test_a_failure_says_with_which_layer_and_an_exception_is_a_failure() -> None
                 raise RuntimeError("out of luck")
             return super().factors(weight, kept, rank)
 
-    with pytest.raises(ConformanceError, match=r"own: \d+ of 13 .*") as caught:
+    with pytest.raises(ConformanceError, match=r"own: \d+ of 14 .*") as caught:
         check_backend(Tall())
     assert "tall (11, 6): RuntimeError: out of luck" in str(caught.value)
 

@@ -123,6 +123,9 @@ def test_profile_prints_what_it_measured_and_json_agrees(run: Run, files: Path) 
     printed = done(run(*arguments, *more, "--force"))
     assert f"{read.info.planned_parameters:,} of {read.info.model_parameters:,}" in printed
     assert Profile.load(path).digest() == read.digest()
+    assert "scales: kronecker (nats per example (Kronecker-factored estimate)), nats" in printed
+    own = json.loads(done(run(*arguments, *more, "--force", "--no-moments", "--json")))
+    assert [scale["name"] for scale in own["backends"][1]["scales"]] == ["frobenius"]
 
 
 def test_plan_without_output_is_printed_as_the_file_would_be(run: Run, profile_file: Path) -> None:

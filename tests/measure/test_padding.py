@@ -118,7 +118,7 @@ def test_padding_that_no_mask_tells_is_said(capsys: pytest.CaptureFixture[str]) 
     assert said.count("padding enters its second moments") == 1
     assert "sew.encoder.layers.0" in said
     profile_model(model, [sound([200, 200])], backends=["whitened"], **options)
-    profile_model(model, [sound([200, 100])], backends=["fwsvd"], **options)
+    profile_model(model, [sound([200, 100])], backends=["fwsvd"], moments=False, **options)
     assert "padding" not in capsys.readouterr().err
 
 
