@@ -41,7 +41,7 @@ def refine(
         bool, typer.Option(help="Let biases and norms learn, not the factors alone.")
     ] = True,
     learning_rate: Annotated[
-        float | None, typer.Option(help="The largest; 5e-5, of blocks 2e-4.")
+        float | None, typer.Option(help="The largest; 1e-4, of blocks 2e-4.")
     ] = None,
     passes: Annotated[int | None, typer.Option(help="Over the data; 1, of blocks 3.")] = None,
     warm_up: Annotated[

@@ -2,11 +2,17 @@
 
 AdamW (Loshchilov & Hutter, Decoupled Weight Decay Regularization, ICLR 2019) without decay: what is
 fitted starts from a good place and is not to be drawn to zero. The first steps of Adam are as large
-as the learning rate whatever the gradient, so the rate rises linearly from zero; then it falls
-linearly to zero. Gradients are clipped by their common norm.
+as the learning rate whatever the gradient, so the rate rises linearly from zero; then it stays.
+Gradients are clipped by their common norm.
 
-No one rate suits all: a language model that has lost half a nat gains at 5e-5, a classifier that is
-nearly the dense one is spoilt by 2e-5. So a fit looks at the held-out data after an eighth, a
+Steps of one batch each are noisy, and where they lead is worse than the middle of where they have
+been. So what is looked at and kept is the average of the pass so far, its start and the states
+after each step (Polyak & Juditsky, SIAM J. Control Optim. 30, 1992); the steps themselves go on
+from where they are. That does more than a falling rate, and is less particular about the rate
+(experiments/LOG.md).
+
+No one rate suits all: what mends a language model that has lost half a nat spoils a classifier that
+is nearly the dense one. So a fit looks at the held-out data after an eighth, a
 quarter and a half of the first pass, and at each half of the others; where that is worse than the
 best so far, it goes back to the best and on from there with a quarter of the rate.
 
@@ -55,7 +61,7 @@ class Recipe:
         OptionError: a number out of range.
     """
 
-    learning_rate: float = 5e-5
+    learning_rate: float = 1e-4
     passes: int = 1
     warm_up: float = 0.1
     clip: float = 1.0
@@ -74,9 +80,7 @@ class Recipe:
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, from 0, of so many."""
         rising = math.ceil(self.warm_up * steps)
-        if step < rising:
-            return self.learning_rate * (step + 1) / (rising + 1)
-        return self.learning_rate * (steps - step) / (steps - rising)
+        return self.learning_rate * min(1.0, (step + 1) / (rising + 1))
 
     def order(self, number: int, count: int) -> list[int]:
         """The order of so many batches in a pass, from 0."""
@@ -95,9 +99,11 @@ class State:
         kept: the step that it belongs to; 0 is the start.
         worse: checks since then.
         slowed: how often the rate was divided.
+        averaged: steps that the average is of, beside where they began.
         lost: steps that were taken back, each ``(after, up to)``.
-        tensors: by kind and parameter, ``kept/NAME``, ``value/NAME`` (the master's), ``mean/NAME``,
-            ``square/NAME``, ``count/NAME``; only as a file has them.
+        tensors: by kind and parameter, ``kept/NAME``, ``value/NAME`` (the master's),
+            ``average/NAME``, ``mean/NAME``, ``square/NAME``, ``count/NAME``; only as a file has
+            them.
     """
 
     step: int = 0
@@ -106,6 +112,7 @@ class State:
     kept: int = 0
     worse: int = 0
     slowed: int = 0
+    averaged: int = 0
     lost: tuple[tuple[int, int], ...] = ()
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
@@ -150,6 +157,7 @@ class Fit:
             for part in (LATER if number else FIRST)
             if part == 1.0 or number or math.ceil(part * count) >= SOONEST
         }
+        self._averages = {name: master.clone() for name, master in self._masters.items()}
         self._optimizer = torch.optim.AdamW(self._masters.values(), weight_decay=0.0)
         self._kept = self._copies()
         if state is None:
@@ -177,11 +185,13 @@ class Fit:
             self._take(self._batch(state.step))
             state.step += 1
             if state.step in self._checks:
+                self._exchange()
                 found = self._held_out()
-                if found < state.best:
+                if better := found < state.best:
                     state.best, state.kept, state.worse = found, state.step, 0
                     self._kept = self._copies()
-                else:
+                self._exchange()
+                if not better:
                     state.worse, state.slowed = state.worse + 1, state.slowed + 1
                     state.lost = (*state.lost, (state.kept, state.step))
                     self._return()
@@ -204,6 +214,7 @@ class Fit:
         tensors = {f"kept/{name}": value for name, value in self._kept.items()}
         for name, master in self._masters.items():
             tensors[f"value/{name}"] = master
+            tensors[f"average/{name}"] = self._averages[name]
             held = self._optimizer.state.get(master, {})
             for kind, key in _MOMENTS.items():
                 if key in held:
@@ -214,6 +225,7 @@ class Fit:
         held: dict[int, dict[str, Tensor]] = {}
         for place, (name, master) in enumerate(self._masters.items()):
             master.copy_(state.tensors[f"value/{name}"])
+            self._averages[name].copy_(state.tensors[f"average/{name}"])
             self._kept[name].copy_(state.tensors[f"kept/{name}"])
             moments = {
                 key: state.tensors[f"{kind}/{name}"]
@@ -227,6 +239,8 @@ class Fit:
         self._put(self._masters)
 
     def _take(self, number: int) -> None:
+        if self.state.step % self._count == 0:
+            self._begin()
         scale = self._backward(number)
         for name, parameter in self._parameters.items():
             gradient, parameter.grad = parameter.grad, None
@@ -238,6 +252,7 @@ class Fit:
             group["lr"] = rate / SLOWER**self.state.slowed
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._average()
         self._put(self._masters)
 
     def _backward(self, number: int) -> float:
@@ -266,10 +281,34 @@ class Fit:
         return scale
 
     @torch.no_grad()
+    def _begin(self) -> None:
+        """The average begins where the steps are."""
+        for name, average in self._averages.items():
+            average.copy_(self._masters[name])
+        self.state.averaged = 0
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        self.state.averaged += 1
+        share = 1.0 / (self.state.averaged + 1.0)
+        for name, average in self._averages.items():
+            average.lerp_(self._masters[name], share)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """The average is where the model was, and the other way round."""
+        for name, master in self._masters.items():
+            held = master.clone()
+            master.copy_(self._averages[name])
+            self._averages[name].copy_(held)
+        self._put(self._masters)
+
+    @torch.no_grad()
     def _return(self) -> None:
         """To the best state; what is known of the gradients stays."""
         for name, master in self._masters.items():
             master.copy_(self._kept[name])
+        self._begin()
         self._put(self._masters)
 
     def _copies(self) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from rankopt.refinement.subject import Data, gathered, require_refinable, traine
 
 METHODS: dict[str, Callable[[Job], Outcome]] = {"distill": distil, "blocks": refine_blocks}
 #: What each method does if nothing is said.
-DEFAULTS = {"distill": Recipe(5e-5, 1), "blocks": Recipe(2e-4, 3)}
+DEFAULTS = {"distill": Recipe(1e-4, 1), "blocks": Recipe(2e-4, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +100,9 @@ def refine(
         held_out: batches that decide what is kept; by default every eighth of the others, which is
             then not fitted.
         vectors: let biases and norms outside of the low-rank layers learn, too.
-        learning_rate: the largest (see fit); 5e-5 for ``distill``, 2e-4 for ``blocks``.
+        learning_rate: the largest (see fit); 1e-4 for ``distill``, 2e-4 for ``blocks``.
         passes: over the batches; 1 for ``distill``, 3 for ``blocks``.
-        warm_up: share of the steps in which the learning rate rises; then it falls to zero.
+        warm_up: share of the steps in which the learning rate rises; then it stays.
         clip: largest norm of a step's gradient.
         seed: of the order of the batches.
         checkpoint: file for what has been refined so far; if it is there, go on from it. The bits

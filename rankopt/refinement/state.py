@@ -51,6 +51,7 @@ class _Counted(BaseModel):
     kept: Count
     worse: Count
     slowed: Count
+    averaged: Count
     lost: tuple[tuple[Count, Count], ...]
 
 

@@ -48,8 +48,8 @@ def test_the_held_out_divergence_falls(name: str) -> None:
     assert found.after == pytest.approx(by_hand(model, dense, batches[7]), rel=1e-4, abs=3e-8)
     assert found.after < (0.96 if name == "bert-regression" else 0.9) * found.before
     assert changed(start, model) and not changed(teacher, dense)
-    # Three in a batch; of steps that are taken back, as of this one, none are counted.
-    least = 7 if name == "bert-classification" else 8
+    # Three in a batch; of steps that are taken back, as of these two, none are counted.
+    least = {"bert-classification": 7, "bert-regression": 4}.get(name, 8)
     assert least * 3 <= found.examples <= 8 * 3
     assert found.unit == ("tokens" if "-c" not in name and "-r" not in name and name != "albert"
                           else "examples")  # fmt: skip
@@ -141,7 +141,7 @@ def test_steps_that_are_too_large_are_taken_back_and_made_smaller() -> None:
     assert looks[31][2] != looks[32][2], "it is taken back where it is looked at"
     assert looks[32] == (1, 0, 1.0)
     assert fit.state.lost == ((0, 32),) and fit.state.kept == 256
-    assert fit.state.best == float(place.detach().square()) < 1e-9
+    assert fit.state.best == float(place.detach().square()) < 1e-4
     assert fit.seen() == set(Recipe().order(0, 256)[32:])
 
 
@@ -168,19 +168,38 @@ def test_steps_that_16_bits_cannot_tell_add_up() -> None:
               lambda: float((parameter.detach().float() * slope).sum()),
               Recipe(1e-3, 1, warm_up=0.0))  # fmt: skip
     list(one.run())
-    # Sum of the rates, each less than half of what bfloat16 can tell from 1.
-    moved = sum(one._recipe.rate(step, 100) for step in range(100))
-    assert moved == pytest.approx(0.0505)
+    # Each step is less than half of what bfloat16 can tell from 1; the average is half of the way.
     torch.testing.assert_close(
-        parameter.float(), torch.tensor([1 - moved, 1 + moved, 1.0]), atol=0.005, rtol=0
+        parameter.float(), torch.tensor([0.95, 1.05, 1.0]), atol=0.005, rtol=0
     )
 
 
-def test_rates_rise_then_fall() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_looked_at_and_kept_is_the_average_of_the_pass(dtype: torch.dtype) -> None:
+    place = nn.Parameter(torch.tensor([4.0], dtype=dtype))
+    looked = []
+
+    def held_out() -> float:
+        looked.append(float(place.detach()))
+        return looked[-1]
+
+    fit = Fit(
+        {"place": place}, 32, lambda _: place.float().sum(), held_out, Recipe(0.01, 2, warm_up=0.0)
+    )
+    between = [float(place.detach()) for _ in fit.run()]
+    # Adam's steps down a slope are as large as the rate.
+    path = [4.0 - 0.01 * step for step in range(65)]
+    assert between[:-1] == pytest.approx(path[1:-1], abs=0.009 if dtype != torch.float32 else 1e-4)
+    passes = {4: 0, 8: 0, 16: 0, 32: 0, 48: 32, 64: 32}
+    means = [sum(path[begun : at + 1]) / (at + 1 - begun) for at, begun in passes.items()]
+    assert looked == pytest.approx([4.0, *means], abs=0.009 if dtype != torch.float32 else 1e-4)
+    assert float(place.detach()) == looked[-1] and fit.state.averaged == 32
+
+
+def test_rates_rise_then_stay() -> None:
     recipe = Recipe(1.0, warm_up=0.2)
     rates = [recipe.rate(step, 10) for step in range(10)]
-    assert rates[:2] == pytest.approx([1 / 3, 2 / 3])
-    assert rates[2:] == pytest.approx([1 - k / 8 for k in range(8)])
+    assert rates == pytest.approx([1 / 3, 2 / 3] + [1.0] * 8)
     assert sorted(recipe.order(0, 9)) == list(range(9))
     assert recipe.order(0, 9) != recipe.order(1, 9) != Recipe(seed=1).order(1, 9)
 
