@@ -16,22 +16,20 @@ import argparse
 import copy
 import dataclasses
 import functools
-import json
 import math
-import platform
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import wikitext  # noqa: E402 (beside the folders of the experiments)
+import resumable  # noqa: E402 (beside the folders of the experiments)
+import wikitext  # noqa: E402
 
 KEEP = 0.8
 TEXTS = ("wikitext", "help", "sources")
@@ -175,24 +173,13 @@ def full(folder: Path, calibration: Path | None, held_out: Path | None) -> None:
     rest = [batch for batch in every if tuple(batch["input_ids"][0].tolist()) not in shown]
     assert len(rest) == len(every) - 16
     work = Work(given.model, (single(given.text, batch_size=1), rest), measured)
-    file = HERE / "results.json"
-    found: dict[str, Any] = {"rows": []}
-    if file.exists():
-        found = json.loads(file.read_text("utf-8"))
-    else:
-        found["dense"] = work.measured(work.model)
-    found["settings"] = {name: version(name) for name in ("rankopt", "torch", "transformers")} | {
-        "python": platform.python_version(),
-        "command": "python experiments/15_domains/run.py",
-    }
-    names = [field.name for field in dataclasses.fields(Row)]
-    there = {Row(*(each[name] for name in names)) for each in found["rows"]}
-    for row in (row for row in ROWS if row not in there):
-        found["rows"].append(dataclasses.asdict(row) | measure(work, row))
-        print(row, {name: found["rows"][-1][name] for name in TEXTS}, flush=True)
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (HERE / "table.md").write_text(table(found), encoding="utf-8")
-    print(table(found))
+    resumable.measure_rows(
+        HERE,
+        ROWS,
+        lambda: work.measured(work.model),
+        lambda row: measure(work, row),
+        table,
+    )
 
 
 def quick() -> None:
