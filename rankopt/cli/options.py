@@ -20,7 +20,10 @@ WideOption = Annotated[
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 BackendOption = Annotated[str | None, typer.Option(help="Whose spectra; the profile's first.")]
-ScaleOption = Annotated[str | None, typer.Option(help="How layers compare; the backend's first.")]
+ScaleOption = Annotated[
+    str | None,
+    typer.Option(help="kronecker, nats, sum ...: how layers compare; the backend's first."),
+]
 FormOption = Annotated[
     str | None, typer.Option(help="pairs or pivoted: how a low rank is kept; the profile's.")
 ]
