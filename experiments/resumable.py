@@ -39,7 +39,9 @@ def measure_rows(
         fields = dataclasses.asdict(row)
         if any(each.items() >= fields.items() for each in found["rows"]):
             continue
-        found["rows"].append(fields | measure(row))
+        measured = measure(row)
+        assert fields.keys().isdisjoint(measured), f"{row}: a measure has the name of a field"
+        found["rows"].append({**fields, **measured})
         print(row, {name: found["rows"][-1][name] for name in found["dense"]}, flush=True)
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (here / "table.md").write_text(table(found), encoding="utf-8")

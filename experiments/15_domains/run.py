@@ -46,20 +46,20 @@ class Row:
     """A calibration.
 
     Attributes:
-        wikitext: windows of it to calibrate on.
-        help: likewise.
+        of_wikitext: windows of it to calibrate on.
+        of_help: likewise.
         damping: of the moments.
         learn: windows to refine on, in the same proportions; 0 is the closed form.
     """
 
-    wikitext: int
-    help: int
+    of_wikitext: int
+    of_help: int
     damping: float = 0.01
     learn: int = 0
 
     def __str__(self) -> str:
         then = f", refined on {self.learn}" if self.learn else ""
-        return f"{self.wikitext} + {self.help} windows, damping {self.damping:g}{then}"
+        return f"{self.of_wikitext} + {self.of_help} windows, damping {self.damping:g}{then}"
 
 
 ROWS = (
@@ -97,7 +97,7 @@ class Work:
         """So many of both texts, in the proportions of the row."""
         from rankopt.data.mixtures import mixture
 
-        asked = zip((row.wikitext, row.help), self.calibration, strict=True)
+        asked = zip((row.of_wikitext, row.of_help), self.calibration, strict=True)
         some = [(weight, windows) for weight, windows in asked if weight]
         weights, windows = zip(*some, strict=True)
         return mixture(windows, weights, count)
@@ -109,7 +109,7 @@ class Work:
         from rankopt.backends import kronecker
 
         with patch.object(kronecker, "DAMPING", row.damping):
-            return profile_model(self.model, self.windows(row, row.wikitext + row.help))
+            return profile_model(self.model, self.windows(row, row.of_wikitext + row.of_help))
 
 
 def measure(work: Work, row: Row) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def table(found: Mapping[str, Any]) -> str:
         learn = f"{row['learn']} windows" if row["learn"] else ""
         over = " | ".join(f"{row[name] - dense[name]:+.3f}" for name in TEXTS)
         lines.append(
-            f"| {row['wikitext']} + {row['help']} | {row['damping']:g} | {learn} | {over} |"
+            f"| {row['of_wikitext']} + {row['of_help']} | {row['damping']:g} | {learn} | {over} |"
         )
     return "\n".join(lines) + "\n"
 
