@@ -15,7 +15,7 @@ def measure_rows(
     dense: Callable[[], Mapping[str, float]],
     measure: Callable[[Any], Mapping[str, Any]],
     table: Callable[[Mapping[str, Any]], str],
-) -> None:
+) -> dict[str, Any]:
     """Bring results.json and table.md of an experiment up to date, row by row.
 
     Args:
@@ -24,6 +24,9 @@ def measure_rows(
         dense: the dense model's losses; asked once.
         measure: a row -> what is written beside its fields.
         table: what results.json holds, as Markdown.
+
+    Returns:
+        What results.json holds.
     """
     file = here / "results.json"
     found: dict[str, Any] = {"rows": []}
@@ -46,3 +49,4 @@ def measure_rows(
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         (here / "table.md").write_text(table(found), encoding="utf-8")
     print(table(found))
+    return found

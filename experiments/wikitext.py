@@ -5,6 +5,8 @@
 
 import argparse
 import dataclasses
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Where the texts come from, if not through the datasets library."""
     parser.add_argument("--calibration", type=Path, help="a text file instead of the data set")
     parser.add_argument("--held-out", type=Path, help="a text file instead of the data set")
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    quick: Callable[[], None],
+    full: Callable[[argparse.Namespace, Path], None],
+) -> None:
+    """Parse the arguments and run; without --folder the model is in a temporary one.
+
+    Args:
+        parser: with the experiment's own options.
+        quick: on a tiny random model.
+        full: arguments and the folder of the model -> the figures.
+    """
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--folder", type=Path, help="keep the model there")
+    add_options(parser)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        quick()
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            full(arguments, arguments.folder or Path(temporary))
+    print("ok")
 
 
 def texts(file: Path | None, split: str) -> list[str]:

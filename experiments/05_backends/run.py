@@ -17,7 +17,6 @@ import json
 import math
 import platform
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -191,19 +190,13 @@ def quick() -> None:
 def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
     again = "measure this backend again"
     parser.add_argument("--only", choices=BACKENDS, action="append", default=[], help=again)
-    parser.add_argument("--folder", type=Path, help="keep the model there")
-    wikitext.add_options(parser)
-    arguments = parser.parse_args()
-    if arguments.quick:
-        quick()
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = arguments.folder or Path(temporary)
-            full(arguments.only, folder, arguments.calibration, arguments.held_out)
-    print("ok")
+    wikitext.run(
+        parser,
+        quick,
+        lambda given, folder: full(given.only, folder, given.calibration, given.held_out),
+    )
 
 
 if __name__ == "__main__":

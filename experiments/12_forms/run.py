@@ -16,7 +16,6 @@ import json
 import math
 import platform
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -204,18 +203,12 @@ def quick() -> None:
 def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=["loss", "latency"])
-    parser.add_argument("--folder", type=Path, help="keep the model there")
-    wikitext.add_options(parser)
-    arguments = parser.parse_args()
-    if arguments.quick:
-        quick()
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = arguments.folder or Path(temporary)
-            full(arguments.only, folder, arguments.calibration, arguments.held_out)
-    print("ok")
+    wikitext.run(
+        parser,
+        quick,
+        lambda given, folder: full(given.only, folder, given.calibration, given.held_out),
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,12 +219,13 @@ def full(
         given.held_out,
         python_help(given.tokenizer),
     )
-    resumable.measure_rows(
-        HERE,
-        (row for part in parts for row in PARTS[part]),
-        lambda: work.measured(work.model),
-        lambda row: measure(work, row),
-        table,
+    measured_rows(HERE, work, (row for part in parts for row in PARTS[part]))
+
+
+def measured_rows(here: Path, work: Work, rows: Iterable[Row]) -> dict[str, Any]:
+    """See resumable."""
+    return resumable.measure_rows(
+        here, rows, lambda: work.measured(work.model), lambda row: measure(work, row), table
     )
 
 
@@ -238,30 +239,25 @@ def quick() -> None:
     figures = baselines.check(model, batches[:2])
     assert figures["unchanged prefix"] < 1e-6
     work = Work(model, batches[:4], lambda count: batches[:count], batches[4:], batches[4:])
-    found: dict[str, Any] = {"dense": work.measured(model), "rows": []}
     methods = (*OURS, *OTHERS, *PUBLISHED, *ANCHORED)
     rows = [Row(method, 0.8, refined, 4) for method in methods for refined in ("", "distill")]
-    for row in (*rows, Row("anchored 0.5/pairs", 0.8, "blocks", 4)):
-        found["rows"].append(dataclasses.asdict(row) | measure(work, row))
-    print(len(table(found).splitlines()), "lines")
+    rows.append(Row("anchored 0.5/pairs", 0.8, "blocks", 4))
+    with tempfile.TemporaryDirectory() as temporary:
+        found = measured_rows(Path(temporary), work, rows)
+        assert found == measured_rows(Path(temporary), work, rows), "rows are measured twice"
 
 
 def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", choices=[*PARTS], action="append")
-    parser.add_argument("--folder", type=Path, help="keep the model there")
-    wikitext.add_options(parser)
-    arguments = parser.parse_args()
-    if arguments.quick:
-        quick()
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = arguments.folder or Path(temporary)
-            parts = arguments.only or list(PARTS)
-            full(parts, folder, arguments.calibration, arguments.held_out)
-    print("ok")
+    parser.add_argument("--only", choices=[*PARTS], action="append", default=[])
+    wikitext.run(
+        parser,
+        quick,
+        lambda given, folder: full(
+            given.only or [*PARTS], folder, given.calibration, given.held_out
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -173,12 +173,13 @@ def full(folder: Path, calibration: Path | None, held_out: Path | None) -> None:
     rest = [batch for batch in every if tuple(batch["input_ids"][0].tolist()) not in shown]
     assert len(rest) == len(every) - 16
     work = Work(given.model, (single(given.text, batch_size=1), rest), measured)
-    resumable.measure_rows(
-        HERE,
-        ROWS,
-        lambda: work.measured(work.model),
-        lambda row: measure(work, row),
-        table,
+    measured_rows(HERE, work, ROWS)
+
+
+def measured_rows(here: Path, work: Work, rows: Iterable[Row]) -> dict[str, Any]:
+    """See resumable."""
+    return resumable.measure_rows(
+        here, rows, lambda: work.measured(work.model), lambda row: measure(work, row), table
     )
 
 
@@ -191,29 +192,23 @@ def quick() -> None:
     batches = tiny.batches(model, count=9)
     held_out = {name: [batch] for name, batch in zip(TEXTS, batches[6:], strict=True)}
     work = Work(model, (batches[:3], batches[3:6]), held_out)
-    found: dict[str, Any] = {"dense": work.measured(model), "rows": []}
-    for row in (Row(2, 0), Row(1, 1), Row(1, 1, 0.1), Row(1, 1, learn=4)):
-        found["rows"].append(dataclasses.asdict(row) | measure(work, row))
+    rows = (Row(2, 0), Row(1, 1), Row(1, 1, 0.1), Row(1, 1, learn=4))
+    with tempfile.TemporaryDirectory() as temporary:
+        found = measured_rows(Path(temporary), work, rows)
+        assert found == measured_rows(Path(temporary), work, rows), "rows are measured twice"
     same, other = found["rows"][1], found["rows"][2]
     assert any(same[name] != other[name] for name in TEXTS), "the damping changes nothing"
     assert all(len(text) > 1000 for text in sources())
-    print(len(table(found).splitlines()), "lines")
 
 
 def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--folder", type=Path, help="keep the model there")
-    wikitext.add_options(parser)
-    arguments = parser.parse_args()
-    if arguments.quick:
-        quick()
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = arguments.folder or Path(temporary)
-            full(folder, arguments.calibration, arguments.held_out)
-    print("ok")
+    wikitext.run(
+        parser,
+        quick,
+        lambda given, folder: full(folder, given.calibration, given.held_out),
+    )
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class ClosedForm:
 
     def decompose(self, weight: Tensor, statistics: Statistics, largest: int) -> Decomposition:
         """See Backend."""
-        both = statistics.second_moment is not None and statistics.gradient_moment is not None
+        both = statistics.has_moments
         found = projection.decompose(self.metric(weight, statistics), self.dual or both)
         kept = {"basis": found.basis[:, :largest]}
         if self.dual:

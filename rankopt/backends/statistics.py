@@ -38,6 +38,11 @@ class Statistics:
     input_energy: float = 0.0
     gradient_energy: float = 0.0
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether both second moments were collected."""
+        return self.second_moment is not None and self.gradient_moment is not None
+
     def need(self, name: str) -> Tensor:
         """A statistic by name.
 

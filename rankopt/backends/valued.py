@@ -50,9 +50,7 @@ def valued(
         seen: the layer's statistics.
         made: of this weight.
     """
-    if seen.second_moment is None or seen.gradient_moment is None:
-        return None
-    if backend.name == kronecker.BACKEND.name:
+    if not seen.has_moments or backend.name == kronecker.BACKEND.name:
         return None
     metric = kronecker.BACKEND.metric(weight, seen)
     full = min(weight.shape)

@@ -141,7 +141,7 @@ def test_steps_that_are_too_large_are_taken_back_and_made_smaller() -> None:
     assert looks[31][2] != looks[32][2], "it is taken back where it is looked at"
     assert looks[32] == (1, 0, 1.0)
     assert fit.state.lost == ((0, 32),) and fit.state.kept == 256
-    assert fit.state.best == float(place.detach().square()) < 1e-4
+    assert fit.state.best == float(place.detach().square()) < 3e-5
     assert fit.seen() == set(Recipe().order(0, 256)[32:])
 
 
