@@ -90,7 +90,7 @@ def profile() -> Reader:
         content = (Path(folder) / "p").read_bytes()
 
     def use(path: Path) -> None:
-        from rankopt.cli.report import profile_summary
+        from rankopt.cli.tables import profile_summary
 
         found = Profile.load(path)
         profile_summary(found)

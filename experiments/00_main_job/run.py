@@ -21,7 +21,7 @@ def full(folder: Path) -> None:
     """Run the demo and keep its figures."""
     from rich.console import Console
 
-    from rankopt.cli.report import comparison
+    from rankopt.cli.tables import comparison
     from rankopt.demo import run_demo
 
     result = run_demo(folder)

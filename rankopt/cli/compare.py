@@ -96,7 +96,7 @@ def compare(
         measured = [evaluation for _, evaluation in pairs]
         printed["rows"] = [measured_dict(*pair) for pair in pairs]
         printed["dense"] = dense.to_dict()
-    from rankopt.cli.report import print_comparison, reasons_of
+    from rankopt.cli.tables import print_comparison, reasons_of
 
     if as_json:
         show_json(printed)

@@ -30,7 +30,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Run the whole job on SmolLM2-135M and Python's own help texts."""
-    from rankopt.cli.report import print_comparison
+    from rankopt.cli.tables import print_comparison
     from rankopt.demo import run_demo
     from rankopt.model.loading import hide_bars
 

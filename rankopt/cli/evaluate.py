@@ -27,7 +27,7 @@ def evaluate(
     """Measure loss, the task's metric and size of a dense or compressed model."""
     source = asked.read(model)
     from rankopt.apply.refined import refined_on, refinements_of
-    from rankopt.cli.report import evaluation, print_table, reasons_of
+    from rankopt.cli.tables import evaluation, print_table, reasons_of
     from rankopt.evaluation.evaluation import evaluate as evaluated
 
     loaded, batches, also = source.load_all(dtype)

@@ -130,7 +130,7 @@ def profile(
     if layers_at_a_time is not None and checkpoint_every > 0:
         refuse_with(ctx, "checkpoint_every", "--layers-at-a-time", "which saves no checkpoints")
     source = asked.read(model)
-    from rankopt.cli.report import profile_summary
+    from rankopt.cli.tables import profile_summary
     from rankopt.measure.measure import profile_model
     from rankopt.measure.processes import Processes
     from rankopt.plan.stability import Stability

@@ -15,7 +15,7 @@ import torch
 from rankopt import Plan, Profile, make_plan
 from rankopt.apply.apply import apply_plan
 from rankopt.apply.saving import save_model
-from rankopt.cli.report import profile_summary
+from rankopt.cli.tables import profile_summary
 from rankopt.cli.workers import worker_arguments
 from rankopt.layers import LeftAlone
 from rankopt.model.loading import load_model

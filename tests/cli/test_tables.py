@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rankopt.cli import report
-from rankopt.cli.report import comparison, print_comparison
+from rankopt.cli import tables
+from rankopt.cli.tables import comparison, print_comparison
 from rankopt.evaluation.evaluation import Evaluation
 from rankopt.plan.compare import ComparedPlan, Strategy, compare
 from tests.cli.terminal import ESCAPES, in_terminal, screen
@@ -67,7 +67,7 @@ def test_every_width_shows_whole_figures_and_says_what_is_hidden(terminal: Any) 
         hidden = [name for name in COLUMNS if name not in found[0]]
         assert err == (f"hidden to fit the terminal: {', '.join(hidden)}; --wide shows all\n"
                        if hidden else "")  # fmt: skip
-        assert set(hidden) <= {*report.EXPENDABLE, "perplexity"}
+        assert set(hidden) <= {*tables.EXPENDABLE, "perplexity"}
         if len(found[0]) > 3:
             assert max(map(len, ESCAPES.sub("", out).splitlines())) <= columns
         assert len(found[0]) <= before
@@ -83,7 +83,7 @@ def test_the_least_important_columns_go_first(terminal: Any) -> None:
         _, err = terminal(columns, *arguments[:2])
         hidden = err.removeprefix("hidden to fit the terminal: ").partition(";")[0].split(", ")
         order += [name for name in hidden if name and name not in order]
-    assert order == [*report.EXPENDABLE, "f1", "accuracy"]
+    assert order == [*tables.EXPENDABLE, "f1", "accuracy"]
 
 
 def test_without_a_measured_loss_retained_stays(terminal: Any) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from rankopt import make_plan, profile_model
 from rankopt.apply.apply import applied
-from rankopt.cli.report import SURE, comparison, profile_summary
+from rankopt.cli.tables import SURE, comparison, profile_summary
 from rankopt.evaluation.evaluation import evaluate
 from rankopt.evaluation.plans import measure_rows
 from rankopt.layers import LeftAlone
