@@ -71,6 +71,10 @@ class PlanError(RankoptError):
     """A plan is malformed or belongs to something else."""
 
 
+class ResultsError(RankoptError):
+    """A results file is missing, malformed, or of another model or other data."""
+
+
 class BudgetError(RankoptError):
     """The budget is not one: out of range, missing, or asked for in two ways at once."""
 

@@ -23,7 +23,7 @@ from rankopt.errors import RankoptError, WriteError, few
 from rankopt.temporary import MARK, temporary_folder
 
 PLAN, PROFILE, CHECKPOINT = "rankopt-plan", "rankopt-profile", "rankopt-checkpoint"
-REFINEMENT = "rankopt-refinement"
+REFINEMENT, RESULTS = "rankopt-refinement", "rankopt-results"
 #: Of a folder of ours: its files and their sizes.
 LIST_OF_FILES = "rankopt_files.json"
 #: A longer text or header is not looked at: it is none of ours.

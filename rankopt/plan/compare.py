@@ -63,6 +63,10 @@ class Strategy:
             f"maxmin: {GRAMMAR}"
         )
 
+    def resolved(self, backend: str, form: Form) -> "Strategy":
+        """The same with the backend and the form that its plan has."""
+        return dataclasses.replace(self, backend=backend, form=form)
+
     def __str__(self) -> str:
         objective = "" if self.objective == "total" else f"/{self.objective}"
         floor = "" if self.min_retained is None else f"/min={self.min_retained}"

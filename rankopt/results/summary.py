@@ -1,0 +1,200 @@
+"""What results say of each strategy: its loss with an interval, and how it compares.
+
+Under several calibrations (profiles of other samples of the same data) a strategy has a mean loss,
+and an interval by Student's t over them: how much a plan owes to the sample. Ranks of two
+calibrations are compared by Spearman's correlation over the layers of the share that each keeps.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rankopt.errors import MissingExtraError, ResultsError
+from rankopt.layers import Layer
+from rankopt.results.paired import LEVEL, Difference, difference, holm
+from rankopt.results.results import Measured, MeasuredPlan, Results
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One strategy at one budget, over all calibrations.
+
+    Attributes:
+        plans: of each calibration.
+        kept: realised share of the planned layers' parameters, mean.
+        predicted: increase of the loss of a target, mean; None where a plan predicts none.
+        loss: mean; None where one is not finite.
+        half_width: of the interval of the loss over calibrations; None of one.
+        metrics: means; None where one is not defined.
+        also: name of other data -> mean loss there.
+        stability: Spearman's correlation of ranks, mean over pairs of calibrations; None of one,
+            and of ranks that are the same for all layers.
+        against: how it compares with the reference at the same budget; None of that itself.
+    """
+
+    plans: tuple[MeasuredPlan, ...]
+    kept: float
+    predicted: float | None
+    loss: float | None
+    half_width: float | None
+    metrics: Mapping[str, float | None]
+    also: Mapping[str, float | None]
+    stability: float | None
+    against: Difference | None = None
+
+    @property
+    def strategy(self) -> str:
+        """As it is written, with backend and form."""
+        return self.plans[0].strategy
+
+    @property
+    def keep(self) -> float:
+        """What was asked for."""
+        return self.plans[0].keep
+
+
+def summarise(results: Results, against: str | None = None) -> list[Line]:
+    """One line for each strategy and budget.
+
+    Args:
+        results: plans that were not measured are left out.
+        against: the strategy that the others are compared with, as results write it; none if None.
+
+    Raises:
+        ResultsError: no such strategy.
+        MissingExtraError: scipy is not there.
+    """
+    grouped: dict[tuple[object, ...], list[MeasuredPlan]] = {}
+    for row in results.plans:
+        if row.measured is not None:
+            key = row.keep, row.strategy, row.scale, row.rank_multiple
+            grouped.setdefault(key, []).append(row)
+    order = {each.digest: place for place, each in enumerate(results.calibrations)}
+    for rows in grouped.values():
+        rows.sort(key=lambda row: order[row.calibration])
+    lines = [_line(results.layers, rows) for rows in grouped.values()]
+    return lines if against is None else _compared(lines, against)
+
+
+def prediction(lines: Sequence[Line], dense: float) -> dict[str, tuple[float, int]]:
+    """Whether predictions order plans as their measured losses do.
+
+    Args:
+        lines: see summarise.
+        dense: loss of the dense model.
+
+    Returns:
+        Backend -> Spearman's correlation of predicted and measured increase, and of how many lines;
+        none of fewer than three.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        if line.predicted is not None and line.loss is not None:
+            pair = line.predicted, line.loss - dense
+            found.setdefault(line.plans[0].backend, []).append(pair)
+    correlated = {
+        backend: (_spearman(*np.array(pairs).T), len(pairs))
+        for backend, pairs in found.items()
+        if len(pairs) >= 3
+    }
+    return {name: (rho, n) for name, (rho, n) in correlated.items() if rho is not None}
+
+
+def _line(layers: Sequence[Layer], rows: Sequence[MeasuredPlan]) -> Line:
+    measured = [row.measured for row in rows if row.measured is not None]
+    dense = sum(layer.dense_cost for layer in layers)
+    loss, half_width = _interval([each.loss for each in measured])
+    return Line(
+        tuple(rows),
+        float(np.mean([row.parameters for row in rows])) / dense,
+        _mean([row.predicted for row in rows]),
+        loss,
+        half_width,
+        {name: _mean([each.metrics.get(name) for each in measured]) for name in _names(measured)},
+        {
+            name: _mean([each.also[name].loss for each in measured if name in each.also])
+            for name in dict.fromkeys(name for each in measured for name in each.also)
+        },
+        _stability(layers, rows),
+    )
+
+
+def _names(measured: Sequence[Measured]) -> list[str]:
+    return list(dict.fromkeys(name for each in measured for name in each.metrics))
+
+
+def _compared(lines: Sequence[Line], against: str) -> list[Line]:
+    references = {line.keep: line for line in lines if line.strategy == against}
+    if not references:
+        known = ", ".join(dict.fromkeys(line.strategy for line in lines))
+        raise ResultsError(f"no strategy {against!r} to compare with; measured: {known}")
+    found = [_against(line, references.get(line.keep)) for line in lines]
+    corrected = iter(holm([each.p for each in found if each is not None]))
+    return [
+        line
+        if each is None
+        else dataclasses.replace(line, against=dataclasses.replace(each, corrected=next(corrected)))
+        for line, each in zip(lines, found, strict=True)
+    ]
+
+
+def _against(line: Line, reference: Line | None) -> Difference | None:
+    """Of the calibrations that both have."""
+    if reference is None or reference.strategy == line.strategy:
+        return None
+    these, those = _by_calibration(line), _by_calibration(reference)
+    shared = [name for name in these if name in those]
+    ours = [these[name] for name in shared]
+    if not shared:
+        return None
+    of_classifier = all(each.example_correct is not None for each in ours)
+    return difference(
+        ours, [those[name] for name in shared], "accuracy" if of_classifier else "loss"
+    )
+
+
+def _by_calibration(line: Line) -> dict[str, Measured]:
+    return {row.calibration: row.measured for row in line.plans if row.measured is not None}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known and len(known) == len(values) else None
+
+
+def _interval(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean, and half of the width of its interval."""
+    mean = _mean(values)
+    if mean is None or len(values) < 2:
+        return mean, None
+    error = float(np.std(np.array(values, np.float64), ddof=1)) / len(values) ** 0.5
+    return mean, error * float(_stats().t.ppf((1 + LEVEL) / 2, len(values) - 1))
+
+
+def _stability(layers: Sequence[Layer], rows: Sequence[MeasuredPlan]) -> float | None:
+    kept = [
+        [
+            layer.cost(rank, row.form) / layer.dense_cost
+            for layer, rank in zip(layers, row.ranks, strict=True)
+        ]
+        for row in rows
+    ]
+    return _mean([_spearman(*pair) for pair in itertools.combinations(kept, 2)])
+
+
+def _spearman(these: Sequence[float], those: Sequence[float]) -> float | None:
+    """None where all of one side are the same."""
+    if len(set(these)) < 2 or len(set(those)) < 2:
+        return None
+    return float(_stats().spearmanr(these, those).statistic)
+
+
+def _stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise MissingExtraError("comparing results", "scipy", "eval") from error
+    return stats
