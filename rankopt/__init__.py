@@ -19,6 +19,7 @@ from rankopt.errors import OptionError as OptionError
 from rankopt.errors import PlanError as PlanError
 from rankopt.errors import ProfileError as ProfileError
 from rankopt.errors import RankoptError as RankoptError
+from rankopt.errors import ResultsError as ResultsError
 from rankopt.layers import Layer as Layer
 from rankopt.plan.budget import Budget as Budget
 from rankopt.plan.compare import ComparedPlan as ComparedPlan
@@ -29,6 +30,8 @@ from rankopt.plan.planner import make_plan as make_plan
 from rankopt.plan.stability import Stability as Stability
 from rankopt.profile.profile import Profile as Profile
 from rankopt.profile.spilled import SpilledArrays as SpilledArrays
+from rankopt.results import Results as Results
+from rankopt.results import summarise as summarise
 
 if TYPE_CHECKING:
     from rankopt.apply.apply import applied as applied
@@ -37,9 +40,9 @@ if TYPE_CHECKING:
     from rankopt.data.batches import load_batches as load_batches
     from rankopt.data.batches import text_batches as text_batches
     from rankopt.data.rows import Columns as Columns
+    from rankopt.evaluation.comparison import measure_comparison as measure_comparison
     from rankopt.evaluation.evaluation import Evaluation as Evaluation
     from rankopt.evaluation.evaluation import evaluate as evaluate
-    from rankopt.evaluation.plans import measure_comparison as measure_comparison
     from rankopt.evaluation.plans import measure_rows as measure_rows
     from rankopt.evaluation.search import SearchedPlan as SearchedPlan
     from rankopt.evaluation.search import search_plan as search_plan
@@ -63,7 +66,7 @@ _TORCH = {
     "apply_plan": "rankopt.apply.apply",
     "evaluate": "rankopt.evaluation.evaluation",
     "load_batches": "rankopt.data.batches",
-    "measure_comparison": "rankopt.evaluation.plans",
+    "measure_comparison": "rankopt.evaluation.comparison",
     "measure_rows": "rankopt.evaluation.plans",
     "profile_model": "rankopt.measure.measure",
     "refine": "rankopt.refinement.refinement",
@@ -92,6 +95,8 @@ __all__ = [
     "ProfileError",
     "RankoptError",
     "Refined",
+    "Results",
+    "ResultsError",
     "SearchedPlan",
     "SpilledArrays",
     "Stability",
@@ -108,6 +113,7 @@ __all__ = [
     "refine",
     "save_model",
     "search_plan",
+    "summarise",
     "text_batches",
 ]
 

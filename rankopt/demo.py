@@ -24,18 +24,19 @@ from rankopt.data.batches import text_batches
 from rankopt.data.digest import data_digest
 from rankopt.data.domains import help_topics
 from rankopt.errors import MissingExtraError, ProfileError, RankoptError
+from rankopt.evaluation.comparison import measure_comparison
 from rankopt.evaluation.evaluation import Evaluation, evaluate
-from rankopt.evaluation.plans import measure_comparison, measured_dict
 from rankopt.files import require_file, require_free, told, whole_file
 from rankopt.layers import fingerprint
 from rankopt.measure.measure import profile_model
 from rankopt.model.loading import load_model, load_tokenizer
 from rankopt.model.selection import find_layers
 from rankopt.model.tasks import Batch
-from rankopt.plan.compare import ComparedPlan, Strategy, compare
+from rankopt.plan.compare import Strategy, compare
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 from rankopt.refinement.refinement import Refined, refine
+from rankopt.results import Results
 from rankopt.schema import finite
 
 PROMPT = "The for statement in Python is used to"
@@ -49,9 +50,9 @@ STRATEGIES = (
     "uniform@kronecker",
     "exact@kronecker",
 )
-RESULTS = "results.json"
+RESULTS, COMPARISON = "results.json", "comparison.json"
 #: What the demo writes into its folder.
-WRITTEN = ("model", "compressed", "profile.safetensors", "plan.json", RESULTS)
+WRITTEN = ("model", "compressed", "profile.safetensors", "plan.json", RESULTS, COMPARISON)
 #: The default, whose factors lose least (experiments/05_backends), and the paper's.
 BACKENDS = ("kronecker", "fwsvd")
 
@@ -61,8 +62,7 @@ class DemoResult:
     """What the demo found.
 
     Attributes:
-        rows: strategy by budget, and what was measured.
-        dense: the model before.
+        results: the model before, and strategy by budget.
         plan: that was applied.
         refined: what the applied model then learned from the dense one; it was saved.
         reloaded: the saved model, loaded and measured again.
@@ -72,8 +72,7 @@ class DemoResult:
         settings: versions and sizes, to repeat it.
     """
 
-    rows: list[tuple[ComparedPlan, Evaluation]]
-    dense: Evaluation
+    results: Results
     plan: Plan
     refined: Refined
     reloaded: Evaluation
@@ -91,8 +90,8 @@ class DemoResult:
         """Plain values for JSON."""
         return {
             "settings": self.settings,
-            "dense": self.dense.to_dict(),
-            "rows": [measured_dict(*row) for row in self.rows],
+            "dense": self.results.dense.to_dict(),
+            "rows": [row.to_dict() for row in self.results.plans],
             "refined": dataclasses.asdict(self.refined),
             "reloaded": self.reloaded.to_dict(),
             "prompt": PROMPT,
@@ -243,9 +242,10 @@ def run_demo(
 
     before = generate(model, tokenizer)
     planned = list(compare(profile, keeps, [Strategy.parse(text) for text in STRATEGIES]))
-    dense, rows = measure_comparison(model, profile, planned, held_batches)
+    results = measure_comparison(model, profile, planned, held_batches)
+    results.save(folder / COMPARISON)
 
-    plan = [row.plan for row, _ in rows if str(row.strategy) == STRATEGIES[-1]][-1]
+    plan = [row.plan for row in planned if str(row.strategy) == STRATEGIES[-1]][-1]
     plan.save(folder / "plan.json")
     teacher = copy.deepcopy(model)
     apply_plan(model, plan, profile)
@@ -254,8 +254,7 @@ def run_demo(
     save_model(model, folder / "compressed", plan=plan, tokenizer=tokenizer, overwrite=True)
     reloaded = load_model(str(folder / "compressed"))
     result = DemoResult(
-        rows,
-        dense,
+        results,
         plan,
         refined,
         evaluate(reloaded, held_batches),

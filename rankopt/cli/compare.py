@@ -1,31 +1,31 @@
 """The command ``rankopt compare``."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from rankopt.cli.data import READING, DataOptions, with_data
 from rankopt.cli.given import require_with
 from rankopt.cli.options import (
-    BackendOption,
     DtypeOption,
-    FormOption,
     JsonOption,
     MultipleOption,
-    ProfileArgument,
     ScaleOption,
     WideOption,
     naming,
     note,
+    show,
     show_json,
 )
-from rankopt.errors import RankoptError
-from rankopt.plan.compare import DEFAULT_STRATEGIES, GRAMMAR, Strategy
+from rankopt.errors import OptionError, RankoptError
+from rankopt.files import RESULTS, is_format, require_file
+from rankopt.plan.compare import DEFAULT_STRATEGIES, GRAMMAR, Strategy, spread
 from rankopt.plan.compare import compare as compared
 from rankopt.profile.profile import Profile
-
-if TYPE_CHECKING:
-    from rankopt.evaluation.evaluation import Evaluation
+from rankopt.results import Line, Measured, MeasuredPlan, compared_with, lines_of, prediction
 
 EXAMPLES = """\b
 Examples:
@@ -33,14 +33,19 @@ Examples:
   rankopt compare profile.safetensors --keep 0.8 \\
     --strategy uniform greedy/layerwise
   rankopt compare profile.safetensors --keep 0.9 \\
-    --model ./model --data heldout.txt
+    --model ./model --data heldout.txt -o results.json
+  rankopt compare sample-1.safetensors sample-2.safetensors --keep 0.9 \\
+    --form pairs pivoted --model ./model --data heldout.txt
 """
 
 
 @with_data(needed=False, about="Held-out data, as for evaluate.")
 def compare(
     ctx: typer.Context,
-    profile: ProfileArgument,
+    profile: Annotated[
+        list[Path],
+        typer.Argument(help="A profile, or several of other samples of the calibration data."),
+    ],
     *,
     keep: Annotated[
         list[float], typer.Option(help="Shares of the planned layers' parameters to keep.")
@@ -50,11 +55,32 @@ def compare(
         typer.Option(help=f"{GRAMMAR}; if not given: " + ", ".join(map(str, DEFAULT_STRATEGIES))),
     ] = None,
     rank_multiple: MultipleOption = 1,
-    form: FormOption = None,
-    backend: BackendOption = None,
+    form: Annotated[
+        list[str] | None,
+        typer.Option(help="pairs, pivoted, or both: of the strategies that name none."),
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="One or several: of the strategies that name none; the profile's first."),
+    ] = None,
     scale: ScaleOption = None,
     model: Annotated[str | None, typer.Option(help="Also measure the loss of this model.")] = None,
     asked: DataOptions,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="The strategy that measured losses are compared with, in pairs of examples; "
+            "exact, or the first."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Results file: written as it goes; what it has is not measured again.",
+        ),
+    ] = None,
     dtype: DtypeOption = "float32",
     wide: WideOption = False,
     as_json: JsonOption = False,
@@ -63,48 +89,124 @@ def compare(
     if (model is None) != (not asked.data):
         raise RankoptError("measuring the loss needs both --model and --data")
     if model is None:
-        require_with(ctx, [*READING, "dtype"], "--model and --data")
+        require_with(ctx, [*READING, "dtype", "against", "output"], "--model and --data")
+        if len(profile) > 1:
+            raise OptionError(
+                f"{len(profile)} profiles are compared by what their plans measure: add --model "
+                "and --data, or name one profile"
+            )
+    if output is not None:
+        require_file(output, is_format(RESULTS), apart_from=[*profile, model, *asked.data])
     source = None if model is None else asked.read(model)
-    strategies = [Strategy.parse(text) for text in strategy] if strategy else DEFAULT_STRATEGIES
-    loaded_profile = Profile.load(profile)
-    rows = list(
-        compared(
-            loaded_profile,
-            keep,
-            strategies,
-            rank_multiple=rank_multiple,
-            form=form,
-            backend=backend,
-            scale=scale,
-        )
+    strategies = spread(
+        [Strategy.parse(text) for text in strategy] if strategy else DEFAULT_STRATEGIES,
+        backend or (),
+        form or (),
     )
-    printed: dict[str, Any] = {"rows": [row.to_dict() for row in rows]}
-    measured: list[Evaluation] = []
-    dense = None
+    reference = _reference(against, strategies)
+    profiles = {str(path): Profile.load(path) for path in profile}
+    rows = [
+        row
+        for each in profiles.values()
+        for row in compared(each, keep, strategies, rank_multiple=rank_multiple, scale=scale)
+    ]
+    plans, dense = [MeasuredPlan.of(row) for row in rows], None
     if source is not None:
         from rankopt.apply.apply import backend_of
         from rankopt.backends import find_backends
-        from rankopt.evaluation.plans import measure_comparison, measured_dict
+        from rankopt.evaluation.comparison import measure_comparison
 
-        named = (backend, *(each.backend for each in strategies))
-        find_backends(name for name in named if name is not None and ":" in name)
+        find_backends(x.backend for x in strategies if x.backend and ":" in x.backend)
+        by_digest = {each.digest(): each for each in profiles.values()}
         for row in rows:
-            backend_of(row.plan, loaded_profile)
+            backend_of(row.plan, by_digest[row.plan.profile_digest])
         loaded, batches, also = source.load_all(dtype)
         with naming(asked.named):
-            dense, pairs = measure_comparison(loaded, loaded_profile, rows, batches, also=also)
-        measured = [evaluation for _, evaluation in pairs]
-        printed["rows"] = [measured_dict(*pair) for pair in pairs]
-        printed["dense"] = dense.to_dict()
-    from rankopt.cli.tables import print_comparison, reasons_of
-
+            results = measure_comparison(loaded, profiles, rows, batches, also=also, file=output)
+        found = {plan.asked: plan for plan in results.plans}
+        plans, dense = [found[plan.asked] for plan in plans], results.dense
+    first = next(iter(profiles.values()))
+    lines = lines_of(first.info.layers, plans)
+    if dense is not None and len(strategies) > 1:
+        lines = compared_with(lines, reference)
     if as_json:
-        show_json(printed)
+        show_json(_plain(plans, lines, profiles) | ({"dense": dense.to_dict()} if dense else {}))
     else:
-        print_comparison(rows, measured, dense, wide=wide)
-    reasons: dict[str, list[str]] = {}
-    for row, found in zip(rows, measured, strict=bool(measured)):
-        for reason in reasons_of(found):
-            reasons.setdefault(reason, []).append(f"{row.strategy} at {row.keep:g}")
+        from rankopt.cli.tables import print_comparison
+
+        print_comparison(lines, dense, wide=wide)
+        if correlated := _prediction(lines, dense):
+            show(correlated)
+    _warn(lines)
+
+
+def _reference(against: str | None, strategies: Sequence[Strategy]) -> str:
+    """The strategy that all are compared with, as it is written.
+
+    Raises:
+        OptionError: it is not among them.
+    """
+    named = [str(each) for each in strategies]
+    if against is None:
+        plain = [
+            str(each)
+            for each in strategies
+            if dataclasses.replace(each, backend=None, form=None) == Strategy("exact")
+        ]
+        return (plain or named)[0]
+    wanted = str(Strategy.parse(against))
+    if wanted not in named:
+        raise OptionError(f"against {wanted!r} is none of the strategies: {', '.join(named)}")
+    return wanted
+
+
+def _plain(
+    plans: Sequence[MeasuredPlan], lines: Sequence[Line], profiles: Mapping[str, Profile]
+) -> dict[str, Any]:
+    names = {profile.digest(): name for name, profile in profiles.items()}
+    rows = [plan.to_dict() | {"calibration": names[plan.calibration]} for plan in plans]
+    compared = [
+        {
+            "strategy": line.strategy,
+            "keep": line.keep,
+            "loss": line.loss,
+            "half_width": line.half_width,
+            "stability": line.stability,
+            "against": None if line.against is None else dataclasses.asdict(line.against),
+        }
+        for line in lines
+        if line.measured
+    ]
+    return {"rows": rows, **({"lines": compared} if compared else {})}
+
+
+def _prediction(lines: Sequence[Line], dense: Measured | None) -> str:
+    """How well predictions order the plans."""
+    if dense is None or dense.loss is None:
+        return ""
+    found = prediction(lines, dense.loss)
+    each = (f"{name} {rho:.2f} ({count} plans)" for name, (rho, count) in found.items())
+    return f"predicted against measured, Spearman: {', '.join(each)}" if found else ""
+
+
+#: Plans whose realised budgets differ by more than this share of the planned layers are told.
+APART = 1e-3
+
+
+def _warn(lines: Sequence[Line]) -> None:
+    for keep in dict.fromkeys(line.keep for line in lines):
+        kept = {line.strategy: line.kept for line in lines if line.keep == keep}
+        least, most = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
+        if kept[most] - kept[least] > APART:
+            note(
+                f"at {keep:g} parameters are not equal: {least} keeps {kept[least]:.2%}, {most} "
+                f"{kept[most]:.2%}; losses compare unequal models"
+            )
+    from rankopt.cli.tables import reasons_of
+
+    reasons: dict[str, dict[str, None]] = {}
+    for line in lines:
+        for reason in (text for found in line.measured for text in reasons_of(found)):
+            reasons.setdefault(reason, {})[f"{line.strategy} at {line.keep:g}"] = None
     for reason, names in reasons.items():
         note(f"{', '.join(names)}: {reason}")

@@ -33,6 +33,7 @@ def demo(
     from rankopt.cli.tables import print_comparison
     from rankopt.demo import run_demo
     from rankopt.model.loading import hide_bars
+    from rankopt.results import summarise
 
     hide_bars()
     result = run_demo(
@@ -46,11 +47,12 @@ def demo(
     if as_json:
         show_json(result.to_dict())
         return
-    rows, measured = zip(*result.rows, strict=True)
-    print_comparison(rows, measured, result.dense, wide=wide)
+    results = result.results
+    print_comparison(summarise(results), results.dense, wide=wide)
     show(f"\n{result.plan}")
-    closed = next(found for row, found in result.rows if row.plan == result.plan)
-    show(f"  closed form     loss {closed.loss:.4f} (dense {result.dense.loss:.4f})")
+    closed = results.plans[-1].measured
+    if closed is not None:
+        show(f"  closed form     loss {closed.loss:.4f} (dense {results.dense.loss:.4f})")
     show(f"  reloaded        loss {result.reloaded.loss:.4f}, {result.label}")
     show(f"\nbefore: {result.before}\n\nafter:  {result.after}\n")
     show(f"written to {result.folder}{os.sep}: {', '.join(_written(result.folder))}")

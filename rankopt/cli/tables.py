@@ -2,8 +2,8 @@
 
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from statistics import median
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -14,8 +14,9 @@ from rich.table import Table
 from rankopt.cli.options import note
 from rankopt.errors import printable
 from rankopt.layers import LeftAlone
-from rankopt.plan.compare import ComparedPlan
 from rankopt.profile.profile import Profile
+from rankopt.results import Line, Measured
+from rankopt.results.paired import Difference
 
 if TYPE_CHECKING:
     from rankopt.evaluation.evaluation import Evaluation
@@ -36,8 +37,13 @@ EXPENDABLE = (
     "model",
     "kept",
     "gap",
+    "stability",
     "worst layer",
+    "predicted",
     "retained",
+    "p",
+    "difference",
+    "+-",
 )
 
 
@@ -48,45 +54,42 @@ def print_table(table: Table) -> None:
 
 
 def print_comparison(
-    rows: Sequence[ComparedPlan],
-    measured: "Sequence[Evaluation]" = (),
-    dense: "Evaluation | None" = None,
-    *,
-    wide: bool = False,
+    lines: Sequence[Line], dense: Measured | None = None, *, wide: bool = False
 ) -> None:
     """A comparison to stdout; in a terminal that is too narrow with fewer columns.
 
     Args:
-        rows: see comparison.
-        measured: see comparison.
+        lines: see comparison.
         dense: see comparison.
         wide: all columns, whatever the width.
     """
-    table = comparison(rows, measured, dense)
+    table = comparison(lines, dense)
     everything = [str(column.header) for column in table.columns]
     hidden: list[str] = []
     if sys.stdout.isatty() and not wide:
         room = _console().width
-        for column in _expendable(everything, measured):
+        for column in _expendable(everything, lines):
             if _needed(table) <= room:
                 break
             hidden.append(column)
-            table = comparison(rows, measured, dense, without=hidden)
+            table = comparison(lines, dense, without=hidden)
     print_table(table)
     if hidden:
         names = ", ".join(column for column in everything if column in hidden)
         note(f"hidden to fit the terminal: {names}; --wide shows all")
 
 
-def _expendable(columns: Sequence[str], measured: "Sequence[Evaluation]") -> Iterator[str]:
+def _expendable(columns: Sequence[str], lines: Sequence[Line]) -> Iterator[str]:
     """Columns that a comparison can do without, the least important first.
 
     Strategy and budget stay, and one figure: the measured loss, or what is retained.
     """
+    measured = _are_measured(lines)
     yield from (name for name in EXPENDABLE if name in columns and (measured or name != "retained"))
     if measured:
-        yield from reversed(_metrics(measured))
-        yield from reversed(_of_others(measured))
+        found = [each for line in lines for each in line.measured]
+        yield from reversed(_metrics(found))
+        yield from reversed(_of_others(found))
 
 
 class _Console(Console):
@@ -117,85 +120,108 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
 
 
 def comparison(
-    rows: Sequence[ComparedPlan],
-    measured: "Sequence[Evaluation]" = (),
-    dense: "Evaluation | None" = None,
-    *,
-    without: Collection[str] = (),
+    lines: Sequence[Line], dense: Measured | None = None, *, without: Collection[str] = ()
 ) -> Table:
-    """One line for each strategy and budget; with the rows' measured loss if it is given.
+    """One line for each strategy and budget; with the measured loss if there is one.
 
     ``kept`` is the realised share of the planned layers' parameters, ``model`` that of the whole
     model. Rows of different backends say which: what they retain is measured by their own losses.
-    Columns that are named in ``without`` are left out.
+    Under several calibrations all figures are means, and ``+-`` is half of the loss's interval over
+    them; ``stability`` is the correlation of their ranks. ``difference`` is from the strategy that
+    is compared with, ``p`` after correction for the whole table.
+
+    Args:
+        lines: to show.
+        dense: the model without a plan, measured.
+        without: columns to leave out.
     """
-    several = len({row.plan.backend for row in rows}) > 1
-    metrics, others = _metrics(measured), _of_others(measured)
-    columns = ["strategy", *(["backend"] if several else []), "keep", "parameters", "kept", "model"]
-    columns += ["MiB", "retained", "worst layer"]
-    columns += ["gap", "seconds", *(["loss", *others, *metrics] if measured else [])]
-    lines = []
-    if dense is not None and rows:
-        size = rows[0].plan.size
-        lines.append(
-            [
-                "dense",
-                *([""] if several else []),
-                "",
-                f"{size.planned_dense:,}",
-                "100.00%",
-                "100.00%",
-                f"{size.model_bytes_dense / _MEBIBYTE:.1f}",
-                "100.00%",
-                "100.0%",
-                "",
-                "",
-                *_measured(dense, others, metrics),
-            ]
-        )
-    for index, row in enumerate(rows):
-        size, plan = row.plan.size, row.plan
-        lines.append(
-            [
-                str(row.strategy),
-                *([plan.backend] if several else []),
-                f"{row.keep:g}",
-                f"{size.planned:,}",
-                f"{size.planned / size.planned_dense:.3%}",
-                f"{size.model / size.model_dense:.2%}",
-                f"{size.model_bytes / _MEBIBYTE:.1f}",
-                f"{plan.retained_total:.2%}",
-                f"{plan.retained_worst:.1%}",
-                f"{plan.certificate.gap:.1e}" if plan.certificate.gap else "0",
-                f"{row.seconds:.2f}",
-                *(_measured(measured[index], others, metrics) if measured else []),
-            ]
-        )
-    shown = [index for index, column in enumerate(columns) if column not in without]
-    return _table([columns[k] for k in shown], [[line[k] for k in shown] for line in lines])
+    columns = _columns(lines)
+    shown = [name for name in columns if name not in without]
+    rows = [[columns[name](line) for name in shown] for line in lines]
+    if dense is not None and lines:
+        of_dense = _dense(lines[0], dense)
+        rows.insert(0, [of_dense.get(name, "") for name in shown])
+    return _table(shown, rows)
 
 
-def _measured(found: "Evaluation", others: Sequence[str], metrics: Sequence[str]) -> list[str]:
-    return [
-        f"{found.loss:.4f}",
-        *(_figure(found.of_others.get(name), ".4f") for name in others),
-        *(_figure(found.metrics.get(name), ".4g") for name in metrics),
-    ]
+def _columns(lines: Sequence[Line]) -> dict[str, Callable[[Line], str]]:
+    """Header -> what stands under it; columns in which nothing would stand are not there."""
+    several = len({line.plans[0].backend for line in lines}) > 1
+    found = [each for line in lines for each in line.measured]
+    columns: dict[str, Callable[[Line], str]] = {"strategy": lambda line: line.strategy}
+    if several:
+        columns["backend"] = lambda line: line.plans[0].backend
+    columns |= {
+        "keep": lambda line: f"{line.keep:g}",
+        "parameters": lambda line: f"{fmean(x.size.planned for x in line.plans):,.0f}",
+        "kept": lambda line: f"{line.kept:.3%}",
+        "model": lambda line: f"{fmean(x.size.model / x.size.model_dense for x in line.plans):.2%}",
+        "MiB": lambda line: f"{fmean(x.size.model_bytes for x in line.plans) / _MEBIBYTE:.1f}",
+        "retained": lambda line: f"{fmean(x.retained_total for x in line.plans):.2%}",
+        "worst layer": lambda line: f"{fmean(x.retained_worst for x in line.plans):.1%}",
+        "gap": lambda line: _gap(fmean(x.gap for x in line.plans)),
+        "seconds": lambda line: f"{fmean(x.seconds for x in line.plans):.2f}",
+    }
+    if any(line.stability is not None for line in lines):
+        columns["stability"] = lambda line: _figure(line.stability, ".2f")
+    if not _are_measured(lines):
+        return columns
+    if any(line.predicted is not None for line in lines):
+        columns["predicted"] = lambda line: _figure(line.predicted, "+.4f")
+    columns["loss"] = lambda line: _figure(line.loss, ".4f")
+    if any(line.half_width is not None for line in lines):
+        columns["+-"] = lambda line: _figure(line.half_width, ".4f")
+    for name in _of_others(found):
+        columns[name] = lambda line, name=name: _figure(line.also.get(name), ".4f")  # type: ignore[misc]
+    for name in _metrics(found):
+        columns[name] = lambda line, name=name: _figure(line.metrics.get(name), ".4g")  # type: ignore[misc]
+    if any(line.against is not None for line in lines):
+        columns["difference"] = lambda line: _difference(line.against)
+        columns["p"] = lambda line: "" if line.against is None else f"{line.against.corrected:.1g}"
+    return columns
 
 
-def _of_others(measured: "Sequence[Evaluation]") -> list[str]:
+def _dense(line: Line, found: Measured) -> dict[str, str]:
+    size = line.plans[0].size
+    return {
+        "strategy": "dense",
+        "parameters": f"{size.planned_dense:,}",
+        **dict.fromkeys(("kept", "model", "retained"), "100.00%"),
+        "MiB": f"{size.model_bytes_dense / _MEBIBYTE:.1f}",
+        "worst layer": "100.0%",
+        "loss": _figure(found.loss, ".4f"),
+        **{name: _figure(value, ".4f") for name, value in found.of_others.items()},
+        **{name: _figure(value, ".4g") for name, value in found.metrics.items()},
+    }
+
+
+def _are_measured(lines: Sequence[Line]) -> bool:
+    return any(line.measured for line in lines)
+
+
+def _gap(gap: float) -> str:
+    return f"{gap:.1e}" if gap else "0"
+
+
+def _difference(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+
+
+def _of_others(measured: "Sequence[Evaluation | Measured]") -> list[str]:
     """What is shown of other domains: their losses, and of classifiers the metrics."""
     names = (name for found in measured for name in found.of_others)
     return [name for name in dict.fromkeys(names) if not name.startswith("perplexity of ")]
 
 
-def reasons_of(found: "Evaluation", data: str = "") -> list[str]:
+def reasons_of(found: "Evaluation | Measured", data: str = "") -> list[str]:
     """Notes of all domains, each with the name of its own."""
     named = [(data, found), *found.also.items()]
     return [f"{name}: {note}" if name else note for name, each in named for note in each.notes]
 
 
-def _metrics(measured: "Sequence[Evaluation]") -> list[str]:
+def _metrics(measured: "Sequence[Evaluation | Measured]") -> list[str]:
     """Of all rows: one whose loss is not finite lacks some."""
     return list(dict.fromkeys(name for found in measured for name in found.metrics))
 

@@ -39,6 +39,7 @@ class Evaluation:
         example_losses: of each example, summed over its targets, in the order of the data: what a
             paired comparison of two models needs. None unless they were asked for.
         example_targets: how many targets each example has, with example_losses.
+        example_correct: how many of them a classifier gets right, with example_losses.
         also: by name, the same model on other data.
     """
 
@@ -53,6 +54,7 @@ class Evaluation:
     notes: tuple[str, ...] = ()
     example_losses: tuple[float, ...] | None = None
     example_targets: tuple[int, ...] | None = None
+    example_correct: tuple[int, ...] | None = None
     also: Mapping[str, "Evaluation"] = dataclasses.field(default_factory=dict)
 
     @property
@@ -132,6 +134,7 @@ def measured(
     guesses: list[Tensor] = []
     losses: list[float] = []
     terms: list[int] = []
+    correct: list[int] = []
     with in_eval(model):
         for number, batch in enumerate(bar(listed(batches), "Evaluate", "batch", progress)):
             loss = loss if number else loss.settled(model, batch)
@@ -150,6 +153,8 @@ def measured(
                 truth, guess = _answers(loss.task, ready["labels"], found.output.logits)
                 truths.append(truth.cpu())
                 guesses.append(guess.cpu())
+                if per_example and loss.task != "regression":
+                    correct += _correct(ready["labels"], found.output.logits)
     if not examples:
         raise DataError("no batches were given")
     loss_mean, task = summed / targets, loss.task
@@ -176,6 +181,7 @@ def measured(
         tuple(notes),
         tuple(losses) if per_example else None,
         tuple(terms) if per_example else None,
+        tuple(correct) if len(correct) == examples else None,
     )
 
 
@@ -212,11 +218,22 @@ def _answers(task: str, labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]
     """True and predicted labels, flat; classes of token classifiers without the ignored ones."""
     if task == "regression":
         return labels.reshape(-1).float(), logits.reshape(-1).float()
+    truth, guess, counted = _classes(labels, logits)
+    return truth[counted], guess[counted]
+
+
+def _classes(labels: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """True and predicted classes, and which of them count."""
     if labels.is_floating_point():
-        return labels.reshape(-1).long(), (logits.reshape(-1) > 0).long()
-    guess = logits.argmax(-1)
-    counted = labels != IGNORED
-    return labels[counted], guess[counted]
+        return labels.long(), (logits > 0).long(), torch.ones_like(labels, dtype=torch.bool)
+    return labels, logits.argmax(-1), labels != IGNORED
+
+
+def _correct(labels: Tensor, logits: Tensor) -> list[int]:
+    """How many labels of each example are predicted."""
+    truth, guess, counted = _classes(labels, logits)
+    right = ((truth == guess) & counted).reshape(len(labels), -1).sum(1)
+    return [int(count) for count in right.tolist()]
 
 
 def _metrics(task: str, truth: Tensor, guess: Tensor) -> tuple[dict[str, float | None], list[str]]:

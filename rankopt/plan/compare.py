@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, cast
 
 from rankopt.errors import OptionError
 from rankopt.layers import FORMS, Form
@@ -63,10 +63,6 @@ class Strategy:
             f"maxmin: {GRAMMAR}"
         )
 
-    def resolved(self, backend: str, form: Form) -> "Strategy":
-        """The same with the backend and the form that its plan has."""
-        return dataclasses.replace(self, backend=backend, form=form)
-
     def __str__(self) -> str:
         objective = "" if self.objective == "total" else f"/{self.objective}"
         floor = "" if self.min_retained is None else f"/min={self.min_retained}"
@@ -105,6 +101,25 @@ DEFAULT_STRATEGIES = (
 )
 
 
+def spread(
+    strategies: Iterable[Strategy], backends: Sequence[str], forms: Sequence[str]
+) -> list[Strategy]:
+    """Every strategy with every backend and form, unless it names its own; each once.
+
+    Args:
+        strategies: who choose.
+        backends: none is the profile's default, which is then not named.
+        forms: likewise.
+    """
+    found: dict[Strategy, None] = {}
+    for each in strategies:
+        for backend in (each.backend,) if each.backend else (*backends,) or (None,):
+            for form in (each.form,) if each.form else (*forms,) or (None,):
+                named = dataclasses.replace(each, backend=backend, form=cast(Form | None, form))
+                found[named] = None
+    return list(found)
+
+
 @dataclasses.dataclass(frozen=True)
 class ComparedPlan:
     """One strategy at one budget.
@@ -120,29 +135,6 @@ class ComparedPlan:
     keep: float
     plan: Plan
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        plan = self.plan
-        return {
-            "strategy": self.strategy.solver,
-            "objective": self.strategy.objective,
-            "min_retained": plan.min_retained,
-            "backend": plan.backend,
-            "form": plan.form,
-            "keep": self.keep,
-            "retained_total": plan.retained_total,
-            "retained_worst": plan.retained_worst,
-            "worst_layer": plan.worst_layer,
-            "parameters": plan.size.planned,
-            "budget": plan.budget.parameters,
-            "kept": plan.size.planned / plan.size.planned_dense,
-            "model_parameters": plan.size.model,
-            "model_bytes": plan.size.model_bytes,
-            "gap": plan.certificate.gap,
-            "status": plan.certificate.status,
-            "seconds": self.seconds,
-        }
 
 
 def compare(

@@ -5,4 +5,7 @@ from rankopt.results.results import Measured as Measured
 from rankopt.results.results import MeasuredPlan as MeasuredPlan
 from rankopt.results.results import Results as Results
 from rankopt.results.summary import Line as Line
+from rankopt.results.summary import compared_with as compared_with
+from rankopt.results.summary import lines_of as lines_of
+from rankopt.results.summary import prediction as prediction
 from rankopt.results.summary import summarise as summarise

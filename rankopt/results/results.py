@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -20,6 +20,7 @@ from rankopt.errors import ResultsError
 from rankopt.files import RESULTS, is_format, whole_file
 from rankopt.layers import Form, Layer
 from rankopt.plan.compare import ComparedPlan
+from rankopt.plan.plan import Size
 from rankopt.profile.profile import Profile
 from rankopt.schema import STRICT, Count, Loss, Number, Share, first_of, parse
 
@@ -53,6 +54,19 @@ class Measured(BaseModel):
     also: dict[str, "Measured"] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    @property
+    def of_others(self) -> dict[str, float | None]:
+        """``loss of NAME``, and the metrics likewise, of the other data."""
+        return {
+            f"{what} of {name}": value
+            for name, found in self.also.items()
+            for what, value in {"loss": found.loss, **found.metrics}.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Losses and metrics of all data, in one level."""
+        return {"loss": self.loss, **self.metrics, **self.of_others}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Measured":
         for name in ("example_losses", "example_targets", "example_correct"):
@@ -84,7 +98,7 @@ class MeasuredPlan(BaseModel):
     """A plan, and what its model measured.
 
     Attributes:
-        strategy: who chose, as it is written for compare, with its backend and its form.
+        strategy: who chose, as it was asked for.
         keep: share of the planned layers' parameters that was asked for.
         calibration: digest of the profile.
         backend: whose factors were made.
@@ -95,8 +109,8 @@ class MeasuredPlan(BaseModel):
         min_retained: share that every layer retains at least, if that was asked for.
         rank_multiple: ranks are multiples of it.
         ranks: of each layer of the results, null for dense.
-        parameters: of the planned layers under the plan.
-        budget: the most that there could be.
+        budget: the most parameters that the planned layers may have.
+        size: what they and the model have.
         retained_total: see Plan.
         retained_worst: see Plan.
         worst_layer: see Plan.
@@ -120,16 +134,21 @@ class MeasuredPlan(BaseModel):
     min_retained: Share | None
     rank_multiple: Annotated[int, Field(ge=1)]
     ranks: tuple[Annotated[int, Field(ge=1)] | None, ...]
-    parameters: Count
     budget: Count
+    size: Size
     retained_total: Share
     retained_worst: Share
     worst_layer: str
     predicted: Loss | None
     gap: Share
-    status: str
+    status: Literal["optimal", "feasible", "time_limit"]
     seconds: Loss
     measured: Measured | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Of the planned layers."""
+        return self.size.planned
 
     @property
     def model(self) -> tuple[object, ...]:
@@ -137,17 +156,29 @@ class MeasuredPlan(BaseModel):
         return self.calibration, self.backend, self.form, self.ranks
 
     @property
+    def line(self) -> tuple[object, ...]:
+        """What is asked of every calibration alike."""
+        return (
+            self.keep,
+            self.strategy,
+            self.backend,
+            self.form,
+            self.scale,
+            self.min_retained,
+            self.rank_multiple,
+        )
+
+    @property
     def asked(self) -> tuple[object, ...]:
-        """What tells one row from another."""
-        return self.calibration, self.strategy, self.keep, self.scale, self.rank_multiple
+        """What tells one plan of the results from another."""
+        return self.calibration, *self.line
 
     @classmethod
     def of(cls, row: ComparedPlan, measured: Measured | None = None) -> "MeasuredPlan":
         """What results hold of a compared plan."""
         plan = row.plan
-        strategy = str(row.strategy.resolved(plan.backend, plan.form))
         return cls(
-            strategy=strategy,
+            strategy=str(row.strategy),
             keep=row.keep,
             calibration=plan.profile_digest,
             backend=plan.backend,
@@ -158,8 +189,8 @@ class MeasuredPlan(BaseModel):
             min_retained=plan.min_retained,
             rank_multiple=plan.rank_multiple,
             ranks=tuple(entry.rank for entry in plan.layers),
-            parameters=plan.size.planned,
             budget=plan.budget.parameters,
+            size=plan.size,
             retained_total=plan.retained_total,
             retained_worst=plan.retained_worst,
             worst_layer=plan.worst_layer,
@@ -169,6 +200,18 @@ class MeasuredPlan(BaseModel):
             seconds=row.seconds,
             measured=measured,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, in one level: the plan but its ranks, and what was measured."""
+        content = self.model_dump(mode="json", exclude={"ranks", "size", "measured"})
+        size, found = self.size, self.measured
+        content |= {
+            "parameters": size.planned,
+            "kept": size.planned / size.planned_dense,
+            "model_parameters": size.model,
+            "model_bytes": size.model_bytes,
+        }
+        return content if found is None else content | found.to_dict()
 
 
 class Results(BaseModel):
@@ -206,10 +249,9 @@ class Results(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Results":
-        known = {each.digest for each in self.calibrations}
         for row in self.plans:
             place = f"{row.strategy} at {row.keep:g}"
-            if row.calibration not in known:
+            if row.calibration not in self.digests:
                 raise ValueError(f"{place} is of a calibration that is not among them")
             if len(row.ranks) != len(self.layers):
                 raise ValueError(f"{place}: {len(row.ranks)} ranks of {len(self.layers)} layers")
@@ -223,6 +265,11 @@ class Results(BaseModel):
         if len(set(asked)) != len(asked):
             raise ValueError("one strategy is there twice at one budget")
         return self
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """Of the calibrations."""
+        return frozenset(each.digest for each in self.calibrations)
 
     @property
     def planned_dense(self) -> int:

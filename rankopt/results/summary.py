@@ -7,7 +7,7 @@ calibrations are compared by Spearman's correlation over the layers of the share
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class Line:
         loss: mean; None where one is not finite.
         half_width: of the interval of the loss over calibrations; None of one.
         metrics: means; None where one is not defined.
-        also: name of other data -> mean loss there.
+        also: ``loss of NAME``, and the metrics likewise, of other data: means.
         stability: Spearman's correlation of ranks, mean over pairs of calibrations; None of one,
             and of ranks that are the same for all layers.
         against: how it compares with the reference at the same budget; None of that itself.
@@ -44,6 +44,11 @@ class Line:
     also: Mapping[str, float | None]
     stability: float | None
     against: Difference | None = None
+
+    @property
+    def measured(self) -> tuple[Measured, ...]:
+        """Of each calibration; empty if the models were not measured."""
+        return tuple(row.measured for row in self.plans if row.measured is not None)
 
     @property
     def strategy(self) -> str:
@@ -61,22 +66,57 @@ def summarise(results: Results, against: str | None = None) -> list[Line]:
 
     Args:
         results: plans that were not measured are left out.
-        against: the strategy that the others are compared with, as results write it; none if None.
+        against: the strategy that the others are compared with, as it was asked for; none if None.
 
     Raises:
         ResultsError: no such strategy.
         MissingExtraError: scipy is not there.
     """
-    grouped: dict[tuple[object, ...], list[MeasuredPlan]] = {}
-    for row in results.plans:
-        if row.measured is not None:
-            key = row.keep, row.strategy, row.scale, row.rank_multiple
-            grouped.setdefault(key, []).append(row)
     order = {each.digest: place for place, each in enumerate(results.calibrations)}
-    for rows in grouped.values():
-        rows.sort(key=lambda row: order[row.calibration])
-    lines = [_line(results.layers, rows) for rows in grouped.values()]
-    return lines if against is None else _compared(lines, against)
+    plans = [row for row in results.plans if row.measured is not None]
+    plans.sort(key=lambda row: order[row.calibration])
+    lines = lines_of(results.layers, plans)
+    return lines if against is None else compared_with(lines, against)
+
+
+def lines_of(layers: Sequence[Layer], plans: Iterable[MeasuredPlan]) -> list[Line]:
+    """The plans of all calibrations together, in their order.
+
+    Args:
+        layers: in the order of the plans' ranks.
+        plans: measured or not.
+    """
+    grouped: dict[tuple[object, ...], list[MeasuredPlan]] = {}
+    for row in plans:
+        grouped.setdefault(row.line, []).append(row)
+    return [_line(layers, rows) for rows in grouped.values()]
+
+
+def compared_with(lines: Sequence[Line], against: str) -> list[Line]:
+    """The same lines, each compared with a strategy at the same budget.
+
+    Classifiers by accuracy, all others by loss; p is corrected for all comparisons together.
+
+    Args:
+        lines: measured.
+        against: the strategy, as it was asked for.
+
+    Raises:
+        ResultsError: no such strategy.
+        MissingExtraError: scipy is not there.
+    """
+    references = {line.keep: line for line in lines if line.strategy == against}
+    if not references:
+        known = ", ".join(dict.fromkeys(line.strategy for line in lines))
+        raise ResultsError(f"no strategy {against!r} to compare with; measured: {known}")
+    found = [_against(line, references.get(line.keep)) for line in lines]
+    corrected = iter(holm([each.p for each in found if each is not None]))
+    return [
+        line
+        if each is None
+        else dataclasses.replace(line, against=dataclasses.replace(each, corrected=next(corrected)))
+        for line, each in zip(lines, found, strict=True)
+    ]
 
 
 def prediction(lines: Sequence[Line], dense: float) -> dict[str, tuple[float, int]]:
@@ -115,8 +155,8 @@ def _line(layers: Sequence[Layer], rows: Sequence[MeasuredPlan]) -> Line:
         half_width,
         {name: _mean([each.metrics.get(name) for each in measured]) for name in _names(measured)},
         {
-            name: _mean([each.also[name].loss for each in measured if name in each.also])
-            for name in dict.fromkeys(name for each in measured for name in each.also)
+            name: _mean([each.of_others.get(name) for each in measured])
+            for name in dict.fromkeys(name for each in measured for name in each.of_others)
         },
         _stability(layers, rows),
     )
@@ -124,21 +164,6 @@ def _line(layers: Sequence[Layer], rows: Sequence[MeasuredPlan]) -> Line:
 
 def _names(measured: Sequence[Measured]) -> list[str]:
     return list(dict.fromkeys(name for each in measured for name in each.metrics))
-
-
-def _compared(lines: Sequence[Line], against: str) -> list[Line]:
-    references = {line.keep: line for line in lines if line.strategy == against}
-    if not references:
-        known = ", ".join(dict.fromkeys(line.strategy for line in lines))
-        raise ResultsError(f"no strategy {against!r} to compare with; measured: {known}")
-    found = [_against(line, references.get(line.keep)) for line in lines]
-    corrected = iter(holm([each.p for each in found if each is not None]))
-    return [
-        line
-        if each is None
-        else dataclasses.replace(line, against=dataclasses.replace(each, corrected=next(corrected)))
-        for line, each in zip(lines, found, strict=True)
-    ]
 
 
 def _against(line: Line, reference: Line | None) -> Difference | None:

@@ -9,7 +9,7 @@ import pytest
 from rankopt import Profile, evaluate
 from rankopt.data import load_batches, python_help
 from rankopt.data.domains import HELP_WINDOWS, PYTHON_HELP
-from rankopt.evaluation.plans import measure_comparison
+from rankopt.evaluation.comparison import measure_comparison
 from rankopt.plan.compare import Strategy
 from rankopt.plan.compare import compare as compared
 from tests import tiny
@@ -127,16 +127,17 @@ def test_compare_shows_both_losses(run: Run, files: Path, profile_file: Path) ->
         for each in ("heldout.txt", "train.txt")
     )
     rows = list(compared(profile, [0.7], [Strategy("uniform"), Strategy("exact")]))
-    dense, pairs = measure_comparison(model, profile, rows, batches, also={"x": other})
-    assert found["dense"][name] == pytest.approx(dense.also["x"].loss, rel=1e-5)
-    assert dense.also["x"].loss == pytest.approx(evaluate(model, other).loss, rel=1e-6)
-    for row, (_, evaluation) in zip(found["rows"], pairs, strict=True):
-        assert row["loss"] == pytest.approx(evaluation.loss, rel=1e-5)
-        assert row[name] == pytest.approx(evaluation.also["x"].loss, rel=1e-5)
-    _, swapped = measure_comparison(model, profile, rows, other)
-    assert [x.loss for _, x in swapped] == pytest.approx([x.also["x"].loss for _, x in pairs])
+    measured = measure_comparison(model, profile, rows, batches, also={"x": other})
+    also = measured.dense.also["x"].loss
+    assert found["dense"][name] == pytest.approx(also, rel=1e-5)
+    assert also == pytest.approx(evaluate(model, other).loss, rel=1e-6)
+    swapped = measure_comparison(model, profile, rows, other)
+    for row, here, there in zip(found["rows"], measured.plans, swapped.plans, strict=True):
+        assert here.measured is not None and there.measured is not None
+        assert row["loss"] == pytest.approx(here.measured.loss, rel=1e-5)
+        assert row[name] == pytest.approx(there.measured.loss, rel=1e-5)
     table = done(run(*given))
-    assert name in table and f"{dense.also['x'].loss:.4f}" in table
+    assert name in table and f"{also:.4f}" in table
 
 
 def test_classifiers_have_no_other_domain_unless_it_is_given(run: Run, files: Path) -> None:

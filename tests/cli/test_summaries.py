@@ -17,6 +17,7 @@ from rankopt.layers import LeftAlone
 from rankopt.plan.compare import Strategy, compare
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
+from rankopt.results import MeasuredPlan, lines_of
 from tests import tiny
 from tests.synthetic import full_profile, synthetic_profile
 
@@ -24,8 +25,9 @@ from tests.synthetic import full_profile, synthetic_profile
 def printed(rows: Any) -> list[list[str]]:
     """Cells of a comparison, the header first."""
     console = Console(width=250)
+    layers = synthetic_profile().info.layers
     with console.capture() as caught:
-        console.print(comparison(rows))
+        console.print(comparison(lines_of(layers, map(MeasuredPlan.of, rows))))
     lines = [line for line in caught.get().splitlines() if line.strip().startswith("|")]
     cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
     return [row for row in cells if not set("".join(row)) <= set("-:")]

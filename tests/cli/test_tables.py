@@ -1,5 +1,6 @@
 """Comparisons in terminals of any width: fewer columns, but never a cut figure."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,25 +9,27 @@ from rich.console import Console
 
 from rankopt.cli import tables
 from rankopt.cli.tables import comparison, print_comparison
-from rankopt.evaluation.evaluation import Evaluation
 from rankopt.plan.compare import ComparedPlan, Strategy, compare
+from rankopt.results import Line, Measured, MeasuredPlan, lines_of, summarise
 from tests.cli.terminal import ESCAPES, in_terminal, screen
+from tests.results.test_summary import results
 from tests.synthetic import synthetic_profile
 
 COLUMNS = [
     "strategy", "backend", "keep", "parameters", "kept", "model", "MiB", "retained",
-    "worst layer", "gap", "seconds", "loss", "perplexity",
+    "worst layer", "gap", "seconds", "predicted", "loss", "perplexity",
 ]  # fmt: skip
 
 
-def rows(*strategies: str) -> list[ComparedPlan]:
+def measured(**metrics: float) -> Measured:
+    return Measured(loss=3.5766, metrics=metrics or {"perplexity": 35.75}, examples=4, targets=60)
+
+
+def lines(*strategies: str, found: Measured | None = None) -> list[Line]:
     wanted = [Strategy.parse(text) for text in strategies or ("uniform", "exact", "exact@svd")]
-    return list(compare(synthetic_profile(), [0.9, 0.5], wanted))
-
-
-def measured(count: int, **metrics: float) -> list[Evaluation]:
-    metrics = metrics or {"perplexity": 35.75}
-    return [Evaluation("causal-lm", 3.5766, metrics, 4, 60, 2000, 3000, 12000)] * count
+    profile = synthetic_profile()
+    rows = compare(profile, [0.9, 0.5], wanted)
+    return lines_of(profile.info.layers, [MeasuredPlan.of(row, found) for row in rows])
 
 
 def cells(text: str) -> list[list[str]]:
@@ -53,8 +56,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def test_every_width_shows_whole_figures_and_says_what_is_hidden(terminal: Any) -> None:
-    compared = rows()
-    arguments = compared, measured(len(compared)), measured(1)[0]
+    arguments = lines(found=measured()), measured()
     whole = cells(terminal(400, *arguments)[0])
     assert whole[0] == COLUMNS
     before = len(COLUMNS) + 1
@@ -76,26 +78,46 @@ def test_every_width_shows_whole_figures_and_says_what_is_hidden(terminal: Any) 
 
 
 def test_the_least_important_columns_go_first(terminal: Any) -> None:
-    compared = rows()
-    arguments = compared, measured(len(compared), accuracy=0.5, f1=0.25), measured(1)[0]
+    pytest.importorskip("scipy")
+    lines = summarise(results(keeps=(0.5,), predicted=0.5), "exact")
+    lines.append(dataclasses.replace(lines[0], plans=of_another_backend(lines[0])))
     order = []
-    for columns in range(170, 20, -3):
-        _, err = terminal(columns, *arguments[:2])
+    for columns in range(250, 20, -3):
+        _, err = terminal(columns, lines)
         hidden = err.removeprefix("hidden to fit the terminal: ").partition(";")[0].split(", ")
         order += [name for name in hidden if name and name not in order]
-    assert order == [*tables.EXPENDABLE, "f1", "accuracy"]
+    assert order == [*tables.EXPENDABLE, "perplexity"]
+
+
+def of_another_backend(line: Line) -> tuple[MeasuredPlan, ...]:
+    return tuple(row.model_copy(update={"backend": "svd"}) for row in line.plans)
+
+
+def test_figures_of_several_calibrations_and_paired_tests(terminal: Any) -> None:
+    pytest.importorskip("scipy")
+    lines = summarise(results(keeps=(0.5,)), "exact")
+    header, *found = cells(terminal(400, lines)[0])
+    shown = [dict(zip(header, row, strict=True)) for row in found]
+    for line, row in zip(lines, shown, strict=True):
+        assert row["+-"] == f"{line.half_width:.4f}" and row["loss"] == f"{line.loss:.4f}"
+    against = lines[0].against
+    assert against is not None
+    assert (
+        shown[0]["difference"] == f"{against.mean:+.4f} [{against.low:+.4f}, {against.high:+.4f}]"
+    )
+    assert shown[0]["p"] == f"{against.corrected:.1g}"
+    assert (shown[1]["difference"], shown[1]["p"]) == ("", "")
 
 
 def test_without_a_measured_loss_retained_stays(terminal: Any) -> None:
-    out, _ = terminal(20, rows("uniform"))
+    out, _ = terminal(20, lines("uniform"))
     assert cells(out)[0] == ["strategy", "keep", "retained"]
 
 
 def test_wide_and_a_pipe_have_every_column_as_ever(
     terminal: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compared = rows()
-    arguments = compared, measured(len(compared)), measured(1)[0]
+    arguments = lines(found=measured()), measured()
     console = Console(width=200)
     with console.capture() as caught:
         console.print(comparison(*arguments))
@@ -108,10 +130,11 @@ def test_wide_and_a_pipe_have_every_column_as_ever(
 def test_odd_and_very_long_names_are_printed_as_they_are(terminal: Any) -> None:
     name = "module:heart:" + "x" * 300 + "[/bold]"
     (one,) = compare(synthetic_profile(), [0.5], [Strategy("exact")])
-    compared = [ComparedPlan(Strategy(name), 0.5, one.plan, 0.0)]
-    metrics = measured(1, **{"[red]" + "metric" * 50: 0.5})
+    row = ComparedPlan(Strategy(name), 0.5, one.plan, 0.0)
+    found = measured(**{"[red]" + "metric" * 50: 0.5})
+    compared = lines_of(synthetic_profile().info.layers, [MeasuredPlan.of(row, found)])
     for columns in (40, 80, 400):
-        out, _ = terminal(columns, compared, metrics)
+        out, _ = terminal(columns, compared)
         assert cells(out)[1][:2] == [name, "0.5"]
 
 
@@ -125,4 +148,8 @@ def test_compare_in_a_narrow_terminal_and_through_a_pipe(tmp_path: Path) -> None
     assert any("--wide shows all" in line for line in shown)
     code, written = in_terminal(60, tmp_path, *arguments, "--wide")
     assert code == 0 and "hidden" not in written
-    assert all(name in written for name in COLUMNS if name not in ("backend", "loss", "perplexity"))
+    assert all(
+        name in written
+        for name in COLUMNS
+        if name not in ("backend", "predicted", "loss", "perplexity")
+    )

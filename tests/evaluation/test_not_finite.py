@@ -14,8 +14,8 @@ import torch
 from rankopt import evaluate, profile_model
 from rankopt.errors import NotFiniteError, RankoptError
 from rankopt.evaluation import plans
+from rankopt.evaluation.comparison import measure_comparison
 from rankopt.evaluation.evaluation import Evaluation
-from rankopt.evaluation.plans import measure_comparison
 from rankopt.evaluation.search import search_plan
 from rankopt.plan.compare import Strategy, compare
 from rankopt.schema import finite

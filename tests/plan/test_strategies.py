@@ -4,7 +4,7 @@ import pytest
 
 from rankopt import make_plan
 from rankopt.errors import OptionError, ProfileError
-from rankopt.plan.compare import Strategy, compare
+from rankopt.plan.compare import Strategy, compare, spread
 from tests.plan.test_planner import PROFILE
 
 
@@ -52,7 +52,7 @@ def test_a_strategy_says_the_floor_that_an_option_says() -> None:
     assert rows[0].plan == make_plan(PROFILE, keep=0.7, min_retained=0.6)
     assert rows[1].plan == make_plan(PROFILE, keep=0.7, objective="layerwise", min_retained="best")
     assert rows[2].plan.min_retained is None
-    assert rows[0].to_dict()["min_retained"] == 0.6 and str(rows[1].strategy) == texts[1]
+    assert rows[0].plan.min_retained == 0.6 and str(rows[1].strategy) == texts[1]
     # Of strategies that say none, it is the option's.
     others = [row.plan for row in compare(PROFILE, [0.7], DEFAULTS, min_retained=0.6)]
     assert others == [rows[0].plan, rows[1].plan]
@@ -72,8 +72,21 @@ def test_backends_are_compared_side_by_side() -> None:
             PROFILE, keep=row.keep, solver=row.strategy.solver, backend=row.plan.backend
         )
         assert row.plan == made
-        assert row.to_dict()["backend"] == row.plan.backend
     other = list(compare(PROFILE, [0.5], wanted, backend="svd"))
     assert [row.plan.backend for row in other] == ["svd", "svd", "fwsvd"]
     with pytest.raises(ProfileError, match="'pca', only for fwsvd, svd"):
         list(compare(PROFILE, [0.5], [Strategy.parse("exact@pca")]))
+
+
+def test_every_strategy_is_spread_over_backends_and_forms_unless_it_names_its_own() -> None:
+    given = [Strategy.parse(text) for text in ("exact", "uniform@svd", "exact/pairs")]
+    found = [str(each) for each in spread(given, ["fwsvd", "svd"], ["pairs", "pivoted"])]
+    assert found == [
+        "exact/pairs@fwsvd",
+        "exact/pivoted@fwsvd",
+        "exact/pairs@svd",
+        "exact/pivoted@svd",
+        "uniform/pairs@svd",
+        "uniform/pivoted@svd",
+    ]
+    assert spread(given, [], []) == given
