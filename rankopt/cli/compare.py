@@ -105,6 +105,8 @@ def compare(
     )
     reference = _reference(against, strategies)
     profiles = {str(path): Profile.load(path) for path in profile}
+    if len(profiles) < len(profile):
+        raise OptionError(f"a profile is given twice: {', '.join(map(str, profile))}")
     rows = [
         row
         for each in profiles.values()
@@ -156,7 +158,7 @@ def _reference(against: str | None, strategies: Sequence[Strategy]) -> str:
         return (plain or named)[0]
     wanted = str(Strategy.parse(against))
     if wanted not in named:
-        raise OptionError(f"against {wanted!r} is none of the strategies: {', '.join(named)}")
+        raise OptionError(f"--against {wanted!r} is none of the strategies: {', '.join(named)}")
     return wanted
 
 
@@ -199,8 +201,8 @@ def _warn(lines: Sequence[Line]) -> None:
         least, most = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
         if kept[most] - kept[least] > APART:
             note(
-                f"at {keep:g} parameters are not equal: {least} keeps {kept[least]:.2%}, {most} "
-                f"{kept[most]:.2%}; losses compare unequal models"
+                f"at {keep:g} the plans do not spend alike: {least} keeps {kept[least]:.2%}, "
+                f"{most} {kept[most]:.2%}"
             )
     from rankopt.cli.tables import reasons_of
 

@@ -66,6 +66,13 @@ class DataOptions:
             "in all, of another domain as many."
         ),
     ] = None
+    resample: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed: draw the examples at random, with replacement, instead of at equal "
+            "distances: another sample of the data, to see what depends on it."
+        ),
+    ] = None
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -131,7 +138,7 @@ class DataOptions:
 
 #: Parameters that say how data is read: they do nothing without data.
 READING = tuple(field.name for field in dataclasses.fields(DataOptions) if field.name != "data")
-_OTHERS = ("also", "no_also")
+_OTHERS, _MIXED = ("also", "no_also"), ("weight", "resample")
 _DEFAULTS = DataOptions()
 _KINDS = get_type_hints(DataOptions, include_extras=True)
 _SEVERAL = tuple(name for name, kind in _KINDS.items() if get_origin(kind.__origin__) is tuple)
@@ -227,6 +234,7 @@ class _Reader:
             "max_length": self.max_length,
             "batch_size": self.asked.batch_size,
             "examples": self.asked.examples,
+            "resample": self.asked.resample,
             "label2id": {str(k): int(v) for k, v in (self.model.config.label2id or {}).items()},
         }
         if len(sources) > 1:
@@ -305,7 +313,7 @@ def _parameters(
     for field in dataclasses.fields(DataOptions):
         kind: Any = _KINDS[field.name]
         default: Any = field.default
-        if field.name in (_OTHERS if mixed else ("weight",)):
+        if field.name in (_OTHERS if mixed else _MIXED):
             continue
         if field.name in _SEVERAL:
             # The command line gives lists, and None for none.

@@ -44,6 +44,7 @@ def load_batches(
     examples: int | None = None,
     label2id: Mapping[str, int] | None = None,
     rows: Sequence[Row] | None = None,
+    resample: int | None = None,
 ) -> list[Batch]:
     """Read a source into batches for a task.
 
@@ -58,6 +59,7 @@ def load_batches(
         examples: how many to take, at equal distances; all if not given.
         label2id: for labels given as names.
         rows: of the source, if they have been read already.
+        resample: seed with which the examples are drawn at random, with replacement.
 
     Raises:
         DataError: missing file or column, unknown label, too little text.
@@ -67,7 +69,7 @@ def load_batches(
     given = DataSource(source, columns or Columns(), split, rows)
     found = examples_of(given, tokenizer, task, max_length, label2id or {})
     say_affixes(tokenizer, found.before)
-    return batched(tokenizer, task, found.take(examples), batch_size)
+    return batched(tokenizer, task, found.take(examples, resample), batch_size)
 
 
 def text_batches(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from rankopt.data.labels import Label, classes_of, label_of, list_of
@@ -51,9 +52,11 @@ class Examples:
     encode: Callable[[Sequence[int]], list[dict[str, Any]]]
     before: tuple[int, ...] = ()
 
-    def take(self, wanted: int | None) -> list[dict[str, Any]]:
-        """So many, at equal distances; all if there are not more."""
-        return self.encode(spread(self.available, wanted))
+    def take(self, wanted: int | None, resample: int | None = None) -> list[dict[str, Any]]:
+        """So many, at equal distances, all if there are not more; or drawn, see drawn."""
+        if resample is None:
+            return self.encode(spread(self.available, wanted))
+        return self.encode(drawn(self.available, wanted, resample))
 
 
 def examples_of(
@@ -146,6 +149,20 @@ def spread(available: int, wanted: int | None) -> list[int]:
     if wanted is None or wanted >= available:
         return list(range(available))
     return [n * available // wanted for n in range(wanted)]
+
+
+def drawn(available: int, wanted: int | None, seed: int) -> list[int]:
+    """``wanted`` of ``available`` indices, drawn with replacement and sorted: a bootstrap sample.
+
+    No more are drawn than there are.
+
+    Raises:
+        OptionError: a seed below 0.
+    """
+    if seed < 0:
+        raise OptionError(f"resample must be a seed from 0, got {seed}")
+    count = available if wanted is None else min(wanted, available)
+    return sorted(np.random.default_rng(seed).integers(0, available, count).tolist())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

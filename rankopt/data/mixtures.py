@@ -104,6 +104,7 @@ def load_mixture(
     batch_size: int = 4,
     examples: int | None = None,
     label2id: Mapping[str, int] | None = None,
+    resample: int | None = None,
 ) -> Mixture:
     """Read several sources for one task, each in its own format, into batches of all of them.
 
@@ -117,6 +118,7 @@ def load_mixture(
         examples: windows or rows in all; if not given, the most that there are in these
             proportions. A source that has fewer than its share gives all, which is said on stderr.
         label2id: for labels given as names.
+        resample: seed with which each source's examples are drawn, see load_batches.
 
     Raises:
         DataError: see load_batches; or labels of one source have another form than the others'.
@@ -129,7 +131,7 @@ def load_mixture(
     opened = [examples_of(each, tokenizer, task, max_length, label2id or {}) for each in sources]
     say_affixes(tokenizer, opened[0].before)
     wanted = shares(weights, [each.available for each in opened], examples, names)
-    encoded = [_taken(*each) for each in zip(names, opened, wanted, strict=True)]
+    encoded = [_taken(*each, resample) for each in zip(names, opened, wanted, strict=True)]
     if task != "token-classification":
         _require_one_form(names, encoded)
     order = interleaved([len(each) for each in encoded])
@@ -209,8 +211,8 @@ def _merged(taken: Sequence[Sequence[T]], order: Sequence[int]) -> list[T]:
     return [next(rests[number]) for number in order]
 
 
-def _taken(name: str, opened: Examples, wanted: int) -> list[dict[str, Any]]:
-    found = opened.take(wanted)
+def _taken(name: str, opened: Examples, wanted: int, resample: int | None) -> list[dict[str, Any]]:
+    found = opened.take(wanted, resample)
     if len(found) < wanted:
         tqdm.write(
             f"warning: {name} gives {len(found)} examples, {wanted} were wanted of it for the "

@@ -199,7 +199,7 @@ def test_demo_with_another_model_reuses_its_profile(run: Run, files: Path, tmp_p
     assert f"{results['reloaded']['loss']:.4f}" in printed
     # The demo refines and saves the last row, which is of the default.
     best = results["rows"][-1]
-    assert (best["strategy"], best["keep"], best["backend"], best["form"]) == (
+    assert (best["solver"], best["keep"], best["backend"], best["form"]) == (
         "exact", 0.7, "kronecker", "pivoted"
     )  # fmt: skip
     assert best["model_parameters"] == results["reloaded"]["model_parameters"]

@@ -37,7 +37,7 @@ def test_all_backends_are_planned_and_applied_from_one_profile(
     rows = json.loads(
         done(run("compare", path, "--keep", 0.7, *measure, "--strategy", *names, "--json"))
     )["rows"]
-    losses = {(row["backend"], row["strategy"]): row["loss"] for row in rows}
+    losses = {(row["backend"], row["solver"]): row["loss"] for row in rows}
     assert len(losses) == 12 and all(np.isfinite(loss) for loss in losses.values())
     assert len({losses[name, "exact"] for name in BACKENDS}) == 6
     plan, smaller = tmp_path / "plan.json", tmp_path / "smaller"

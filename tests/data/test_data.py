@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from rankopt.data.batches import load_batches, spread, text_batches
+from rankopt.data.examples import drawn
 from rankopt.data.rows import Columns, read_rows, require_columns
 from rankopt.errors import DataError, OptionError
 from rankopt.model.tasks import IGNORED
@@ -304,3 +306,31 @@ def test_sizes_that_make_no_batch_are_refused(tmp_path: Path, change: dict[str, 
     source = write(tmp_path / "a.csv", ROWS)
     with pytest.raises(OptionError, match="at least"):
         load_batches(source, tiny.tokenizer(), "regression", **change)  # type: ignore[arg-type]
+
+
+def test_resampling_draws_with_replacement_from_the_whole_source(tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text(" ".join(tiny.WORDS * 40))
+    how: Any = {"tokenizer": tiny.tokenizer(), "task": "causal-lm", "max_length": 8}
+    plain = load_batches(str(text), **how, batch_size=1)
+    rows = [tuple(batch["input_ids"][0].tolist()) for batch in plain]
+    samples = [
+        load_batches(str(text), **how, batch_size=1, examples=20, resample=seed)
+        for seed in (3, 3, 4)
+    ]
+    first, again, other = (
+        [tuple(batch["input_ids"][0].tolist()) for batch in sample] for sample in samples
+    )
+    assert first == again != other
+    assert len(first) == len(other) == 20 and {*first, *other} <= {*rows}
+    whole = load_batches(str(text), **how, batch_size=1, resample=0)
+    assert len(whole) == len(plain)
+    with pytest.raises(OptionError, match="resample must be a seed from 0, got -1"):
+        load_batches(str(text), **how, resample=-1)
+
+
+def test_a_bootstrap_sample_leaves_out_about_a_third() -> None:
+    found = drawn(3000, None, 5)
+    assert len(found) == 3000 and found == sorted(found)
+    assert len({*found}) / 3000 == pytest.approx(1 - np.exp(-1), abs=0.02)
+    assert len(drawn(10, 50, 0)) == 10 and {*drawn(10, 50, 0)} <= {*range(10)}
