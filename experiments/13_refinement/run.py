@@ -37,6 +37,8 @@ FLOORS = ("exact/min=0.98@kronecker",)
 PUBLISHED = ("zero-sum/pairs", "zero-sum")
 #: Some minutes a row; the last is the anchored closed form with our ranks, in the pivoted form.
 ANCHORED = ("anchored 0.5/pairs", "anchored 1/pairs", "anchored 0.5 exact@kronecker")
+#: Ranks planned on what blocks lose after they were refined.
+LEARNED = "learned exact@kronecker"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,11 @@ PARTS = {
         for keep in (0.65, 0.5, 0.8)
         for method in (*OURS, *FLOORS, "uniform/pairs@whitened")
     ],
+    "learned": [
+        Row(LEARNED, keep, *refined)
+        for keep in (0.65, 0.5, 0.8)
+        for refined in ((), ("distill", 64))
+    ],
     "blocks": [
         Row(method, 0.65, "blocks", 64) for method in ("exact@kronecker", "anchored 1/pairs")
     ],
@@ -104,15 +111,40 @@ class Work:
         return profile_model(self.model, self.calibration, backends=backends, form="pivoted")
 
     @functools.cached_property
+    def learned(self) -> Any:
+        """The profile on whose curves each block loses what refining it by itself leaves.
+
+        Blocks of the exact plan at 0.65 are refined on 32 windows; a block's curves are multiplied
+        with the share of its held-out error that is left.
+        """
+        from rankopt import apply_plan, refine
+
+        model = copy.deepcopy(self.model)
+        apply_plan(model, self.plan("exact@kronecker", 0.65), self.profile)
+        done = refine(model, self.model, self.learn(32), method="blocks")
+        left = {f"{block.name}.": block.after / block.before for block in done.blocks}
+
+        def share(name: str) -> float:
+            return next((each for block, each in left.items() if name.startswith(block)), 1.0)
+
+        curves = {
+            name: dataclasses.replace(curve, losses=curve.losses * share(name))
+            for name, curve in self.profile.curves["kronecker"].items()
+        }
+        all_curves = {**self.profile.curves, "kronecker": curves}
+        return dataclasses.replace(self.profile, curves=all_curves)
+
+    @functools.cached_property
     def components(self) -> Any:
         """What Zero Sum SVD sees."""
         return baselines.components(self.model, self.calibration, self.profile.info.layers)
 
-    def plan(self, strategy: str, keep: float) -> Any:
+    def plan(self, strategy: str, keep: float, profile: Any = None) -> Any:
         """A plan of ours."""
         from rankopt.plan.compare import Strategy, compare
 
-        (row,) = compare(self.profile, (keep,), [Strategy.parse(strategy)], form="pivoted")
+        chosen = profile or self.profile
+        (row,) = compare(chosen, (keep,), [Strategy.parse(strategy)], form="pivoted")
         return row.plan
 
     def measured(self, model: Any) -> dict[str, float]:
@@ -133,8 +165,9 @@ def compressed(work: Work, row: Row) -> tuple[Any, int, int]:
     method, pairs, _ = row.method.partition("/pairs")
     kind, *rest = method.split(" ")
     if kind not in ("zero-sum", "anchored"):
-        plan = work.plan(row.method, row.keep)
-        apply_plan(model, plan, work.profile)
+        profile = work.learned if kind == "learned" else work.profile
+        plan = work.plan(row.method.removeprefix("learned "), row.keep, profile)
+        apply_plan(model, plan, profile)
         return model, plan.size.planned, plan.budget.parameters
     form: Any = "pairs" if pairs else "pivoted"
     plan = work.plan(rest[1] if rest[1:] else f"uniform/{form}@whitened", row.keep)
@@ -239,7 +272,7 @@ def quick() -> None:
     figures = baselines.check(model, batches[:2])
     assert figures["unchanged prefix"] < 1e-6
     work = Work(model, batches[:4], lambda count: batches[:count], batches[4:], batches[4:])
-    methods = (*OURS, *OTHERS, *PUBLISHED, *ANCHORED)
+    methods = (*OURS, *OTHERS, *PUBLISHED, *ANCHORED, LEARNED)
     rows = [Row(method, 0.8, refined, 4) for method in methods for refined in ("", "distill")]
     rows.append(Row("anchored 0.5/pairs", 0.8, "blocks", 4))
     with tempfile.TemporaryDirectory() as temporary:

@@ -137,8 +137,9 @@ def compare(
         from rankopt.cli.tables import print_comparison
 
         print_comparison(lines, dense, wide=wide)
-        if correlated := _prediction(lines, dense):
-            show(correlated)
+        for text in (_test(lines, reference), _prediction(lines, dense)):
+            if text:
+                show(text)
     _warn(lines)
 
 
@@ -180,6 +181,18 @@ def _plain(
         if line.measured
     ]
     return {"rows": rows, **({"lines": compared} if compared else {})}
+
+
+def _test(lines: Sequence[Line], reference: str) -> str:
+    """What the difference is of, and how p was found."""
+    found = next((line.against for line in lines if line.against is not None), None)
+    if found is None:
+        return ""
+    how = "McNemar's test" if found.test == "McNemar" else "paired bootstrap over examples"
+    return (
+        f"difference: {found.what} over that of {reference} at the same budget; p: {how}, Holm's "
+        "correction for all rows"
+    )
 
 
 def _prediction(lines: Sequence[Line], dense: Measured | None) -> str:
