@@ -23,12 +23,13 @@ def full(folder: Path) -> None:
 
     from rankopt.cli.tables import comparison
     from rankopt.demo import run_demo
+    from rankopt.results import summarise
 
     result = run_demo(folder)
-    check(result.to_dict(), dense_loss=result.dense.loss)
+    check(result.to_dict(), dense_loss=result.results.dense.loss)
     printed = io.StringIO()
-    rows, measured = zip(*result.rows, strict=True)
-    Console(file=printed, width=200).print(comparison(rows, measured, result.dense))
+    results = result.results
+    Console(file=printed, width=200).print(comparison(summarise(results), results.dense))
     table = "".join(f"{x.rstrip()}\n" for x in printed.getvalue().splitlines() if x.strip())
     (HERE / "table.md").write_text(table, encoding="utf-8")
     text = json.dumps(result.to_dict(), indent=1) + "\n"
@@ -46,7 +47,7 @@ def quick(folder: Path) -> None:
     tiny.tokenizer(model)
     # A tiny model has few ranks: each is a larger part of the budget.
     result = run_demo(folder / "demo", model_folder=model, calibration=8, held_out=4, max_length=16)
-    check(result.to_dict(), dense_loss=result.dense.loss, within=0.02)
+    check(result.to_dict(), dense_loss=result.results.dense.loss, within=0.02)
 
 
 def check(found: dict, dense_loss: float, within: float = 1e-3) -> None:
@@ -57,7 +58,7 @@ def check(found: dict, dense_loss: float, within: float = 1e-3) -> None:
         assert row["parameters"] >= (1 - within) * row["budget"], f"{name}: budget left over"
         assert 0.0 <= row["gap"] <= 1.0, f"{name}: gap {row['gap']}"
     kind = ("exact", "total", "kronecker", "pivoted")
-    names = ("strategy", "objective", "backend", "form")
+    names = ("solver", "objective", "backend", "form")
     chosen = [row for row in found["rows"] if tuple(row[name] for name in names) == kind][-1]
     reloaded, refined = found["reloaded"], found["refined"]
     assert refined["after"] <= refined["before"], "refinement lost on what it did not fit"

@@ -180,14 +180,16 @@ def measured(model: Any, batches: list[Any]) -> dict[str, Any]:
 
 def closed(subject: Subject, keeps: Sequence[float]) -> Kept:
     """Every plan as the closed form makes it."""
-    from rankopt.evaluation.plans import measure_rows, measured_dict
+    from rankopt.evaluation.comparison import measured_of
+    from rankopt.evaluation.plans import measure_rows
+    from rankopt.results import MeasuredPlan
 
     kept = subject.kept("closed")
     rows = [row for row in plans(subject, STRATEGIES, keeps) if name_of(row) not in kept.found]
     for row, found in measure_rows(
         subject.model, subject.profile, rows, subject.dev, per_example=True
     ):
-        plain = {**measured_dict(row, found), "strategy": str(row.strategy)}
+        plain = MeasuredPlan.of(row, measured_of(found)).to_dict()
         kept.add(name_of(row), {**plain, "example_losses": found.example_losses})
     return kept
 
@@ -197,6 +199,7 @@ def refined(subject: Subject, keeps: Sequence[float]) -> Kept:
     from rankopt.apply.apply import apply_plan
     from rankopt.data.digest import data_digest
     from rankopt.refinement.refinement import DEFAULTS, refine
+    from rankopt.results import MeasuredPlan
 
     kept = subject.kept(
         "refined",
@@ -211,7 +214,7 @@ def refined(subject: Subject, keeps: Sequence[float]) -> Kept:
         checkpoint = subject.folder / f"refining-{number}.safetensors"
         found = refine(model, subject.model, subject.distilled, checkpoint=checkpoint)
         not_fitted = {"before": found.before, "after": found.after, "targets": found.held_out}
-        plain = {**row.to_dict(), "strategy": str(row.strategy), "steps": found.steps}
+        plain = MeasuredPlan.of(row).to_dict() | {"steps": found.steps}
         plain |= {"fitted": found.targets, "not_fitted": not_fitted}
         kept.add(name_of(row), {**plain, "before": before, "after": measured(model, subject.dev)})
         checkpoint.unlink(missing_ok=True)
