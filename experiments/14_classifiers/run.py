@@ -31,9 +31,20 @@ from pathlib import Path
 from typing import Any
 
 from tables import right, summed_up, table
-from tuning import BATCH, LEARNING_RATE, MAX_LENGTH, SEED, Task, batches_of, fine_tuned, rows_of
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from glue import (  # noqa: E402 (beside the folders of the experiments)
+    BATCH,
+    LEARNING_RATE,
+    MAX_LENGTH,
+    SEED,
+    Task,
+    batches_of,
+    fine_tuned,
+    rows_of,
+)
+
 BACKENDS = ("kronecker", "fwsvd")
 SOLVERS = ("uniform", "proportional", "threshold", "exact")
 STRATEGIES = (

@@ -1,4 +1,8 @@
-"""Two GLUE tasks, and a MiniLM-L6 fine-tuned on each: what every figure of run.py is about."""
+"""Tasks of GLUE, and models fine-tuned on them: what 09 and 14 measure.
+
+The rows come through the datasets library (nyu-mll/glue), or from a folder with NAME/train.tsv and
+NAME/dev.tsv.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +19,7 @@ SPLITS = {"train": "train", "dev": "validation"}
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task of GLUE with two classes.
+    """A task of GLUE.
 
     Attributes:
         name: of its folder, and in nyu-mll/glue.
@@ -23,6 +27,8 @@ class Task:
         pair: column of the second text, if there is one.
         epochs: of fine-tuning.
         training: rows to fine-tune on, at equal distances over the split; None is all.
+        label: column of the label in the files; the library calls it ``label``.
+        classes: how many; 1 is a regression.
     """
 
     name: str
@@ -30,6 +36,13 @@ class Task:
     pair: str | None
     epochs: int
     training: int | None = None
+    label: str = "label"
+    classes: int = 2
+
+    @property
+    def kind(self) -> str:
+        """As rankopt names it."""
+        return "regression" if self.classes == 1 else "sequence-classification"
 
 
 def rows_of(task: Task, data: Path | None, split: str) -> list[Mapping[str, Any]]:
@@ -49,6 +62,8 @@ def rows_of(task: Task, data: Path | None, split: str) -> list[Mapping[str, Any]
         found = read_rows(str(data / task.name / f"{split}.tsv"))
     wanted = task.training if split == "train" else None
     rows = [found[number] for number in spread(len(found), wanted)]
+    label = task.label if data is not None else "label"
+    rows = [{**row, "label": row[label]} for row in rows]
     texts = [name for name in (task.text, task.pair) if name]
     return sorted(rows, key=lambda row: sum(len(row[name]) for name in texts))
 
@@ -59,6 +74,7 @@ def batches_of(
     tokenizer: Any,
     size: int,
     examples: int | None = None,
+    resample: int | None = None,
 ) -> list[Any]:
     """Batches of so many of the rows, at equal distances: short and long ones as they occur."""
     from rankopt.data.batches import load_batches
@@ -67,12 +83,13 @@ def batches_of(
     return load_batches(
         task.name,
         tokenizer,
-        "sequence-classification",
+        task.kind,
         columns=Columns(task.text, task.pair, "label"),
         max_length=MAX_LENGTH,
         batch_size=size,
         examples=examples,
         rows=rows,
+        resample=resample,
     )
 
 
@@ -80,8 +97,6 @@ def fine_tuned(
     task: Task, source: str, rows: Sequence[Mapping[str, Any]], folder: Path
 ) -> tuple[Any, Any]:
     """The model and its tokenizer; made once, and an epoch at most is lost by an interruption.
-
-    AdamW in float32, with linear warm-up over a tenth of the steps and linear decay.
 
     Args:
         task: that it learns.
@@ -92,19 +107,40 @@ def fine_tuned(
     import torch
     import transformers
 
-    from rankopt.files import whole_file, whole_folder
+    from rankopt.files import whole_folder
     from rankopt.model.loading import load_model, load_tokenizer
 
-    made, kept = folder / "model", folder / "epochs.pt"
+    made = folder / "model"
     tokenizer = load_tokenizer(source)
     if made.is_dir():
         return load_model(str(made), "float32"), tokenizer
-    batches = batches_of(task, rows, tokenizer, BATCH)
     torch.manual_seed(SEED)
     auto: Any = transformers.AutoModelForSequenceClassification
-    model = auto.from_pretrained(source, num_labels=2, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01, fused=True)
-    steps = task.epochs * len(batches)
+    model = auto.from_pretrained(source, num_labels=task.classes, dtype=torch.float32)
+    train(model, batches_of(task, rows, tokenizer, BATCH), task.epochs, folder / "epochs.pt")
+    with whole_folder(made) as whole:
+        model.save_pretrained(whole)
+    (folder / "epochs.pt").unlink()
+    return model.eval(), tokenizer
+
+
+def train(model: Any, batches: Sequence[Any], epochs: int, kept: Path) -> None:
+    """AdamW in float32, with linear warm-up over a tenth of the steps and linear decay.
+
+    Args:
+        model: all of its parameters learn.
+        batches: to learn from.
+        epochs: over them.
+        kept: file with the state after each epoch, to go on from.
+    """
+    import torch
+    import transformers
+
+    from rankopt.files import whole_file
+
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.01, fused=True)
+    steps = epochs * len(batches)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     first = 0
@@ -113,22 +149,19 @@ def fine_tuned(
         first = state["epochs"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    for epoch in range(first, task.epochs):
+    for epoch in range(first, epochs):
         # Order and dropout are an epoch's own: what goes on is what was never interrupted.
         torch.manual_seed(1000 * SEED + epoch + 1)
         model.train()
         for number in torch.randperm(len(batches)).tolist():
             loss = model(**batches[number]).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        print(f"{task.name}: epoch {epoch + 1} of {task.epochs}", flush=True)
+        print(f"{kept.parent.name}: epoch {epoch + 1} of {epochs}", flush=True)
         with whole_file(kept) as file:
             states = {name: part.state_dict() for name, part in parts.items()}
             torch.save({"epochs": epoch + 1, **states}, file)
-    with whole_folder(made) as whole:
-        model.save_pretrained(whole)
-    kept.unlink()
-    return model.eval(), tokenizer
+    model.eval()
