@@ -24,6 +24,8 @@ from rankopt.temporary import MARK, temporary_folder
 
 PLAN, PROFILE, CHECKPOINT = "rankopt-plan", "rankopt-profile", "rankopt-checkpoint"
 REFINEMENT, RESULTS = "rankopt-refinement", "rankopt-results"
+#: Folders, in their list of files.
+MODEL, PICTURES = "rankopt-model", "rankopt-pictures"
 #: Of a folder of ours: its files and their sizes.
 LIST_OF_FILES = "rankopt_files.json"
 #: A longer text or header is not looked at: it is none of ours.
@@ -153,13 +155,18 @@ def whole_file(path: str | os.PathLike[str], ours: Ours | None = None) -> Iterat
 
 
 def require_free(
-    path: str | os.PathLike[str], overwrite: bool, *, apart_from: Iterable[object] = ()
+    path: str | os.PathLike[str],
+    overwrite: bool,
+    *,
+    kind: str = MODEL,
+    apart_from: Iterable[object] = (),
 ) -> Path:
     """The folder as a Path, if something may be written there; nothing is written or made yet.
 
     Args:
         path: of the folder.
-        overwrite: replace a folder that rankopt wrote; no other one is replaced.
+        overwrite: replace a folder of this kind that rankopt wrote; no other one is replaced.
+        kind: what is to be written, a model or pictures.
         apart_from: paths that are read, other names and None among them: not these, nothing that
             they are in, and nothing in them.
 
@@ -194,30 +201,32 @@ def require_free(
         if not target.is_dir():
             raise RankoptError(f"{target} is a file, and is not replaced by a folder: name another")
         if occupied:
-            _require_ours(target)
+            _require_ours(target, kind)
     return target
 
 
 @contextmanager
-def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(
+    path: str | os.PathLike[str], overwrite: bool = False, kind: str = MODEL
+) -> Iterator[Path]:
     """Yield a temporary folder near ``path``; on success it takes the place of ``path``.
 
     Raises:
         RankoptError, WriteError: see require_free.
     """
-    target = require_free(path, overwrite).absolute()
+    target = require_free(path, overwrite, kind=kind).absolute()
     with told(target), temporary_folder(target.parent) as folder:
         fresh, old = folder / "new" / target.name, folder / "old" / target.name
         fresh.mkdir(parents=True)
         old.parent.mkdir()
         yield fresh
         sizes = _sizes(fresh)
-        about = {"format": "rankopt-model", "rankopt": __version__, "files": sizes}
+        about = {"format": kind, "rankopt": __version__, "files": sizes}
         (fresh / LIST_OF_FILES).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for name in (*sizes, LIST_OF_FILES):
             _sync(fresh / name)
         fresh.chmod(0o755)
-        require_free(path, overwrite)
+        require_free(path, overwrite, kind=kind)
         if not target.exists():
             os.replace(fresh, target)
             return
@@ -238,18 +247,19 @@ def _sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def _require_ours(folder: Path) -> None:
+def _require_ours(folder: Path, kind: str) -> None:
     """Refuse to replace a folder that rankopt did not write, or name what else it has in it."""
     found, listed = _sizes(folder), folder / LIST_OF_FILES
     linked = [name for name in found if (folder / name).is_symlink()]
-    if format_of(listed) == "rankopt-model":
+    if format_of(listed) == kind:
         about = _json(listed).get("files")
         written = about if isinstance(about, dict) else {}
         found.pop(LIST_OF_FILES)
         other = [name for name, size in found.items() if written.get(name) != size]
     else:
         settings = _json(folder / "config.json").get("quantization_config")
-        if not isinstance(settings, dict) or settings.get("quant_method") != "rankopt":
+        ours = isinstance(settings, dict) and settings.get("quant_method") == "rankopt"
+        if kind != MODEL or not ours:
             raise RankoptError(
                 f"{folder} was not written by rankopt, so it is not replaced: name another folder"
             )

@@ -13,14 +13,15 @@ from typing import Annotated
 import typer
 
 from rankopt._version import __version__
-from rankopt.cli import apply, compare, demo, evaluate, plan, profile, refine
+from rankopt.cli import apply, compare, demo, evaluate, plan, profile, refine, report
 from rankopt.cli.command import Command
 from rankopt.cli.options import note
 from rankopt.errors import RankoptError
 
 app = typer.Typer(
     help="Decide how many ranks each layer of a neural network deserves.\n\n"
-    "profile -> plan -> apply -> refine -> evaluate; compare shows strategies side by side.",
+    "profile -> plan -> apply -> refine -> evaluate; compare shows strategies side by side, "
+    "report all of it on one page.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -33,6 +34,7 @@ app.command(cls=Command, epilog=compare.EXAMPLES)(compare.compare)
 app.command(cls=Command, epilog=apply.EXAMPLES)(apply.apply)
 app.command(cls=Command, epilog=refine.EXAMPLES)(refine.refine)
 app.command(cls=Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(cls=Command, epilog=report.EXAMPLES)(report.report)
 app.command(cls=Command, epilog=demo.EXAMPLES)(demo.demo)
 
 

@@ -1,0 +1,194 @@
+"""What a report says in words and tables: of the profile, of each plan, of what was measured.
+
+A table is its columns and rows of text; nothing here is HTML, the page's script makes text of it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+
+from rankopt.errors import printable
+from rankopt.plan.plan import Plan
+from rankopt.profile.profile import Profile
+from rankopt.results.results import Results
+from rankopt.results.summary import Line
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        columns: their heads.
+        rows: as many texts each.
+        note: a sentence below it.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "columns": [printable(column) for column in self.columns],
+            "rows": [[printable(text) for text in row] for row in self.rows],
+            "note": printable(self.note),
+        }
+
+
+def facts_of(profile: Profile) -> Table:
+    """What was measured, on what, and how sure it is."""
+    info = profile.info
+    share = info.planned_parameters / info.model_parameters
+    backends = "; ".join(f"{each.name} ({each.source})" for each in info.backends)
+    tied = sum(len(layer.members) > 1 for layer in info.layers)
+    rows = [
+        ("model", f"{info.architecture}, task {info.task}"),
+        (
+            "planned",
+            f"{len(info.layers):,} layers with {info.planned_parameters:,} of the model's "
+            f"{info.model_parameters:,} parameters ({share:.1%}), form {info.form}",
+        ),
+        *([("tied", f"{tied:,} of them share one matrix among several modules")] if tied else []),
+        (
+            "left alone",
+            f"{info.model_parameters - info.planned_parameters:,} parameters, which no plan changes",
+        ),
+        (
+            "measured on",
+            f"{info.examples:,} examples with {info.targets:,} targets (predicted tokens, or "
+            "labels)",
+        ),
+        ("estimator", _estimator(profile)),
+        ("losses by", backends),
+        ("certainty", _certainty(profile)),
+    ]
+    if info.sources is not None:
+        given = (f"{x.examples:,} of {x.name} (weight {x.weight:g})" for x in info.sources)
+        rows.append(("data", ", ".join(given)))
+    if info.stopped is not None:
+        rows.append(("stopped", info.stopped))
+    return Table(("what", "value"), tuple(rows))
+
+
+def certificates_of(plans: Mapping[str, Plan]) -> Table:
+    """One row for each plan: what it costs, what it loses, and how sure that is the least."""
+    columns = ("plan", "solver", "objective", "backend", "form", "budget", "kept", "of the model",
+               "loss", "no plan below", "gap", "status", "unit", "1,000 more parameters save",
+               "retained", "worst layer", "predicted increase")  # fmt: skip
+    return Table(
+        columns,
+        tuple(_certificate(name, plan) for name, plan in plans.items()),
+        "The gap is the proven distance to the best plan within the budget; 0 is proven optimal. "
+        "The predicted increase is of the loss of a target, in nats, to second order.",
+    )
+
+
+def measured_of(results: Results, lines: Sequence[Line], against: str | None) -> Table:
+    """One row for each strategy and budget, the dense model first."""
+    metrics = list(dict.fromkeys(name for line in lines for name in line.metrics))
+    others = list(dict.fromkeys(name for line in lines for name in line.also))
+    several = any(line.half_width is not None for line in lines)
+    columns = ["strategy", "keep", "kept", "loss", *(["±"] if several else []), *metrics]
+    columns += [*(f"loss of {name}" for name in others), "predicted increase"]
+    columns += ["stability of ranks"] if several else []
+    columns += ["difference", "interval", "corrected p"] if against is not None else []
+    dense = results.dense
+    first = ["dense", "", "100.00%", _loss(dense.loss), *([""] if several else [])]
+    first += [_figure(dense.metrics.get(name)) for name in metrics]
+    first += [_loss(dense.also[name].loss if name in dense.also else None) for name in others]
+    rows = [first + [""] * (len(columns) - len(first))]
+    for line in lines:
+        row = [line.strategy, f"{line.keep:g}", f"{line.kept:.2%}", _loss(line.loss)]
+        row += [_loss(line.half_width)] if several else []
+        row += [_figure(line.metrics.get(name)) for name in metrics]
+        row += [_loss(line.also.get(name)) for name in others]
+        row += [_loss(line.predicted)]
+        row += [_figure(line.stability, ".2f")] if several else []
+        row += _difference(line) if against is not None else []
+        rows.append(row)
+    return Table(tuple(columns), tuple(map(tuple, rows)), _measured_note(results, lines, against))
+
+
+def correlations_of(found: Mapping[str, tuple[float, int]]) -> Table:
+    """Whether predictions order plans as measurements do, one row for each backend."""
+    return Table(
+        ("backend", "Spearman's correlation", "of so many"),
+        tuple((name, f"{rho:.3f}", str(count)) for name, (rho, count) in found.items()),
+        "Of predicted and measured increase, over strategies and budgets: 1 is the same order. "
+        "Backends with fewer than three have none.",
+    )
+
+
+def _estimator(profile: Profile) -> str:
+    info = profile.info
+    reason = "" if info.estimator_reason is None else f" ({info.estimator_reason})"
+    return f"{info.estimator} Fisher information of each {info.unit}{reason}"
+
+
+def _certainty(profile: Profile) -> str:
+    errors = profile.standard_errors()
+    worst = max(errors, key=lambda name: errors[name])
+    if math.isinf(errors[worst]):
+        return "unknown: it takes two batches or more"
+    return (
+        f"standard error of a layer's Fisher information {median(errors.values()):.1%} (median), "
+        f"{errors[worst]:.1%} ({worst})"
+    )
+
+
+def _certificate(name: str, plan: Plan) -> tuple[str, ...]:
+    proof, size = plan.certificate, plan.size
+    return (
+        name,
+        plan.solver,
+        plan.objective,
+        f"{plan.backend}, scale {plan.scale}",
+        plan.form,
+        str(plan.budget),
+        f"{size.planned:,} ({size.planned / size.planned_dense:.2%})",
+        f"{size.model / size.model_dense:.2%}",
+        f"{proof.loss:.5g}",
+        f"{proof.bound:.5g}",
+        f"{proof.gap:.2g}",
+        proof.status,
+        proof.unit,
+        "" if proof.multiplier is None else f"{1000 * proof.multiplier:.3g}",
+        f"{plan.retained_total:.3%}",
+        f"{plan.worst_layer} ({plan.retained_worst:.1%})",
+        "" if plan.predicted is None else f"+{plan.predicted:.4g}",
+    )
+
+
+def _difference(line: Line) -> list[str]:
+    found = line.against
+    if found is None:
+        return ["", "", ""]
+    what = "" if found.what == "loss" else f" {found.what}"
+    return [
+        f"{found.mean:+.4f}{what}",
+        f"{found.low:+.4f} to {found.high:+.4f}",
+        f"{found.corrected:.2g} ({found.test})",
+    ]
+
+
+def _measured_note(results: Results, lines: Sequence[Line], against: str | None) -> str:
+    said = [f"{results.dense.examples:,} examples with {results.dense.targets:,} targets."]
+    if any(line.half_width is not None for line in lines):
+        said.append("±: half of the 95 % interval over calibrations.")
+    if against is not None:
+        said.append(f"Differences are to {against} at the same budget, p after Holm's correction.")
+    waiting = sum(row.measured is None for row in results.plans)
+    if waiting:
+        said.append(f"{waiting} more are not measured yet.")
+    return " ".join(said)
+
+
+def _loss(value: float | None) -> str:
+    return _figure(value, ".4f")
+
+
+def _figure(value: float | None, how: str = ".4g") -> str:
+    return "" if value is None else format(value, how)
