@@ -65,7 +65,7 @@ def synthetic_profile(
     for n, layer in enumerate(layers):
         smaller = min(layer.out_features, layer.in_features)
         loud = n not in silent
-        rows[layer.name] = rng.gamma(0.5, 10.0**n, layer.in_features) * loud
+        rows[layer.name] = rng.gamma(0.5, 10.0 ** min(n, 100), layer.in_features) * loud
         for name in backends:
             values = rng.gamma(0.5, 1.0, smaller) * np.exp(-4 * rng.random() * np.arange(smaller))
             energies = np.sort(values)[::-1].copy() * 10.0 ** (n % 3) * loud

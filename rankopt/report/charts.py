@@ -15,7 +15,7 @@ SCALES: tuple[ScaleType, ...] = get_args(ScaleType)
 
 _HEIGHT = 340
 _SHARES = ".0%"
-_SMALL = ".3~g"
+_PLAIN = "~g"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,23 +53,32 @@ PAPER = Palette(
 )
 
 
-def frontier_chart(names: Sequence[str], forms: int, unit: str, y: ScaleType, look: Palette) -> Spec:
-    """Loss against budget: data sets ``frontier``, ``plans`` and ``measured``.
+def frontier_chart(
+    names: Sequence[str],
+    forms: Sequence[str],
+    measured: bool,
+    unit: str,
+    y: ScaleType,
+    look: Palette,
+) -> Spec:
+    """Loss against budget: data sets ``frontier``, ``plans``, ``measured``; empty ones are left out.
 
     Args:
         names: of the plans, in the order of their colours.
-        forms: how many of them have a curve.
+        forms: those that have a curve; the first is drawn through.
+        measured: whether there are plans of results.
         unit: of the losses.
         y: how they are drawn.
         look: see Palette.
     """
-    dash = {"field": "form", "type": "nominal", "title": "frontier, form"}
+    dash = {"field": "form", "type": "nominal", "legend": _legend("least loss, by form"),
+            "scale": {"domain": list(forms), "range": [[1, 0], [5, 3]]}}  # fmt: skip
     line: Spec = {
         "data": {"name": "frontier"},
         "mark": {"type": "line", "color": look.muted, "strokeWidth": 2},
-        "encoding": {"strokeDash": dash} if forms > 1 else {},
+        "encoding": {"strokeDash": dash} if len(forms) > 1 else {},
     }
-    measured = {
+    rows = {
         "data": {"name": "measured"},
         "mark": {"type": "point", "color": look.muted, "size": 40, "filled": False},
         "encoding": {"tooltip": _tooltip("name", "measured", "share", "loss")},
@@ -92,12 +101,12 @@ def frontier_chart(names: Sequence[str], forms: int, unit: str, y: ScaleType, lo
                 "field": "share",
                 "type": "quantitative",
                 "title": "kept share of the planned layers' parameters",
-                "axis": {"format": _SHARES},
+                "axis": {"format": _SHARES, "labelFlush": False, "labelOverlap": True},
                 "scale": {"domain": [0, 1]},
             },
-            "y": _losses("loss", f"predicted loss, {unit}", y),
+            "y": _losses("loss", ["predicted loss", unit], y),
         },
-        "layer": [line, measured, *([plans] if names else [])],
+        "layer": [line, *([rows] if measured else []), *([plans] if names else [])],
     }
 
 
@@ -124,7 +133,7 @@ def ranks_chart(blocks: Sequence[str], kinds: Sequence[str], step: int, look: Pa
                 "type": "ordinal",
                 "title": "block (depth)",
                 "scale": {"domain": list(blocks), "paddingInner": 0.06},
-                "axis": {"labelAngle": 0, "labelOverlap": True, "grid": False},
+                "axis": {"labelAngle": 0, "labelOverlap": True, "grid": False, "titleAnchor": "start"},
             },
             "y": {
                 "field": "kind",
@@ -138,12 +147,13 @@ def ranks_chart(blocks: Sequence[str], kinds: Sequence[str], step: int, look: Pa
                 "type": "quantitative",
                 "scale": {"domain": [0, 1], "scheme": "viridis"},
                 "legend": _legend("kept share of the layer's parameters")
-                | {"format": _SHARES, "gradientLength": 200, "titleLimit": 320},
+                | {"format": _SHARES, "gradientLength": 220, "titleLimit": 320,
+                   "values": [0, 0.25, 0.5, 0.75, 1]},
             },
             "stroke": outlined,
             "tooltip": _tooltip("name", "rank", "kept"),
         },
-    }
+    }  # fmt: skip
 
 
 def layer_chart(names: Sequence[str], unit: str, y: ScaleType, look: Palette) -> Spec:
@@ -174,7 +184,7 @@ def layer_chart(names: Sequence[str], unit: str, y: ScaleType, look: Palette) ->
         "transform": _above_zero(y, "loss"),
         "encoding": {
             "x": {"field": "rank", "type": "quantitative", "title": "rank"},
-            "y": _losses("loss", f"loss of the layer, {unit}", y),
+            "y": _losses("loss", ["loss of the layer", unit], y),
         },
         "layer": [curve, *([marks] if names else [])],
     }
@@ -217,6 +227,7 @@ def _chart(look: Palette) -> Spec:
     """What all of them have in common."""
     axis = {"labelColor": look.muted, "titleColor": look.ink, "gridColor": look.grid,
             "domainColor": look.muted, "tickColor": look.muted}  # fmt: skip
+    below = {"bottom": {"anchor": "start", "direction": "vertical", "margin": 10}}
     size = {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal"}
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
@@ -227,21 +238,22 @@ def _chart(look: Palette) -> Spec:
             "font": "system-ui, sans-serif",
             "view": {"stroke": None},
             "axis": axis | size,
-            "legend": {"labelColor": look.ink, "titleColor": look.muted} | size,
+            "legend": {"labelColor": look.ink, "titleColor": look.muted, "layout": below} | size,
             "title": {"color": look.ink, "fontSize": 14, "anchor": "start"},
         },
     }
 
 
-def _losses(field: str, title: str, scale: ScaleType) -> Spec:
-    """An axis of losses, which are never below zero where they are logarithmic."""
-    described = {"type": scale, "zero": False} if scale == "linear" else {"type": scale}
+def _losses(field: str, title: str | list[str], scale: ScaleType) -> Spec:
+    """An axis of losses; a title of several lines fits a low drawing."""
+    shown: Spec = {"type": scale}
+    shown |= {"nice": False, "padding": 8} if scale == "log" else {"zero": False}
     return {
         "field": field,
         "type": "quantitative",
         "title": title,
-        "scale": described | {"nice": True},
-        "axis": {"format": _SMALL, "labelOverlap": True, "tickCount": 6},
+        "scale": shown,
+        "axis": {"format": _PLAIN, "labelOverlap": True, "tickCount": 6, "titleLimit": _HEIGHT},
     }
 
 
@@ -263,7 +275,7 @@ def _colours(field: str, title: str, names: Sequence[str], look: Palette) -> Spe
 def _legend(title: str) -> Spec:
     """Below the drawing, where a narrow screen has room for it."""
     return {"title": title, "orient": "bottom", "direction": "horizontal", "columns": 2,
-            "labelLimit": 240}  # fmt: skip
+            "labelLimit": 120}  # fmt: skip
 
 
 def _tooltip(*fields: str) -> list[Spec]:

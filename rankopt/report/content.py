@@ -101,7 +101,7 @@ def content_of(
         "plans": drawn,
         "charts": {
             "frontier": [
-                {y: frontier_chart(names, len(forms), view.unit, y, look) for y in SCALES}
+                {y: frontier_chart(names, forms, bool(rows), view.unit, y, look) for y in SCALES}
                 for view in views
             ],
             "layer": [

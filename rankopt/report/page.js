@@ -29,7 +29,9 @@ function draw(id, spec, datasets, ready = () => {}) {
     const before = drawings[id].result;
     if (before) before.finalize();
     // Expressions are interpreted, because the page's policy allows no code made from text.
-    const options = { actions: false, renderer: "svg", ast: true, hover: false };
+    // A plan that leaves a layer dense has no mark there: nothing to warn of.
+    const logLevel = vega.Error;
+    const options = { actions: false, renderer: "svg", ast: true, hover: false, logLevel };
     drawings[id].result = await vegaEmbed("#" + id, { ...spec, datasets }, options);
     ready(drawings[id].result.view);
   };
@@ -89,7 +91,7 @@ function drawLayer() {
   const silent = points.length ? "" : " It loses nothing at any rank.";
   one("#layer-words").textContent =
     `${about.name}: ${about.out} × ${about.in}, ${about.parameters.toLocaleString("en")} parameters; ` +
-    `the form ${report.form} saves some up to rank ${about.largest}.${tied}${silent}`;
+    `in the form ${report.form}, ranks up to ${about.largest} save some.${tied}${silent}`;
   listRanks();
   return draw("layer-chart", report.charts.layer[view][scales.layer], { curve: points, marks });
 }

@@ -29,8 +29,8 @@ FRONTIER_POINTS = 200
 CURVE_POINTS = 60
 FEWEST_POINTS = 10
 ALL_POINTS = 60_000
-#: Losses below these shares of the largest are rounding, or nothing that can be told from zero.
-FRONTIER_FLOOR, CURVE_FLOOR = 1e-6, 1e-9
+#: Losses below this share of the largest are rounding, or nothing that can be told from zero.
+FLOOR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def curves_of(profile: Profile, views: Sequence[View]) -> list[list[dict[str, An
         for layer, factor in zip(profile.info.layers, factors, strict=True):
             curve = profile.loss_curve(view.backend, layer.name, view.scale)
             losses = curve.losses * factor
-            shown = np.flatnonzero(losses > losses[0] * CURVE_FLOOR)
+            shown = np.flatnonzero(losses > losses[0] * FLOOR)
             ranks, losses = curve.ranks[shown], losses[shown]
             kept = thinned(ranks.astype(np.float64), losses, points)
             curves.append({"rank": ranks[kept].tolist(), "loss": rounded(losses[kept])})
@@ -126,7 +126,7 @@ def frontiers_of(profile: Profile, view: View, forms: Iterable[Form]) -> list[di
         except OptionError:
             continue
         swept = frontier(offered.problem(0))
-        shown = np.flatnonzero(swept.loss > swept.loss[0] * FRONTIER_FLOOR)
+        shown = np.flatnonzero(swept.loss > swept.loss[0] * FLOOR)
         shares = swept.cost[shown] / profile.info.planned_parameters
         losses = swept.loss[shown]
         kept = thinned(shares, losses, FRONTIER_POINTS)

@@ -74,13 +74,12 @@ def facts_of(profile: Profile) -> Table:
 
 
 def certificates_of(plans: Mapping[str, Plan]) -> Table:
-    """One row for each plan: what it costs, what it loses, and how sure that is the least."""
-    columns = ("plan", "solver", "objective", "backend", "form", "budget", "kept", "of the model",
-               "loss", "no plan below", "gap", "status", "unit", "1,000 more parameters save",
-               "retained", "worst layer", "predicted increase")  # fmt: skip
+    """One column for each plan: what it costs, what it loses, and how sure that is the least."""
+    said = [_certificate(plan) for plan in plans.values()]
+    heads = list(dict.fromkeys(head for each in said for head in each))
     return Table(
-        columns,
-        tuple(_certificate(name, plan) for name, plan in plans.items()),
+        ("", *plans),
+        tuple((head, *(each.get(head, "") for each in said)) for head in heads),
         "The gap is the proven distance to the best plan within the budget; 0 is proven optimal. "
         "The predicted increase is of the loss of a target, in nats, to second order.",
     )
@@ -139,27 +138,32 @@ def _certainty(profile: Profile) -> str:
     )
 
 
-def _certificate(name: str, plan: Plan) -> tuple[str, ...]:
+def _certificate(plan: Plan) -> dict[str, str]:
     proof, size = plan.certificate, plan.size
-    return (
-        name,
-        plan.solver,
-        plan.objective,
-        f"{plan.backend}, scale {plan.scale}",
-        plan.form,
-        str(plan.budget),
-        f"{size.planned:,} ({size.planned / size.planned_dense:.2%})",
-        f"{size.model / size.model_dense:.2%}",
-        f"{proof.loss:.5g}",
-        f"{proof.bound:.5g}",
-        f"{proof.gap:.2g}",
-        proof.status,
-        proof.unit,
-        "" if proof.multiplier is None else f"{1000 * proof.multiplier:.3g}",
-        f"{plan.retained_total:.3%}",
-        f"{plan.worst_layer} ({plan.retained_worst:.1%})",
-        "" if plan.predicted is None else f"+{plan.predicted:.4g}",
-    )
+    dense = sum(entry.rank is None for entry in plan.layers)
+    found = {
+        "chosen by": f"{plan.solver}, objective {plan.objective}",
+        "losses by": f"{plan.backend}, scale {plan.scale}",
+        "form of low ranks": plan.form,
+        "budget": str(plan.budget),
+        "kept of the planned layers": f"{size.planned / size.planned_dense:.2%}",
+        "kept of the model": f"{size.model / size.model_dense:.2%}",
+        "parameters of the planned layers": f"{size.planned:,}",
+        "layers": f"{len(plan.layers) - dense:,} low rank, {dense:,} dense",
+        "loss": f"{proof.loss:.5g}",
+        "no plan is below": f"{proof.bound:.5g}",
+        "gap": f"{proof.gap:.2%} ({proof.status.replace('_', ' ')})",
+        "unit of the loss": proof.unit,
+        "retained Fisher information": f"{plan.retained_total:.3%}",
+        "worst layer": f"{plan.worst_layer} ({plan.retained_worst:.1%})",
+    }
+    if plan.min_retained is not None:
+        found["retained by every layer at least"] = f"{plan.min_retained:.2%}"
+    if proof.multiplier is not None:
+        found["1,000 more parameters would save"] = f"{1000 * proof.multiplier:.3g}"
+    if plan.predicted is not None:
+        found["predicted increase"] = f"+{plan.predicted:.4g}"
+    return found
 
 
 def _difference(line: Line) -> list[str]:
