@@ -43,7 +43,7 @@ def profile_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_saved_profile_is_planned_and_compared_where_torch_is_not_installed(
+def test_a_saved_profile_is_planned_compared_and_reported_where_torch_is_not_installed(
     profile_file: Path,
 ) -> None:
     code = """
@@ -62,13 +62,17 @@ except rankopt.RankoptError as error:
     assert "rankopt[torch]" in str(error), error
 else:
     raise AssertionError("profile_model is there without torch")
-sys.argv = ["rankopt", "compare", sys.argv[1], "--keep", "0.8", "0.6"]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
+compare = ["rankopt", "compare", sys.argv[1], "--keep", "0.8", "0.6"]
+report = ["rankopt", "report", sys.argv[1], "-o", sys.argv[2]]
+for sys.argv in (compare, report):
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
 """
-    printed = run(code, str(profile_file))
+    page = profile_file.parent / "page.html"
+    printed = run(code, str(profile_file), str(page))
+    assert page.stat().st_size > 100_000
     assert printed.count("| uniform") == 2
 
 

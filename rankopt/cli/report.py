@@ -31,9 +31,7 @@ def report(
         list[Path] | None, typer.Argument(help="Plans, and at most one file of results.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Page to write.")] = None,
-    png: Annotated[
-        Path | None, typer.Option(help="Folder to write the charts to, as PNG.")
-    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder to write the charts to, as PNG.")] = None,
     against: Annotated[
         str | None, typer.Option(help="Strategy of the results to compare the others with.")
     ] = None,

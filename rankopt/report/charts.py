@@ -61,7 +61,7 @@ def frontier_chart(
     y: ScaleType,
     look: Palette,
 ) -> Spec:
-    """Loss against budget: data sets ``frontier``, ``plans``, ``measured``; empty ones are left out.
+    """Loss against budget: data sets ``frontier``, ``plans`` and ``measured``.
 
     Args:
         names: of the plans, in the order of their colours.
@@ -100,7 +100,7 @@ def frontier_chart(
             "x": {
                 "field": "share",
                 "type": "quantitative",
-                "title": "kept share of the planned layers' parameters",
+                "title": "kept share of planned parameters",
                 "axis": {"format": _SHARES, "labelFlush": False, "labelOverlap": True},
                 "scale": {"domain": [0, 1]},
             },
@@ -133,7 +133,12 @@ def ranks_chart(blocks: Sequence[str], kinds: Sequence[str], step: int, look: Pa
                 "type": "ordinal",
                 "title": "block (depth)",
                 "scale": {"domain": list(blocks), "paddingInner": 0.06},
-                "axis": {"labelAngle": 0, "labelOverlap": True, "grid": False, "titleAnchor": "start"},
+                "axis": {
+                    "labelAngle": 0,
+                    "labelOverlap": True,
+                    "grid": False,
+                    "titleAnchor": "start",
+                },
             },
             "y": {
                 "field": "kind",
@@ -183,7 +188,12 @@ def layer_chart(names: Sequence[str], unit: str, y: ScaleType, look: Palette) ->
         "height": _HEIGHT,
         "transform": _above_zero(y, "loss"),
         "encoding": {
-            "x": {"field": "rank", "type": "quantitative", "title": "rank"},
+            "x": {
+                "field": "rank",
+                "type": "quantitative",
+                "title": "rank",
+                "axis": {"tickMinStep": 1, "labelOverlap": True},
+            },
             "y": _losses("loss", ["loss of the layer", unit], y),
         },
         "layer": [curve, *([marks] if names else [])],

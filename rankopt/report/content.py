@@ -24,13 +24,13 @@ from rankopt.report.charts import (
 from rankopt.report.places import blocks_of, kinds_of, places_of
 from rankopt.report.shown import Shown, shown_plans, shown_results
 from rankopt.report.views import View, curves_of, frontiers_of, rounded, total, views_of
-from rankopt.report.words import Table, certificates_of, correlations_of, facts_of, measured_of
+from rankopt.report.words import certificates_of, correlations_of, facts_of, measured_of
 from rankopt.results.results import Results
 from rankopt.results.summary import Line, prediction, summarise
 
 Content = dict[str, Any]
 #: Of the heat map: as wide as a page if the columns allow it, in pixels.
-_WIDE, _NARROWEST, _WIDEST = 840, 12, 30
+_WIDE, _NARROWEST, _WIDEST = 880, 10, 30
 
 
 def content_of(
@@ -81,7 +81,7 @@ def content_of(
     drawn = [_plan(profile, views, shown) for shown in (*given, *rows)]
     content: Content = {
         "rankopt": __version__,
-        "title": printable(f"{info.architecture}: ranks of {len(info.layers):,} layers"),
+        "title": printable(f"{info.architecture}: the ranks of its layers"),
         "form": info.form,
         "facts": facts_of(profile).to_dict(),
         "certificates": certificates_of(plans).to_dict(),
@@ -228,7 +228,7 @@ def _ranks(places: Sequence[Any], look: Palette) -> Spec:
 
 def _measured(results: Results, lines: Sequence[Line], against: str | None) -> Content:
     dense = results.dense.loss
-    points = [
+    points: list[dict[str, Any]] = [
         {
             "strategy": printable(line.strategy),
             "keep": line.keep,
@@ -240,18 +240,19 @@ def _measured(results: Results, lines: Sequence[Line], against: str | None) -> C
         if dense is not None and line.predicted is not None and line.loss is not None
     ]
     ranked = {} if dense is None else prediction(lines, dense)
-    values = [point[name] for point in points for name in ("predicted", "measured")]
-    above = [value for value in values if value > 0]
+    values = [float(point[name]) for point in points for name in ("predicted", "measured")]
     return {
         "points": points,
         "diagonal": {
-            scale: [{"predicted": end, "measured": end} for end in (min(found), max(found))]
-            if found
-            else []
-            for scale, found in (("log", above), ("linear", values))
+            "log": _diagonal([value for value in values if value > 0]),
+            "linear": _diagonal(values),
         },
         "correlations": correlations_of(ranked).to_dict(),
         "measured": measured_of(results, lines, against).to_dict(),
     }
 
 
+def _diagonal(values: Sequence[float]) -> list[dict[str, float]]:
+    """From the smallest of all values to the largest: both axes have the same."""
+    ends = (min(values), max(values)) if values else ()
+    return [{"predicted": end, "measured": end} for end in ends]

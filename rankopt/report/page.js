@@ -29,8 +29,8 @@ function draw(id, spec, datasets, ready = () => {}) {
     const before = drawings[id].result;
     if (before) before.finalize();
     // Expressions are interpreted, because the page's policy allows no code made from text.
-    // A plan that leaves a layer dense has no mark there: nothing to warn of.
-    const logLevel = vega.Error;
+    // Errors only: a plan that leaves a layer dense has no mark there, which is nothing to warn of.
+    const logLevel = 1;
     const options = { actions: false, renderer: "svg", ast: true, hover: false, logLevel };
     drawings[id].result = await vegaEmbed("#" + id, { ...spec, datasets }, options);
     ready(drawings[id].result.view);

@@ -175,5 +175,3 @@ def _data(content: Content) -> str:
     """JSON in which nothing ends its element or begins another."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-

@@ -42,20 +42,23 @@ def facts_of(profile: Profile) -> Table:
     """What was measured, on what, and how sure it is."""
     info = profile.info
     share = info.planned_parameters / info.model_parameters
+    fixed = info.model_parameters - info.planned_parameters
+    number = f"{len(info.layers):,} layers" if len(info.layers) > 1 else "one layer"
     backends = "; ".join(f"{each.name} ({each.source})" for each in info.backends)
     tied = sum(len(layer.members) > 1 for layer in info.layers)
     rows = [
         ("model", f"{info.architecture}, task {info.task}"),
         (
             "planned",
-            f"{len(info.layers):,} layers with {info.planned_parameters:,} of the model's "
+            f"{number} with {info.planned_parameters:,} of the model's "
             f"{info.model_parameters:,} parameters ({share:.1%}), form {info.form}",
         ),
-        *([("tied", f"{tied:,} of them share one matrix among several modules")] if tied else []),
-        (
-            "left alone",
-            f"{info.model_parameters - info.planned_parameters:,} parameters, which no plan changes",
+        *(
+            [("tied", f"{tied:,} of the layers, each one matrix of several modules")]
+            if tied
+            else []
         ),
+        ("left alone", f"{fixed:,} parameters, which no plan changes"),
         (
             "measured on",
             f"{info.examples:,} examples with {info.targets:,} targets (predicted tokens, or "
