@@ -17,7 +17,7 @@ EXAMPLES = """\b
 Examples:
   rankopt report profile.safetensors plan.json -o report.html
   rankopt report profile.safetensors plan.json other.json results.json \\
-    -o report.html --against uniform/pairs@fwsvd
+    -o report.html --against uniform
   rankopt report profile.safetensors plan.json --png figures
 
 Files are plans of the profile and results of its model, in any order. The page

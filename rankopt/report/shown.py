@@ -112,11 +112,14 @@ def shown_results(profile: Profile, results: Results) -> list[Shown]:
 def _names(results: Results, rows: Sequence[MeasuredPlan]) -> list[str]:
     """Strategy and budget, and what else it takes to tell rows apart."""
     calibrations = {each.digest: each.name for each in results.calibrations}
+    backends, forms = {row.backend for row in rows}, {row.form for row in rows}
     scales = {row.scale for row in rows if row.backend == rows[0].backend}
     multiples = {row.rank_multiple for row in rows}
     names = []
     for row in rows:
-        more = [f"calibrated on {calibrations[row.calibration]}"] if len(calibrations) > 1 else []
+        more = [row.backend] if len(backends) > 1 and f"@{row.backend}" not in row.strategy else []
+        more += [row.form] if len(forms) > 1 and f"/{row.form}" not in row.strategy else []
+        more += [f"calibrated on {calibrations[row.calibration]}"] if len(calibrations) > 1 else []
         more += [f"scale {row.scale}"] if len(scales) > 1 else []
         more += [f"multiples of {row.rank_multiple}"] if len(multiples) > 1 else []
         names.append(", ".join([f"{row.strategy} at {row.keep:g}", *more]))

@@ -91,19 +91,40 @@ def certificates_of(plans: Mapping[str, Plan]) -> Table:
 def measured_of(results: Results, lines: Sequence[Line], against: str | None) -> Table:
     """One row for each strategy and budget, the dense model first."""
     metrics = list(dict.fromkeys(name for line in lines for name in line.metrics))
-    others = list(dict.fromkeys(name for line in lines for name in line.also))
+    # Of other data the loss and what a classifier gets right: a perplexity says the loss again.
+    named = dict.fromkeys(name for line in lines for name in line.also)
+    others = [name for name in named if not name.startswith("perplexity of ")]
+    made: dict[str, list[str]] = {
+        "backend": [line.plans[0].backend for line in lines],
+        "form": [line.plans[0].form for line in lines],
+        "scale": [line.plans[0].scale for line in lines],
+    }
+    made = {head: values for head, values in made.items() if len(set(values)) > 1}
     several = any(line.half_width is not None for line in lines)
-    columns = ["strategy", "keep", "kept", "loss", *(["±"] if several else []), *metrics]
-    columns += [*(f"loss of {name}" for name in others), "predicted increase"]
+    columns = ["strategy", *made, "keep", "kept", "loss", *(["±"] if several else []), *metrics]
+    columns += [*others, "predicted increase"]
     columns += ["stability of ranks"] if several else []
     columns += ["difference", "interval", "corrected p"] if against is not None else []
     dense = results.dense
-    first = ["dense", "", "100.00%", _loss(dense.loss), *([""] if several else [])]
+    first = [
+        "dense",
+        *("" for _ in made),
+        "",
+        "100.00%",
+        _loss(dense.loss),
+        *([""] if several else []),
+    ]
     first += [_figure(dense.metrics.get(name)) for name in metrics]
-    first += [_loss(dense.also[name].loss if name in dense.also else None) for name in others]
+    first += [_loss(dense.of_others.get(name)) for name in others]
     rows = [first + [""] * (len(columns) - len(first))]
-    for line in lines:
-        row = [line.strategy, f"{line.keep:g}", f"{line.kept:.2%}", _loss(line.loss)]
+    for k, line in enumerate(lines):
+        row = [
+            line.strategy,
+            *(values[k] for values in made.values()),
+            f"{line.keep:g}",
+            f"{line.kept:.2%}",
+            _loss(line.loss),
+        ]
         row += [_loss(line.half_width)] if several else []
         row += [_figure(line.metrics.get(name)) for name in metrics]
         row += [_loss(line.also.get(name)) for name in others]

@@ -38,7 +38,7 @@ def content(path: Path) -> dict[str, object]:
 
 
 def test_plans_and_results_are_told_by_what_they_are(run: Run, folder: Path) -> None:
-    against = "uniform/pairs@fwsvd"
+    against = "uniform"
     arguments = ("report", "p.st", "even.json", "results.json", "best.json", "-o", "r.html")
     assert done(run(*arguments, "--against", against, "--layer", "lm_head")) == ""
     found = content(folder / "r.html")

@@ -9,6 +9,7 @@ from rankopt import make_plan
 from rankopt.errors import OptionError, PlanError, ResultsError
 from rankopt.layers import Layer
 from rankopt.plan.allocation import allocation
+from rankopt.plan.compare import Strategy
 from rankopt.report.content import content_of, layer_data, ranks_data
 from rankopt.report.places import blocks_of, kinds_of, places_of
 from rankopt.report.views import CURVE_POINTS, thinned
@@ -135,6 +136,20 @@ def test_results_are_summarised_and_compared_with_predictions() -> None:
     assert {plan["given"] for plan in content["plans"]} == {False}
     assert len({plan["name"] for plan in content["plans"]}) == len(found.plans)
     assert len(content["views"][0]["frontier"]["measured"]) == len(found.plans)
+
+
+def test_results_of_several_backends_are_told_apart_and_seen_by_their_own() -> None:
+    profile = made.transformer()
+    found = made.results(
+        profile, strategies=(Strategy("exact"), Strategy("exact", backend="svd"))
+    ).model_copy()
+    plans = tuple(row.model_copy(update={"strategy": "exact"}) for row in found.plans)
+    content = content_of(profile, {}, found.model_copy(update={"plans": plans}))
+    names = [plan["name"] for plan in content["plans"]]
+    assert names[:2] == ["exact at 0.9, fwsvd", "exact at 0.9, svd"] and len(set(names)) == 6
+    assert content["measured"]["columns"][:2] == ["strategy", "backend"]
+    assert [len(view["frontier"]["measured"]) for view in content["views"]] == [3, 3]
+    assert [row[0] for row in content["correlations"]["rows"]] == ["fwsvd"]
 
 
 def test_what_is_of_another_model_or_profile_is_refused() -> None:
