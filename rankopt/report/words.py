@@ -198,7 +198,7 @@ def _difference(line: Line) -> list[str]:
     return [
         f"{found.mean:+.4f}{what}",
         f"{found.low:+.4f} to {found.high:+.4f}",
-        f"{found.corrected:.2g} ({found.test})",
+        f"{found.corrected:.2g}",
     ]
 
 
@@ -207,7 +207,11 @@ def _measured_note(results: Results, lines: Sequence[Line], against: str | None)
     if any(line.half_width is not None for line in lines):
         said.append("±: half of the 95 % interval over calibrations.")
     if against is not None:
-        said.append(f"Differences are to {against} at the same budget, p after Holm's correction.")
+        tests = dict.fromkeys(line.against.test for line in lines if line.against is not None)
+        how = f" by {' or '.join(tests)}," if tests else ""
+        said.append(
+            f"Differences are to {against} at the same budget, p{how} after Holm's correction."
+        )
     waiting = sum(row.measured is None for row in results.plans)
     if waiting:
         said.append(f"{waiting} more are not measured yet.")

@@ -202,6 +202,14 @@ def test_a_phone_never_scrolls_sideways(opened: Any, name: str) -> None:
     assert found.value("[...document.querySelectorAll('.scroll')].every(b => b.tabIndex === 0)")
 
 
+def test_what_is_pointed_at_on_a_phone_is_told_on_the_screen(opened: Any) -> None:
+    found = opened(width=390)
+    found.page.locator("#ranks-chart svg .mark-rect path").nth(2).hover()
+    found.page.wait_for_selector("#vg-tooltip-element.visible")
+    box = found.page.locator("#vg-tooltip-element").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
 def test_dark_and_light_by_the_system_and_by_the_button(opened: Any) -> None:
     def colours(found: Opened) -> tuple[str, str, str]:
         style = "getComputedStyle(document.querySelector('{}')).{}"
