@@ -36,6 +36,7 @@ from rankopt.plan.compare import Strategy, compare
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 from rankopt.refinement.refinement import Refined, refine
+from rankopt.report import write_report
 from rankopt.results import Results
 from rankopt.schema import finite
 
@@ -50,9 +51,9 @@ STRATEGIES = (
     "uniform@kronecker",
     "exact@kronecker",
 )
-RESULTS, COMPARISON = "results.json", "comparison.json"
+RESULTS, COMPARISON, REPORT = "results.json", "comparison.json", "report.html"
 #: What the demo writes into its folder.
-WRITTEN = ("model", "compressed", "profile.safetensors", "plan.json", RESULTS, COMPARISON)
+WRITTEN = ("model", "compressed", "profile.safetensors", "plan.json", RESULTS, COMPARISON, REPORT)
 #: The default, whose factors lose least (experiments/05_backends), and the paper's.
 BACKENDS = ("kronecker", "fwsvd")
 
@@ -274,4 +275,12 @@ def run_demo(
         },
     )
     _write(folder, result.to_dict())
+    _report(folder, profile, plan, results)
     return result
+
+
+def _report(folder: Path, profile: Profile, plan: Plan, results: Results) -> None:
+    try:
+        write_report(folder / REPORT, profile, {"plan": plan}, results, against=STRATEGIES[-1])
+    except MissingExtraError as error:
+        tqdm.write(f"no {REPORT}: {error}", file=sys.stderr)

@@ -23,6 +23,8 @@ def full(folder: Path) -> None:
 
     from rankopt.cli.tables import comparison
     from rankopt.demo import run_demo
+    from rankopt.profile.profile import Profile
+    from rankopt.report import write_pictures
     from rankopt.results import summarise
 
     result = run_demo(folder)
@@ -32,6 +34,9 @@ def full(folder: Path) -> None:
     Console(file=printed, width=200).print(comparison(summarise(results), results.dense))
     table = "".join(f"{x.rstrip()}\n" for x in printed.getvalue().splitlines() if x.strip())
     (HERE / "table.md").write_text(table, encoding="utf-8")
+    profile = Profile.load(folder / "profile.safetensors")
+    pictures = HERE / "pictures"
+    write_pictures(pictures, profile, {"exact": result.plan}, results, overwrite=True)
     text = json.dumps(result.to_dict(), indent=1) + "\n"
     (HERE / "results.json").write_text(text, encoding="utf-8")
 

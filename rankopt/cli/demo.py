@@ -50,9 +50,9 @@ def demo(
     results = result.results
     print_comparison(summarise(results), results.dense, wide=wide)
     show(f"\n{result.plan}")
-    closed = results.plans[-1].measured
-    if closed is not None:
-        show(f"  closed form     loss {closed.loss:.4f} (dense {results.dense.loss:.4f})")
+    for name, found in (("closed form", results.plans[-1].measured), ("dense", results.dense)):
+        if found is not None and found.loss is not None:
+            show(f"  {name:<15} loss {found.loss:.4f}")
     show(f"  reloaded        loss {result.reloaded.loss:.4f}, {result.label}")
     show(f"\nbefore: {result.before}\n\nafter:  {result.after}\n")
     show(f"written to {result.folder}{os.sep}: {', '.join(_written(result.folder))}")
