@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -13,6 +13,9 @@ from pydantic import (
     model_serializer,
 )
 
+from rankopt.errors import RankoptError
+
+M = TypeVar("M", bound=BaseModel)
 Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -58,6 +61,47 @@ def parse(text: str) -> Any:
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def read_versioned(
+    model: type[M],
+    text: str,
+    source: str,
+    kind: str,
+    name: str,
+    version: int,
+    refused: type[RankoptError],
+) -> M:
+    """A file's content, which says its ``format`` and ``format_version``.
+
+    Args:
+        model: of the content.
+        text: JSON.
+        source: named in errors.
+        kind: what it is to be: "a plan".
+        name: of the format.
+        version: that is read.
+        refused: type of the errors.
+
+    Raises:
+        RankoptError: of type ``refused``: no JSON, another format or version, or inconsistent.
+    """
+    try:
+        content = parse(text)
+    except ValueError as error:
+        raise refused(f"{source}: not {kind}: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != name:
+        raise refused(f'{source}: not {kind}: it has no "format": "{name}"')
+    given = content.get("format_version")
+    if type(given) is not int or given != version:  # True == 1
+        raise refused(
+            f"{source}: {kind.split()[-1]} format {given!r}; this rankopt reads {version}"
+        )
+    try:
+        # From text, so that JSON's lists are accepted for tuples but no type is coerced.
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise refused(f"{source}: {first_of(error)}") from error
 
 
 def first_of(error: ValidationError) -> str:

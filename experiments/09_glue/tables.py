@@ -51,26 +51,10 @@ def lines(task: str, results: Any) -> list[dict[str, Any]]:
 
     strategies = {row.strategy for row in results.plans}
     against = next((s for s in (DEFAULT, "uniform/pairs@fwsvd") if s in strategies), None)
-    found = []
-    for line in summarise(results, against):
-        compared = line.against
-        found.append(
-            {
-                "strategy": line.strategy,
-                "keep": line.keep,
-                "samples": len(line.plans),
-                "kept": line.kept,
-                "predicted": line.predicted,
-                "loss": line.loss,
-                "half_width": line.half_width,
-                "stability": line.stability,
-                "score": score(task, line.metrics),
-                "difference": compared and compared.mean,
-                "of": compared and compared.what,
-                "p": compared and compared.corrected,
-            }
-        )
-    return found
+    return [
+        line.to_dict() | {"score": score(task, line.metrics)}
+        for line in summarise(results, against)
+    ]
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
@@ -297,7 +281,7 @@ def _task(task: str, each: Mapping[str, Any]) -> list[str]:
                 cells.append("")
                 continue
             shown = f"{_points(line['score'])} / {line['loss']:.3f}"
-            sure = line["p"] is not None and line["p"] < 0.05
+            sure = line["against"] is not None and line["against"]["corrected"] < 0.05
             cells.append(f"**{shown}**" if sure else shown)
         rows.append([strategy, *cells])
     return [

@@ -130,21 +130,7 @@ def summed_up(results: Any) -> dict[str, Any]:
     return {
         "dense": dense.to_dict() | {"windows": dense.examples, "predictions": dense.targets},
         "predicted": prediction(lines, dense.loss),
-        "lines": [
-            {
-                "strategy": line.strategy,
-                "keep": line.keep,
-                "samples": len(line.plans),
-                "kept": line.kept,
-                "predicted": line.predicted,
-                "loss": line.loss,
-                "half_width": line.half_width,
-                "stability": line.stability,
-                **line.also,
-                "against": line.against and dataclasses.asdict(line.against),
-            }
-            for line in lines
-        ],
+        "lines": [line.to_dict() for line in lines],
     }
 
 

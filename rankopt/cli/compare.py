@@ -168,18 +168,7 @@ def _plain(
 ) -> dict[str, Any]:
     names = {profile.digest(): name for name, profile in profiles.items()}
     rows = [plan.to_dict() | {"calibration": names[plan.calibration]} for plan in plans]
-    compared = [
-        {
-            "strategy": line.strategy,
-            "keep": line.keep,
-            "loss": line.loss,
-            "half_width": line.half_width,
-            "stability": line.stability,
-            "against": None if line.against is None else dataclasses.asdict(line.against),
-        }
-        for line in lines
-        if line.measured
-    ]
+    compared = [line.to_dict() for line in lines if line.measured]
     return {"rows": rows, **({"lines": compared} if compared else {})}
 
 

@@ -10,18 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, model_validator
 
 from rankopt.errors import PlanError, printable
 from rankopt.files import PLAN, is_format, whole_file
 from rankopt.layers import Form, Layer
 from rankopt.plan.budget import Budget
-from rankopt.schema import STRICT, Count, Grown, Loss, Number, Share, first_of, parse
+from rankopt.schema import STRICT, Count, Grown, Loss, Number, Share, read_versioned
 
 FORMAT_VERSION = 1
 #: No honest plan is larger; a larger file is not read.
@@ -249,22 +244,7 @@ class Plan(Grown):
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> "Plan":
         """Parse a plan's JSON; ``source`` is named in errors."""
-        try:
-            content = parse(text)
-        except ValueError as error:
-            raise PlanError(f"{source}: not a plan: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != "rankopt-plan":
-            raise PlanError(f'{source}: not a plan: it has no "format": "rankopt-plan"')
-        version = content.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:  # True == 1
-            raise PlanError(
-                f"{source}: plan format {version!r}; this rankopt reads {FORMAT_VERSION}"
-            )
-        try:
-            # From text, so that JSON's lists are accepted for tuples but no type is coerced.
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise PlanError(f"{source}: {first_of(error)}") from error
+        return read_versioned(cls, text, source, "a plan", PLAN, FORMAT_VERSION, PlanError)
 
     def __str__(self) -> str:
         size, proof = self.size, self.certificate

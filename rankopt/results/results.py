@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from rankopt.errors import ResultsError
 from rankopt.files import RESULTS, is_format, whole_file
@@ -22,7 +22,7 @@ from rankopt.layers import Form, Layer
 from rankopt.plan.compare import ComparedPlan
 from rankopt.plan.plan import Size
 from rankopt.profile.profile import Profile
-from rankopt.schema import STRICT, Count, Loss, Number, Share, first_of, parse
+from rankopt.schema import STRICT, Count, Loss, Number, Share, read_versioned
 
 FORMAT_VERSION = 1
 
@@ -302,20 +302,11 @@ class Results(BaseModel):
             raise ResultsError(f"no results at {source}: measure some with `rankopt compare -o`")
         try:
             text = source.read_text(encoding="utf-8")
-            content = parse(text)
-        except ValueError as error:
-            raise ResultsError(f"{source}: not a results file: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != RESULTS:
-            raise ResultsError(f'{source}: not a results file: it has no "format": "{RESULTS}"')
-        version = content.get("format_version")
-        if type(version) is not int or version != FORMAT_VERSION:  # True == 1
-            raise ResultsError(
-                f"{source}: results of format {version!r}; this rankopt reads {FORMAT_VERSION}"
-            )
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise ResultsError(f"{source}: {first_of(error)}") from error
+        except UnicodeDecodeError as error:
+            raise ResultsError(f"{source} is not text: {error}") from error
+        return read_versioned(
+            cls, text, str(source), "results", RESULTS, FORMAT_VERSION, ResultsError
+        )
 
 
 def calibration_of(profile: Profile, name: str) -> Calibration:

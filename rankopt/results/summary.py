@@ -50,6 +50,22 @@ class Line:
         """Of each calibration; empty if the models were not measured."""
         return tuple(row.measured for row in self.plans if row.measured is not None)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without the plans."""
+        return {
+            "strategy": self.strategy,
+            "keep": self.keep,
+            "calibrations": len(self.plans),
+            "kept": self.kept,
+            "predicted": self.predicted,
+            "loss": self.loss,
+            "half_width": self.half_width,
+            "stability": self.stability,
+            **self.also,
+            **self.metrics,
+            "against": None if self.against is None else dataclasses.asdict(self.against),
+        }
+
     @property
     def strategy(self) -> str:
         """As it is written, with backend and form."""
