@@ -83,16 +83,7 @@ def frontier_chart(
         "mark": {"type": "point", "color": look.muted, "size": 40, "filled": False},
         "encoding": {"tooltip": _tooltip("name", "measured", "share", "loss")},
     }
-    plans = {
-        "data": {"name": "plans"},
-        "mark": {"type": "point", "filled": True, "size": 110, "opacity": 1},
-        "encoding": {
-            "color": _colours("name", "plan", names, look),
-            "shape": {"field": "name", "type": "nominal", "scale": {"domain": list(names)},
-                      "legend": _legend("plan")},
-            "tooltip": _tooltip("name", "share", "loss"),
-        },
-    }  # fmt: skip
+    plans = _plans("plans", "share", names, look)
     return _chart(look) | {
         "height": _HEIGHT,
         "transform": _above_zero(y, "loss"),
@@ -174,16 +165,7 @@ def layer_chart(names: Sequence[str], unit: str, y: ScaleType, look: Palette) ->
         "data": {"name": "curve"},
         "mark": {"type": "line", "color": look.muted, "strokeWidth": 2},
     }
-    marks = {
-        "data": {"name": "marks"},
-        "mark": {"type": "point", "filled": True, "size": 110, "opacity": 1},
-        "encoding": {
-            "color": _colours("name", "plan", names, look),
-            "shape": {"field": "name", "type": "nominal", "scale": {"domain": list(names)},
-                      "legend": _legend("plan")},
-            "tooltip": _tooltip("name", "rank", "loss"),
-        },
-    }  # fmt: skip
+    marks = _plans("marks", "rank", names, look)
     return _chart(look) | {
         "height": _HEIGHT,
         "transform": _above_zero(y, "loss"),
@@ -286,6 +268,24 @@ def _legend(title: str) -> Spec:
     """Below the drawing, where a narrow screen has room for it."""
     return {"title": title, "orient": "bottom", "direction": "horizontal", "columns": 2,
             "labelLimit": 120}  # fmt: skip
+
+
+def _plans(data: str, x: str, names: Sequence[str], look: Palette) -> Spec:
+    """A mark for each plan, its colour and shape its own."""
+    return {
+        "data": {"name": data},
+        "mark": {"type": "point", "filled": True, "size": 110, "opacity": 1},
+        "encoding": {
+            "color": _colours("name", "plan", names, look),
+            "shape": {
+                "field": "name",
+                "type": "nominal",
+                "scale": {"domain": list(names)},
+                "legend": _legend("plan"),
+            },
+            "tooltip": _tooltip("name", x, "loss"),
+        },
+    }
 
 
 def _tooltip(*fields: str) -> list[Spec]:
