@@ -10,11 +10,14 @@ split, the windows and the generation are deterministic.
 import argparse
 import io
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+#: Pictures of the README.
+SHOWN = ("frontier.png", "ranks_1.png")
 
 
 def full(folder: Path) -> None:
@@ -35,8 +38,10 @@ def full(folder: Path) -> None:
     table = "".join(f"{x.rstrip()}\n" for x in printed.getvalue().splitlines() if x.strip())
     (HERE / "table.md").write_text(table, encoding="utf-8")
     profile = Profile.load(folder / "profile.safetensors")
-    pictures = HERE / "pictures"
-    write_pictures(pictures, profile, {"exact": result.plan}, results, overwrite=True)
+    with tempfile.TemporaryDirectory() as pictures:
+        write_pictures(Path(pictures) / "all", profile, {"exact at 0.8": result.plan}, results)
+        for name in SHOWN:
+            shutil.copy(Path(pictures) / "all" / name, HERE / name)
     text = json.dumps(result.to_dict(), indent=1) + "\n"
     (HERE / "results.json").write_text(text, encoding="utf-8")
 
