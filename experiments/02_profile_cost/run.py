@@ -5,7 +5,7 @@
 
 Peers that are not installed are left out; the README has the command that installs them. Parts can
 be run alone with --only; what the others wrote before is kept. Writes results.json and table.md
-beside this file, or to --folder (not with --quick). Fails if ways to one figure disagree; a goal
+beside this file, or to --results (not with --quick). Fails if ways to one figure disagree; a goal
 that is missed is a line in the table.
 """
 
@@ -231,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=PARTS, action="append", help="may be repeated")
-    parser.add_argument("--folder", type=Path, default=HERE, help="where the results go")
+    parser.add_argument("--results", type=Path, default=HERE, help="where they go")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -243,7 +243,7 @@ def main() -> None:
     if arguments.quick:
         quick()
     else:
-        full(arguments.folder, arguments.only or PARTS)
+        full(arguments.results, arguments.only or PARTS)
     print("ok")
 
 
