@@ -18,7 +18,7 @@ GROUP: Any = typer.main.get_command(app)
 DEFAULTS = {"split": None, "text_column": ["text"], "pair_column": None,
             "label_column": ["label"], "examples": None, "max_length": None,
             "batch_size": 4}  # fmt: skip
-MIXED = {"weight": None}
+MIXED = {"weight": None, "resample": None}
 BESIDE = {"also": None, "no_also": False}
 
 
@@ -50,7 +50,7 @@ def test_a_command_is_handed_one_value_in_the_place_of_its_parameter() -> None:
         seen.append((first, asked, last))
 
     names = list(inspect.signature(command).parameters)
-    assert names == ["first", "data", *(x for x in READING if x != "weight"), "last"]
+    assert names == ["first", "data", *(x for x in READING if x not in MIXED), "last"]
     assert command.__doc__ == "What it does."
     command(first=1, data=["d.txt"], last="y", **{**DEFAULTS, **BESIDE, "examples": 3})
     assert seen == [(1, DataOptions(data=("d.txt",), examples=3), "y")]

@@ -14,7 +14,8 @@ __all__ = ["run"]
 VALUES = {"trials": "7", "sampler": "tpe", "storage": "x.journal", "seed": "0", "workers": "1",
           "model": "./m", "data": "d.txt", "split": "test", "text_column": "text",
           "pair_column": "b", "label_column": "label", "examples": "3", "max_length": "16",
-          "batch_size": "4", "dtype": "float32", "weight": "2", "also": "e.txt"}  # fmt: skip
+          "batch_size": "4", "dtype": "float32", "weight": "2", "also": "e.txt",
+          "resample": "1", "against": "exact"}  # fmt: skip
 REFUSED = {
     "several": ("plan {p} --keep .5 --trials 10 --sampler tpe --storage x.journal",
                 "--trials, --sampler and --storage belong to --solver search: add that, or leave "
@@ -57,8 +58,8 @@ REFUSED |= {
         f"compare {{p}} --keep .5 --{name.replace('_', '-')} {VALUES[name]}",
         f"--{name.replace('_', '-')} belongs to --model and --data",
     )
-    for name in (*READING, "dtype")
-    if name not in ("weight", "no_also")
+    for name in (*READING, "dtype", "against")
+    if name not in ("weight", "resample", "no_also")
 }
 
 
