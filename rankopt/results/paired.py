@@ -32,6 +32,8 @@ from rankopt.results.results import Measured
 DRAWS = 9_999
 LEVEL = 0.95
 _SEED = 0
+#: Examples that are drawn at a time: what that takes of memory.
+_AT_A_TIME = 2_000_000
 
 What = Literal["loss", "accuracy"]
 
@@ -81,8 +83,7 @@ def difference(
         return None
     apart = np.array([np.subtract(this, that, dtype=np.float64) for this, that in pairs])
     each, counts = apart.mean(0), np.array(targets, np.float64)
-    draws = _draws(len(each))
-    found = (draws @ each) / np.maximum(draws @ counts, 1.0)
+    found = _drawn(each, counts)
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
     mean = float(each.sum() / counts.sum())
     if what == "accuracy" and len(pairs) == 1 and (counts == 1.0).all():
@@ -104,10 +105,15 @@ def holm(values: Sequence[float]) -> list[float]:
     return [float(p) for p in corrected]
 
 
-def _draws(examples: int) -> FloatArray:
-    """How often each example is drawn, ``(draws, examples)``: the same for all pairs of models."""
-    generator = np.random.default_rng(_SEED)
-    return generator.multinomial(examples, np.full(examples, 1 / examples), DRAWS).astype(float)
+def _drawn(each: FloatArray, counts: FloatArray) -> FloatArray:
+    """The difference in every draw of the examples; the same draws for all pairs of models."""
+    generator, examples = np.random.default_rng(_SEED), len(each)
+    at_a_time, found = max(1, _AT_A_TIME // examples), []
+    for start in range(0, DRAWS, at_a_time):
+        shape = min(at_a_time, DRAWS - start), examples
+        taken = generator.integers(0, examples, shape)
+        found.append(each[taken].sum(1) / np.maximum(counts[taken].sum(1), 1.0))
+    return np.concatenate(found)
 
 
 def _mcnemar(only_these: int, only_those: int) -> float:

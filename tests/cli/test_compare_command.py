@@ -79,6 +79,7 @@ def test_backends_forms_and_calibrations_in_one_table(
     assert "predicted against measured, Spearman: kronecker " in table
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_killed_goes_on(
     run: Run, files: Path, samples: list[Path], tmp_path: Path
 ) -> None:
