@@ -51,6 +51,8 @@ def report(
         require_file(output, is_report, overwrite=force, apart_from=read)
     if png is not None:
         require_free(png, force, kind=PICTURES, apart_from=(*read, output))
+    if format_of(profile) in (PLAN, RESULTS):
+        raise RankoptError(f"{profile} is a {format_of(profile)}: name the profile first")
     require_library()
     plans, results = _read(files or [])
     loaded = Profile.load(profile)

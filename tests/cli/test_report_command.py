@@ -97,3 +97,8 @@ def test_mistakes_are_one_line_and_write_nothing(
     (line,) = err.splitlines()
     assert line.startswith("error: ") and wanted in line
     assert everything(folder) == before
+
+
+def test_a_plan_in_the_place_of_the_profile_is_told(folder: Path, run: Run) -> None:
+    code, out, err = run("report", folder / "best.json", folder / "p.st", "-o", folder / "r.html")
+    assert (code, out) == (2, "") and "best.json is a rankopt-plan: name the profile first" in err
