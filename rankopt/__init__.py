@@ -36,6 +36,7 @@ from rankopt.results import summarise as summarise
 if TYPE_CHECKING:
     from rankopt.apply.apply import applied as applied
     from rankopt.apply.apply import apply_plan as apply_plan
+    from rankopt.apply.compressed import Compressed as Compressed
     from rankopt.apply.saving import save_model as save_model
     from rankopt.data.batches import load_batches as load_batches
     from rankopt.data.batches import text_batches as text_batches
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 #: Public names that need torch, and the module each lives in.
 _TORCH = {
     "Columns": "rankopt.data.rows",
+    "Compressed": "rankopt.apply.compressed",
     "Evaluation": "rankopt.evaluation.evaluation",
     "LossFunction": "rankopt.model.tasks",
     "LowRank": "rankopt.model.lowrank",
@@ -80,6 +82,7 @@ __all__ = [
     "BudgetError",
     "Columns",
     "ComparedPlan",
+    "Compressed",
     "DataError",
     "Evaluation",
     "InfeasibleBudgetError",

@@ -176,7 +176,9 @@ def _kept(
     """What the backend's factors need: from the profile, or decomposed again."""
     stored = profile.kept(name, member)
     if len(stored) and (same or not recomputable(backend)):
-        return {kind: torch.from_numpy(array).to(weight.device) for kind, array in stored.items()}
+        # Arrays that are mapped from disk cannot be written, which torch does not know.
+        own = {k: a if a.flags.writeable else a.copy() for k, a in stored.items()}
+        return {kind: torch.from_numpy(array).to(weight.device) for kind, array in own.items()}
     if not recomputable(backend):
         raise PlanError(
             f"layer {member}: the profile was saved without what it needs, and {name} cannot "

@@ -265,6 +265,8 @@ def profile_summary(profile: Profile) -> str:
     if info.sources is not None:
         given = (f"{x.examples:,} of {x.name} (weight {x.weight:g})" for x in info.sources)
         lines.append(f"  data        {', '.join(given)}")
+    if info.again is not None:
+        lines.append(f"  rounds      half of it measured again under {info.again}")
     if info.stopped is not None:
         lines.append(f"  stopped     {info.stopped}")
     for backend in info.backends:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankopt.backends.statistics import Statistics
@@ -19,10 +19,10 @@ from rankopt.data.digest import chained
 from rankopt.errors import DataError, NotFiniteError
 from rankopt.measure import resume
 from rankopt.measure.collector import Collector
+from rankopt.measure.fisher import Sums
 from rankopt.measure.loss import Loss
 from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint, Seen
-from rankopt.measure.sums import Sums
 from rankopt.measure.taps import first_not_finite
 from rankopt.model.weights import device_of
 from rankopt.progress import bar
@@ -83,6 +83,7 @@ def gather(
     checkpoint: Checkpoint | None = None,
     stop: Stop | None = None,
     first_check: int = 4,
+    weights: Mapping[str, Tensor] | None = None,
     progress: bool | None = None,
 ) -> Gathered:
     """Run the model over the data and add up.
@@ -97,6 +98,7 @@ def gather(
         checkpoint: go on from it if it is there, and write it.
         stop: asked after ``first_check`` batches, and each time their number has doubled.
         first_check: see stop.
+        weights: see Collector.
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
@@ -105,7 +107,7 @@ def gather(
     """
     seen, check, device = Seen(), first_check, device_of(model)
     checkpoint = None if checkpoint is None else checkpoint.of(processes)
-    with eager(model), Collector(model, modules, needs) as collector:
+    with eager(model), Collector(model, modules, needs, weights) as collector:
         if checkpoint is not None:
             seen = _resumed(checkpoint, collector)
         resumed, checked, chain, number = seen.batches, 0, "", -1

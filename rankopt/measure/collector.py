@@ -35,12 +35,12 @@ from rankopt.backends.statistics import STATISTICS
 from rankopt.errors import ModelError, NotFiniteError
 from rankopt.measure.fisher import (
     SquaredGradients,
+    Sums,
     as_inputs,
     squared_gradients,
     squared_gradients_of_embedding,
 )
 from rankopt.measure.layout import Frames, Layout, Use, flattened, widened
-from rankopt.measure.sums import Sums
 from rankopt.measure.taps import Hooked, input_of, largest_scale, name_of_input, tap
 from rankopt.model.weights import device_of, tensor_of, weight_of, weight_shape
 
@@ -56,6 +56,7 @@ class Collector(Hooked):
         model: whose layers they are.
         modules: layer name -> plain nn.Linear, Conv1D or nn.Embedding.
         needs: statistics beyond the rows, which are always collected.
+        weights: layer name -> W in normal form, where moments are of another than it computes with.
 
     Attributes:
         sums: layer name -> what has been added up.
@@ -65,10 +66,15 @@ class Collector(Hooked):
     """
 
     def __init__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], needs: Collection[str] = ()
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        needs: Collection[str] = (),
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         assert set(needs) <= set(STATISTICS)
         super().__init__(model, modules)
+        self._weights = weights or {}
         self.needs = frozenset(needs)
         self.sums: dict[str, Sums] = {}
         self.owners: dict[str, str] = {}
@@ -83,15 +89,16 @@ class Collector(Hooked):
         self._recent: tuple[Tensor | None, int, str] = (None, 0, "")
         self._given: dict[str, Tensor] = {}
         self._active = self._in_backward = False
-        weights = [module.get_parameter("weight") for module in self.modules.values()]
-        self._half = any(weight.dtype == torch.float16 for weight in weights)
+        own = [module.get_parameter("weight") for module in self.modules.values()]
+        self._half = any(weight.dtype == torch.float16 for weight in own)
         self._scale, self._trying, self._overflown = 1.0, False, ""
 
     def __enter__(self) -> Self:
         super().__enter__()
         for name, module in self.modules.items():
             n_out, n_in = self._shapes[name]
-            if "gradient_moment" in self.needs and n_in < n_out and not _is_embedding(module):
+            multiplied = _is_embedding(module) or name in self._weights
+            if "gradient_moment" in self.needs and n_in < n_out and not multiplied:
                 before = module.register_forward_pre_hook(self._input_hook(name), with_kwargs=True)
                 self._stack.enter_context(before)
         return self
@@ -304,12 +311,12 @@ class Collector(Hooked):
                 flat = flat if mask is None else flat[mask.reshape(-1)]
             sums.second.add(flat)
         else:
-            bias = tensor_of(module, "bias")
-            if bias is None:
-                made = flattened(output)
-            elif output.dtype.itemsize < 4:
+            bias, other = tensor_of(module, "bias"), self._weights.get(name)
+            if other is not None or (bias is not None and output.dtype.itemsize < 4):
                 # Beside a large bias, half the bits leave nothing of W x.
-                made = flattened(x) @ widened(weight_of(module)).T
+                made = flattened(x) @ widened(weight_of(module) if other is None else other).T
+            elif bias is None:
+                made = flattened(output)
             else:
                 made = flattened(output) - bias
             sums.second.add(made if mask is None else made[mask.reshape(-1)])
@@ -347,8 +354,9 @@ class Collector(Hooked):
         n_out, n_in = self._shapes[name]
         if n_out <= n_in:
             sums.gradient.add(flat)
-        elif embedding:
-            sums.gradient.add(flat @ weight_of(self.modules[name]).to(flat.dtype))
+        elif embedding or name in self._weights:
+            weight = self._weights.get(name, weight_of(self.modules[name]))
+            sums.gradient.add(flat @ weight.to(flat.dtype))
 
     def _flush(self, name: str) -> None:
         pending = self._pending.pop(name)

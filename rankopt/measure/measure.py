@@ -24,10 +24,11 @@ from rankopt.measure.assemble import Parts, Subject, assembled
 from rankopt.measure.checks import warn_of_fitted
 from rankopt.measure.decompose import ScaledCurve, Store, decompose_layers
 from rankopt.measure.estimators import Estimator, Kind, Unit
+from rankopt.measure.fisher import bytes_of_sums
 from rankopt.measure.loss import find_loss, name_of
 from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint
-from rankopt.measure.sums import bytes_of_sums
+from rankopt.measure.rounds import Compress, second_round
 from rankopt.measure.taps import copied_inputs, differentiable, probe, require_gradients
 from rankopt.model.inputs import listed
 from rankopt.model.selection import Selection, find_layers
@@ -61,6 +62,7 @@ def profile_model(
     draws: int = 1,
     seed: int = 0,
     stop: Stop | None = None,
+    again: Compress | None = None,
     form: Form = "pivoted",
     keep_bases: bool = True,
     store: Store | None = None,
@@ -104,6 +106,9 @@ def profile_model(
         seed: of what is drawn.
         stop: asked after 4, 8, 16, ... batches whether to stop; ``rankopt.Stability()`` stops when
             the ranks have settled.
+        again: see the data once more, on the model that a plan of the first round would leave, and
+            take the mean of both (see rounds): ``rankopt.Compressed()``. Batches are kept in memory
+            for that, and a checkpoint holds the first round only.
         form: how matrices of lower rank will be kept: ``pivoted``, or as ``pairs`` of factors,
             which have more parameters at the same rank. Says what plans have by default, and how
             far singular vectors are stored: to full rank for ``pivoted``, about half of it for
@@ -139,6 +144,8 @@ def profile_model(
     selection = find_layers(model, include=include, exclude=exclude, untie=untie)
     loss = find_loss(model, loss_fn, Estimator(estimator, unit, draws, seed))
     _passes(selection.layers, layers_at_a_time, stop, checkpoint)
+    if again is not None and (stop is not None or layers_at_a_time is not None):
+        raise OptionError("again sees all data and layers twice: not with stop or layers_at_a_time")
     workers = _workers(model, workers)
     needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
     needs |= valued.NEEDS if moments else frozenset()
@@ -148,7 +155,7 @@ def profile_model(
         selection = subject.selection
         passes = _passes(selection.layers, layers_at_a_time, stop, checkpoint, silent)
         _warn_of_memory(model, selection, needs, len(passes[0]))
-        if len(passes) > 1:
+        if len(passes) > 1 or again is not None:
             batches = list(batches)
         saved = None
         if checkpoint is not None:
@@ -172,16 +179,21 @@ def profile_model(
             )
             lost |= _unheard(layers, gathered, silent)
             layers = [x for x in layers if lost.keys().isdisjoint(x.members)]
-            curves = decomposed(
-                layers, gathered, backends, store=arrays, stored=stored, progress=progress
-            )
+            how: Any = {"store": arrays, "stored": stored, "progress": progress}
+            curves = decomposed(layers, gathered, backends, **how)
+            if again is not None:
+                heard = dataclasses.replace(subject, selection=selection.without(lost))
+                same = {"needs": needs, "progress": progress}
+                gathered = second_round(heard, again, gathered, curves, arrays, batches, **same)
+                curves = decomposed(layers, gathered, backends, **how)
             whole.add(layers, gathered, curves)
     if lost:
         subject = dataclasses.replace(subject, selection=selection.without(lost))
     profile = assembled(subject, whole, arrays)
+    about: dict[str, Any] = {"again": None if again is None else _asked_for(again)}
     if mixed is not None:
-        info = profile.info.model_copy(update={"sources": mixed.sources(profile.examples)})
-        profile = dataclasses.replace(profile, info=info)
+        about["sources"] = mixed.sources(profile.examples)
+    profile = dataclasses.replace(profile, info=profile.info.model_copy(update=about))
     _warn_of_zeros(profile)
     seen = None if whole.gathered is None else whole.gathered.seen
     if seen is not None and subject.processes.rank == 0:
@@ -249,7 +261,7 @@ def _settings(
     how = subject.loss.estimator
     asked = None
     if stop is not None:
-        asked = [repr(stop) if dataclasses.is_dataclass(stop) else name_of(stop), first]
+        asked = [_asked_for(stop), first]
     return {
         "model": subject.fingerprint,
         "task": subject.loss.task,
@@ -259,6 +271,11 @@ def _settings(
         "stop": asked,
         **{field.name: getattr(how, field.name) for field in dataclasses.fields(how)},
     }
+
+
+def _asked_for(given: Callable[..., object]) -> str:
+    """How a callable is called in files."""
+    return repr(given) if dataclasses.is_dataclass(given) else name_of(given)
 
 
 def _asked(

@@ -123,6 +123,7 @@ class ProfileInfo(Grown):
         stopped: why measuring ended before the data did; None if it did not.
         data_digest: sha256 of the batches.
         sources: of the examples, if there are several.
+        again: who compressed the model for a second round over the data, if there was one.
         model_parameters: of the whole model, tied ones counted once.
         model_bytes: the same in bytes.
         layers: the planned matrices.
@@ -133,7 +134,7 @@ class ProfileInfo(Grown):
     """
 
     model_config = STRICT
-    later: ClassVar[tuple[str, ...]] = ("estimator_reason", "sources", "form")
+    later: ClassVar[tuple[str, ...]] = ("estimator_reason", "sources", "again", "form")
 
     format_version: Literal[2] = 2
     versions: dict[str, str]
@@ -152,6 +153,7 @@ class ProfileInfo(Grown):
     stopped: str | None = None
     data_digest: str
     sources: tuple[SourceInfo, ...] | None = None
+    again: str | None = None
     model_parameters: int
     model_bytes: int
     layers: tuple[Layer, ...]

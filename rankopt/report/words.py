@@ -71,6 +71,8 @@ def facts_of(profile: Profile) -> Table:
     if info.sources is not None:
         given = (f"{x.examples:,} of {x.name} (weight {x.weight:g})" for x in info.sources)
         rows.append(("data", ", ".join(given)))
+    if info.again is not None:
+        rows.append(("rounds", f"half of it measured again under {info.again}"))
     if info.stopped is not None:
         rows.append(("stopped", info.stopped))
     return Table(("what", "value"), tuple(rows))

@@ -140,3 +140,23 @@ def test_two_processes_write_the_profile_of_one(run: Run, files: Path, tmp_path:
         difference = abs(shared.curves["kronecker"][name].losses - losses).max()
         assert difference <= 1e-12 * losses[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
+
+
+def test_a_second_round(run: Run, files: Path, tmp_path: Path) -> None:
+    plain, again = tmp_path / "plain.st", tmp_path / "again.st"
+    done(run(*arguments(files, plain)))
+    printed = done(run(*arguments(files, again, "--rounds", 2, "--round-keep", 0.6)))
+    assert "half of it measured again under Compressed(keep=0.6)" in printed
+    one, two = Profile.load(plain), Profile.load(again)
+    assert (one.info.again, two.info.again) == (None, "Compressed(keep=0.6)")
+    assert one.digest() != two.digest() and one.info.data_digest == two.info.data_digest
+    assert not list(tmp_path.glob("*.partial*"))
+    for more, said in (
+        (("--rounds", 3), "--rounds is 1 or 2, not 3"),
+        (("--round-keep", 0.5), "--round-keep belongs to --rounds 2"),
+        (("--rounds", 2, "--until-stable"), "does not go with --until-stable"),
+        (("--rounds", 2, "--layers-at-a-time", 2, "--checkpoint-every", 0), "does not go with"),
+        (("--rounds", 2, "--round-keep", 7), "keep"),
+    ):
+        code, out, err = run(*arguments(files, tmp_path / "new", *more))
+        assert (code, out) == (2, "") and said in err and not (tmp_path / "new").exists()

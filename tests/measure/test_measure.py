@@ -15,8 +15,8 @@ from rankopt.measure import measure
 from rankopt.measure.accumulate import gather
 from rankopt.measure.decompose import one_thread
 from rankopt.measure.estimators import Estimator
+from rankopt.measure.fisher import bytes_of_sums
 from rankopt.measure.loss import ModelLoss
-from rankopt.measure.sums import bytes_of_sums
 from rankopt.model.selection import find_layers
 from rankopt.model.size import model_size
 from rankopt.model.tasks import task_of
