@@ -39,8 +39,11 @@ PUBLISHED = ("zero-sum/pairs", "zero-sum")
 ANCHORED = ("anchored 0.5/pairs", "anchored 1/pairs", "anchored 0.5 exact@kronecker")
 #: Ranks planned on what blocks lose after they were refined.
 LEARNED = "learned exact@kronecker"
-#: Ranks and factors from a profile of two rounds.
-AGAIN = "again exact@kronecker"
+#: Ranks and factors from a profile of two rounds, the second under a plan of that budget.
+AGAIN = [("again 0.5 exact@kronecker", keep) for keep in KEEPS] + [
+    ("again 0.8 exact@kronecker", 0.8),
+    ("again 0.65 exact@kronecker", 0.65),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ PARTS = {
         for keep in (0.65, 0.5, 0.8)
         for refined in ((), ("distill", 64))
     ],
-    "rounds": [Row(AGAIN, keep) for keep in KEEPS],
+    "rounds": [Row(*each) for each in AGAIN],
     "blocks": [
         Row(method, 0.65, "blocks", 64) for method in ("exact@kronecker", "anchored 1/pairs")
     ],
@@ -97,6 +100,7 @@ class Work:
         learn: how many windows -> these, one a batch, to refine on.
         held_out: to measure on.
         other: of another domain, that nothing was calibrated on.
+        rounds: profiles of two rounds, by the budget of the second.
     """
 
     model: Any
@@ -104,6 +108,7 @@ class Work:
     learn: Callable[[int], list[Any]]
     held_out: list[Any]
     other: list[Any]
+    rounds: dict[float, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def profile(self) -> Any:
@@ -113,13 +118,14 @@ class Work:
         backends = ("kronecker", "fwsvd", "whitened")
         return profile_model(self.model, self.calibration, backends=backends, form="pivoted")
 
-    @functools.cached_property
-    def again(self) -> Any:
+    def again(self, keep: float) -> Any:
         """Half of it measured on the model under an exact plan of the first round."""
         from rankopt import Compressed, profile_model
 
-        how: Any = {"backends": ("kronecker",), "form": "pivoted", "again": Compressed()}
-        return profile_model(self.model, self.calibration, **how)
+        if keep not in self.rounds:
+            how: Any = {"backends": ("kronecker",), "form": "pivoted", "again": Compressed(keep)}
+            self.rounds[keep] = profile_model(self.model, self.calibration, **how)
+        return self.rounds[keep]
 
     @functools.cached_property
     def learned(self) -> Any:
@@ -176,7 +182,11 @@ def compressed(work: Work, row: Row) -> tuple[Any, int, int]:
     method, pairs, _ = row.method.partition("/pairs")
     kind, *rest = method.split(" ")
     if kind not in ("zero-sum", "anchored"):
-        profile = getattr(work, kind) if kind in ("again", "learned") else work.profile
+        profile = work.profile
+        if kind == "again":
+            profile = work.again(float(rest[0]))
+        elif kind == "learned":
+            profile = work.learned
         plan = work.plan(row.method.split(" ")[-1], row.keep, profile)
         apply_plan(model, plan, profile)
         return model, plan.size.planned, plan.budget.parameters
@@ -283,7 +293,7 @@ def quick() -> None:
     figures = baselines.check(model, batches[:2])
     assert figures["unchanged prefix"] < 1e-6
     work = Work(model, batches[:4], lambda count: batches[:count], batches[4:], batches[4:])
-    methods = (*OURS, *OTHERS, *PUBLISHED, *ANCHORED, LEARNED, AGAIN)
+    methods = (*OURS, *OTHERS, *PUBLISHED, *ANCHORED, LEARNED, AGAIN[0][0])
     rows = [Row(method, 0.8, refined, 4) for method in methods for refined in ("", "distill")]
     rows.append(Row("anchored 0.5/pairs", 0.8, "blocks", 4))
     with tempfile.TemporaryDirectory() as temporary:
