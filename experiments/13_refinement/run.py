@@ -182,11 +182,10 @@ def compressed(work: Work, row: Row) -> tuple[Any, int, int]:
     method, pairs, _ = row.method.partition("/pairs")
     kind, *rest = method.split(" ")
     if kind not in ("zero-sum", "anchored"):
-        profile = work.profile
         if kind == "again":
             profile = work.again(float(rest[0]))
-        elif kind == "learned":
-            profile = work.learned
+        else:
+            profile = work.learned if kind == "learned" else work.profile
         plan = work.plan(row.method.split(" ")[-1], row.keep, profile)
         apply_plan(model, plan, profile)
         return model, plan.size.planned, plan.budget.parameters
