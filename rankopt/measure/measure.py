@@ -180,12 +180,12 @@ def profile_model(
             lost |= _unheard(layers, gathered, silent)
             layers = [x for x in layers if lost.keys().isdisjoint(x.members)]
             how: Any = {"store": arrays, "stored": stored, "progress": progress}
-            curves = decomposed(layers, gathered, backends, **how)
             if again is not None:
                 heard = dataclasses.replace(subject, selection=selection.without(lost))
+                first = decomposed(layers, gathered, backends[:1], **how)
                 same = {"needs": needs, "progress": progress}
-                gathered = second_round(heard, again, gathered, curves, arrays, batches, **same)
-                curves = decomposed(layers, gathered, backends, **how)
+                gathered = second_round(heard, again, gathered, first, arrays, batches, **same)
+            curves = decomposed(layers, gathered, backends, **how)
             whole.add(layers, gathered, curves)
     if lost:
         subject = dataclasses.replace(subject, selection=selection.without(lost))

@@ -24,8 +24,8 @@ from rankopt.measure.decompose import ScaledCurve, Store
 from rankopt.model.weights import weight_of
 from rankopt.profile.profile import Profile
 
-#: The model and its profile so far -> planned layer -> the weight that it would be left with, as
-#: its module has it; layers that are not there stay dense.
+#: The model and its profile so far, of the first backend -> planned layer -> the weight that it
+#: would be left with, as its module has it; layers that are not there stay dense.
 Compress = Callable[[nn.Module, Profile], Mapping[str, Tensor]]
 
 
@@ -44,7 +44,7 @@ def second_round(
         subject: its selection without layers that no gradient reached.
         compress: says with what weights.
         first: on the dense model; its sums are used up.
-        curves: of the first.
+        curves: of the first, of one backend.
         store: arrays that were kept with them.
         batches: the same again, a list.
         how: needs, and progress.
