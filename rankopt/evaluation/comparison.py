@@ -8,7 +8,7 @@ was stopped, or killed, goes on where it was, and one that asks for more adds to
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -59,35 +59,34 @@ def measure_comparison(
         ResultsError: the file holds results of another model or other data.
     """
     named = {"": profiles} if isinstance(profiles, Profile) else dict(profiles)
-    by_digest = {profile.digest(): (name, profile) for name, profile in named.items()}
     _require_one_model(named)
+    by_digest = {profile.digest(): profile for profile in named.values()}
     for row in rows:
         if row.plan.profile_digest not in by_digest:
             raise OptionError(f"{row.strategy} at {row.keep:g} is of none of the profiles given")
     job = _Job(model, batches, also or {}, None if file is None else Path(file))
     calibrations = tuple(calibration_of(each, name) for name, each in named.items())
-    begun = job.begun(next(iter(named.values())), calibrations)
+    first = next(iter(named.values()))
+    begun = job.begun(first, calibrations)
     known = dict(begun.measured()) if begun else {}
-    wanted: dict[tuple[object, ...], ComparedPlan] = {}
-    for row in rows:
-        plain = MeasuredPlan.of(row)
-        if plain.model not in known:
-            wanted.setdefault(plain.model, row)
-    with bar(range(len(wanted) + (begun is None)), "Compare", "model", progress) as shown:
+    plain = [MeasuredPlan.of(row) for row in rows]
+    wanted: dict[str, dict[tuple[object, ...], ComparedPlan]] = {}
+    for plan, row in zip(plain, rows, strict=True):
+        if plan.model not in known:
+            wanted.setdefault(plan.calibration, {}).setdefault(plan.model, row)
+    models = sum(map(len, wanted.values()))
+    with bar(range(models + (begun is None)), "Compare", "model", progress) as shown:
         if begun is None:
-            first = next(iter(named.values()))
             begun = job.start(first, calibrations)
             shown.update()
-        results = _merged(begun, rows, known)
-        for digest, (_, profile) in by_digest.items():
-            own = {key: row for key, row in wanted.items() if key[0] == digest}
-            evaluator = job.evaluator(profile)
+        for digest, own in wanted.items():
+            # One at a time: an evaluator keeps the factors of all layers.
+            evaluator = job.evaluator(by_digest[digest])
             for key, row in own.items():
                 known[key] = measured_of(evaluator(row.plan))
-                results = _merged(begun, rows, known)
-                job.write(results)
+                job.write(begun, plain, known)
                 shown.update()
-    return results
+    return _merged(begun, plain, known)
 
 
 def measured_of(found: Evaluation) -> Measured:
@@ -158,12 +157,17 @@ class _Job:
             calibrations=tuple(calibrations),
             dense=measured_of(self.evaluator(profile).dense()),
         )
-        self.write(results)
+        self.write(results, (), {})
         return results
 
-    def write(self, results: Results) -> None:
+    def write(
+        self,
+        begun: Results,
+        plans: Sequence[MeasuredPlan],
+        known: Mapping[tuple[object, ...], Measured],
+    ) -> None:
         if self.file is not None:
-            results.save(self.file)
+            _merged(begun, plans, known).save(self.file)
 
     @property
     def _digests(self) -> tuple[str, dict[str, str]]:
@@ -185,20 +189,16 @@ def _require_one_model(profiles: Mapping[str, Profile]) -> None:
 
 def _merged(
     begun: Results,
-    rows: Sequence[ComparedPlan],
+    plans: Sequence[MeasuredPlan],
     known: Mapping[tuple[object, ...], Measured],
 ) -> Results:
-    """The rows that are measured, then what was there besides."""
-    plans: dict[tuple[object, ...], MeasuredPlan] = {}
-    for plan in (*_measured(rows, known), *begun.plans):
-        plans.setdefault(plan.asked, plan)
-    return begun.model_copy(update={"plans": tuple(plans.values())})
-
-
-def _measured(
-    rows: Sequence[ComparedPlan], known: Mapping[tuple[object, ...], Measured]
-) -> Iterator[MeasuredPlan]:
-    for row in rows:
-        plain = MeasuredPlan.of(row)
-        if plain.model in known:
-            yield plain.model_copy(update={"measured": known[plain.model]})
+    """The plans whose models are measured, then what was there besides."""
+    found = [
+        plan.model_copy(update={"measured": known[plan.model]})
+        for plan in plans
+        if plan.model in known
+    ]
+    merged: dict[tuple[object, ...], MeasuredPlan] = {}
+    for plan in (*found, *begun.plans):
+        merged.setdefault(plan.asked, plan)
+    return begun.model_copy(update={"plans": tuple(merged.values())})
