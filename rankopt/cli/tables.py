@@ -263,8 +263,7 @@ def profile_summary(profile: Profile) -> str:
         lines.append(f"  labels      drawn {info.draws}x from the model's prediction, "
                      f"seed {info.seed}")  # fmt: skip
     if info.sources is not None:
-        given = (f"{x.examples:,} of {x.name} (weight {x.weight:g})" for x in info.sources)
-        lines.append(f"  data        {', '.join(given)}")
+        lines.append(f"  data        {', '.join(map(str, info.sources))}")
     if info.again is not None:
         lines.append(f"  rounds      half of it measured again under {info.again}")
     if info.stopped is not None:

@@ -96,6 +96,9 @@ class SourceInfo(BaseModel):
     weight: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     examples: Annotated[int, Field(ge=0)]
 
+    def __str__(self) -> str:
+        return f"{self.examples:,} of {self.name} (weight {self.weight:g})"
+
 
 class ProfileInfo(Grown):
     """What was measured, on what, and how.

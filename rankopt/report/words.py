@@ -69,8 +69,7 @@ def facts_of(profile: Profile) -> Table:
         ("certainty", _certainty(profile)),
     ]
     if info.sources is not None:
-        given = (f"{x.examples:,} of {x.name} (weight {x.weight:g})" for x in info.sources)
-        rows.append(("data", ", ".join(given)))
+        rows.append(("data", ", ".join(map(str, info.sources))))
     if info.again is not None:
         rows.append(("rounds", f"half of it measured again under {info.again}"))
     if info.stopped is not None:
