@@ -19,8 +19,8 @@ def score(task: str, metrics: Mapping[str, float | None]) -> float | None:
     """GLUE's metric in points; None where it is not defined."""
     names = METRICS.get(task, ("accuracy",) if "accuracy" in metrics else ("pearson", "spearman"))
     values = [metrics.get(name) for name in names]
-    known = [value for value in values if value is not None]
-    return 100 * statistics.fmean(known) if len(known) == len(values) else None
+    mean = _mean(values)
+    return None if mean is None else 100 * mean
 
 
 def summed_up(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -50,29 +50,25 @@ def lines(task: str, results: Any) -> list[dict[str, Any]]:
     from rankopt.results import summarise
 
     strategies = {row.strategy for row in results.plans}
-    against = next((s for s in (DEFAULT, "uniform/pairs@fwsvd") if s in strategies), None)
+    against = next((s for s in (DEFAULT, BASELINE) if s in strategies), None)
     return [
         line.to_dict() | {"score": score(task, line.metrics)}
         for line in summarise(results, against)
     ]
 
 
-def mean_of(values: Iterable[float | None]) -> float | None:
-    """None where one is missing."""
-    listed = list(values)
-    known = [value for value in listed if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(listed) else None
-
-
 def interval(values: Sequence[float]) -> str:
     """Mean, with half of its interval by Student's t."""
-    from scipy import stats
+    from rankopt.results.summary import interval_of
 
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:+.1f}"
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.1f} ± {error * stats.t.ppf(0.975, len(values) - 1):.1f}"
+    mean, half_width = interval_of(values)
+    return f"{mean:+.1f}" if half_width is None else f"{mean:+.1f} ± {half_width:.1f}"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    from rankopt.results.summary import mean_of
+
+    return mean_of(list(values))
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -136,7 +132,7 @@ def _average(tasks: Mapping[str, Any]) -> list[str]:
         for keep in keeps:
             ours = _scores(tasks, "auto", strategy, keep)
             apart = _apart(ours, _scores(tasks, "auto", DEFAULT, keep))
-            shown = _points(mean_of(ours.values()))
+            shown = _points(_mean(ours.values()))
             cells.append(
                 shown if strategy == DEFAULT or not apart else f"{shown} ({interval(apart)})"
             )
@@ -232,7 +228,7 @@ def _estimators(tasks: Mapping[str, Any]) -> list[str]:
         for name in names:
             scores = (_scores(tasks, name, strategy, keep) for keep in _keeps(every))
             of_classifiers = [
-                mean_of(v for t, v in each.items() if "empirical" in tasks[t]) for each in scores
+                _mean(v for t, v in each.items() if "empirical" in tasks[t]) for each in scores
             ]
             rows.append([strategy, name, *map(_points, of_classifiers)])
     head = ["strategy", "estimator", *(f"kept {keep:g}" for keep in _keeps(every))]
@@ -241,13 +237,13 @@ def _estimators(tasks: Mapping[str, Any]) -> list[str]:
 
 def _learned(tasks: Mapping[str, Any]) -> list[str]:
     every = [row for each in tasks.values() for row in each.get("learned", [])]
-    dense = mean_of(each["dense"]["score"] for each in tasks.values() if "learned" in each)
+    dense = _mean(each["dense"]["score"] for each in tasks.values() if "learned" in each)
     rows = []
     for keep in _keeps(every):
         for strategy in dict.fromkeys(row["strategy"] for row in every):
             same = [r for r in every if (r["strategy"], r["keep"]) == (strategy, keep)]
             by_how = {how: [r["score"] for r in same if r["how"] == how] for how in HOW}
-            rows.append([f"{keep:g}", strategy, *(_points(mean_of(x)) for x in by_how.values())])
+            rows.append([f"{keep:g}", strategy, *(_points(_mean(x)) for x in by_how.values())])
     return [
         "",
         "## Factors that learn",

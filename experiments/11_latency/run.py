@@ -11,18 +11,19 @@ that are there are not measured again.
 import argparse
 import copy
 import dataclasses
-import json
-import platform
+import functools
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import resumable  # noqa: E402 (beside the folders of the experiments)
+
 FORMS = ("pairs", "pivoted")
 KEEPS = (0.8, 0.5)
 MULTIPLES = (1, 8, 16, 64)
@@ -148,8 +149,9 @@ def measure(
     for load in loads:
         of_dense, of_model = seconds(pair, load, rounds)
         found[str(load)] = {"dense": of_dense, "share": of_model / of_dense}
+    gpu = {"gpu": torch.cuda.get_device_name()} if row.device == "cuda" else {}
     return {
-        **dataclasses.asdict(row),
+        **gpu,
         "kept": size.planned / size.planned_dense,
         "of_the_model": size.model / size.model_dense,
         "loads": found,
@@ -186,26 +188,14 @@ def full(device: str, dtype: str, folder: Path) -> None:
     dense = load_model(str(smollm2(folder / "model")), "float32").eval()
     ids = torch.arange(1, 65)[None]
     compressed = plans(dense, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    file = HERE / "results.json"
-    found: dict[str, Any] = {"rows": []}
-    if file.exists():
-        found = json.loads(file.read_text("utf-8"))
-    found["settings"] = {name: version(name) for name in ("rankopt", "torch", "transformers")}
-    found["settings"]["python"] = platform.python_version()
-    if device == "cuda":
-        found["settings"]["gpu"] = torch.cuda.get_device_name()
-    for multiple in MULTIPLES:
-        for keep in KEEPS:
-            for form in FORMS:
-                row = Row(device, dtype, form, keep, multiple)
-                fields = dataclasses.asdict(row)
-                if any(each.items() >= fields.items() for each in found["rows"]):
-                    continue
-                found["rows"].append(measure(dense, compressed, row, LOADS, 9))
-                file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-                (HERE / "table.md").write_text(table(found), encoding="utf-8")
-                print(row, found["rows"][-1]["loads"], flush=True)
-    print(table(found))
+    rows = [
+        Row(device, dtype, form, keep, multiple)
+        for multiple in MULTIPLES
+        for keep in KEEPS
+        for form in FORMS
+    ]
+    whole = functools.partial(measure, dense, compressed, loads=LOADS, rounds=9)
+    resumable.measure_rows(HERE, rows, dict, whole, table)
 
 
 def quick() -> None:
@@ -217,10 +207,16 @@ def quick() -> None:
     compressed = plans(dense, tiny.batches(dense, count=1)[0])
     loads = [Load("prefill", 2, 8), Load("decode", 2, 8)]
     rows = [Row("cpu", "float32", form, 0.7, multiple) for form in FORMS for multiple in (1, 2)]
-    found = {"rows": [measure(dense, compressed, row, loads, 2) for row in rows]}
+    with tempfile.TemporaryDirectory() as temporary:
+        found = resumable.measure_rows(
+            Path(temporary),
+            rows,
+            dict,
+            lambda row: measure(dense, compressed, row, loads, 2),
+            table,
+        )
     for row in found["rows"]:
         assert row["kept"] <= 0.7 and all(x["share"] > 0 for x in row["loads"].values())
-    print(table(found))
 
 
 def main() -> None:

@@ -162,16 +162,16 @@ def prediction(lines: Sequence[Line], dense: float) -> dict[str, tuple[float, in
 def _line(layers: Sequence[Layer], rows: Sequence[MeasuredPlan]) -> Line:
     measured = [row.measured for row in rows if row.measured is not None]
     dense = sum(layer.dense_cost for layer in layers)
-    loss, half_width = _interval([each.loss for each in measured])
+    loss, half_width = interval_of([each.loss for each in measured])
     return Line(
         tuple(rows),
         float(np.mean([row.parameters for row in rows])) / dense,
-        _mean([row.predicted for row in rows]),
+        mean_of([row.predicted for row in rows]),
         loss,
         half_width,
-        {name: _mean([each.metrics.get(name) for each in measured]) for name in _names(measured)},
+        {name: mean_of([each.metrics.get(name) for each in measured]) for name in _names(measured)},
         {
-            name: _mean([each.of_others.get(name) for each in measured])
+            name: mean_of([each.of_others.get(name) for each in measured])
             for name in dict.fromkeys(name for each in measured for name in each.of_others)
         },
         _stability(layers, rows),
@@ -201,14 +201,19 @@ def _by_calibration(line: Line) -> dict[str, Measured]:
     return {row.calibration: row.measured for row in line.plans if row.measured is not None}
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """None where one is missing, or all are."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known and len(known) == len(values) else None
 
 
-def _interval(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Mean, and half of the width of its interval."""
-    mean = _mean(values)
+def interval_of(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Mean, and half of the width of its interval by Student's t; None of one value.
+
+    Raises:
+        MissingExtraError: scipy is not there.
+    """
+    mean = mean_of(values)
     if mean is None or len(values) < 2:
         return mean, None
     error = float(np.std(np.array(values, np.float64), ddof=1)) / len(values) ** 0.5
@@ -223,7 +228,7 @@ def _stability(layers: Sequence[Layer], rows: Sequence[MeasuredPlan]) -> float |
         ]
         for row in rows
     ]
-    return _mean([_spearman(*pair) for pair in itertools.combinations(kept, 2)])
+    return mean_of([_spearman(*pair) for pair in itertools.combinations(kept, 2)])
 
 
 def _spearman(these: Sequence[float], those: Sequence[float]) -> float | None:
