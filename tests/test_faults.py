@@ -29,7 +29,7 @@ def test_many_wrong_files_end_in_documented_errors(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optuna")
-    monkeypatch.setattr("rankopt_solvers.search.studies.NOBODY_SECONDS", 0.05)
+    monkeypatch.setattr("rankopt_solvers.search.workers.NOBODY_SECONDS", 0.05)
     found = fuzz(READERS[kind](), tmp_path, 40 if kind == "journal" else 200, start=2)
     assert not found.counts, found.counts
 

@@ -31,10 +31,10 @@ def one_kind(name: str, count: int, kept: Path | None) -> dict[str, Any]:
         count: of files.
         kept: folder for the first file of each fault.
     """
-    from rankopt_solvers.search import studies
+    from rankopt_solvers.search import workers
 
     # A trial without an owner is waited for so long.
-    studies.NOBODY_SECONDS = 0.05
+    workers.NOBODY_SECONDS = 0.05
     began, said = time.perf_counter(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(said):
         found = fuzz(READERS[name](), Path(folder).resolve(), count)

@@ -131,10 +131,10 @@ def fork(work: Callable[[], None], said: Path) -> int:
     try:
         from optuna.storages.journal import JournalFileOpenLock
 
-        from rankopt_solvers.search import studies
+        from rankopt_solvers.search import workers
 
         # A trial, or a lock, that was taken in the moment of the kill is waited for so long.
-        studies.NOBODY_SECONDS = 0.3
+        workers.NOBODY_SECONDS = 0.3
         JournalFileOpenLock.__init__.__defaults__ = (1,)
         out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
@@ -200,7 +200,7 @@ def outcome(job: str, folder: Path) -> Any:
         return [profile.digest(), *kept]
     if job == "search":
         from rankopt import Plan
-        from rankopt_solvers.search.studies import open_storage
+        from rankopt_solvers.search.storages import open_storage
 
         plan = Plan.load(folder / "plan.json")
         measured: dict[str, float] = {}

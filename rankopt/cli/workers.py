@@ -52,16 +52,16 @@ def require_storage(storage: str | None) -> None:
         RankoptError: the file is no journal, or the system refuses to write it.
         MissingExtraError: Optuna is not installed.
     """
-    with _asking() as studies:
-        studies.require_storage(storage)
+    with _asking() as storages:
+        storages.require_storage(storage)
 
 
 @contextlib.contextmanager
 def _asking() -> Iterator[Any]:
     try:
-        from rankopt_solvers.search import studies
+        from rankopt_solvers.search import storages
 
-        yield studies
+        yield storages
     except ImportError as error:
         raise MissingExtraError("search", error.name or "optuna", "search") from error
     except SearchError as error:
@@ -83,9 +83,9 @@ def with_workers(count: int, storage: str | None) -> Iterator[None]:
         return
     if storage is None:
         raise OptionError("several workers need a storage to share: give --storage or --output")
-    with _asking() as studies:
+    with _asking() as storages:
         # Here, so that the workers find a storage and do not all create it.
-        studies.open_storage(storage)
+        storages.open_storage(storage)
     with copies(
         [sys.executable, "-m", "rankopt", *worker_arguments(sys.argv[1:], storage)], count - 1
     ):

@@ -9,6 +9,7 @@ samplers see only trials they can learn from. A trial's user attributes hold its
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from optuna.exceptions import UpdateFinishedTrialError
@@ -18,7 +19,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rankopt_solvers.problem import Problem
 from rankopt_solvers.search.records import Choice, Measured, StudyError
-from rankopt_solvers.search.studies import heartbeat, open_study, owner, quiet, requeue_dead
+from rankopt_solvers.search.studies import open_study, quiet
+from rankopt_solvers.search.workers import heartbeat, owner, requeue_dead
 from rankopt_solvers.table import FloatArray
 
 _FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
@@ -146,7 +148,7 @@ class Ledger:
             # Numbers are handed out one at a time: of all who came too late, the first goes on.
             late = study is self.search and self.taken(trial.number) + len(self.known()) >= limit
             if late or (study is self.plans and "choice" not in trial.user_attrs):
-                study.tell(trial, state=TrialState.FAIL)
+                _tell(study, trial)
                 return "surplus"
             if "choice" not in trial.user_attrs:
                 trial.set_user_attr("choice", list(propose(trial)))
@@ -157,7 +159,8 @@ class Ledger:
                 return "repeat"
             return self._measure(study, trial, choice, evaluate)
         except BaseException as error:
-            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            with quiet():
+                study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             error.add_note(f"while measuring trial {trial.number} of study {study.study_name!r}")
             raise
 
@@ -176,10 +179,7 @@ class Ledger:
         if known is None and not elsewhere:
             return False
         trial.set_user_attr("repeats", True)
-        if known is None or known.loss is None:
-            study.tell(trial, state=TrialState.FAIL)
-        else:
-            study.tell(trial, known.loss)
+        _tell(study, trial, None if known is None else known.loss)
         return True
 
     def _measure(
@@ -192,17 +192,27 @@ class Ledger:
         with heartbeat(study, self.storage, trial):
             loss = float(evaluate(choice))
         seconds = time.perf_counter() - began
-        finite = bool(np.isfinite(loss))
-        try:
-            trial.set_user_attr("seconds", seconds)
-            if finite:
-                study.tell(trial, loss)
-            else:
-                trial.set_user_attr("failed", f"the loss is {loss}")
-                study.tell(trial, state=TrialState.FAIL)
-        except UpdateFinishedTrialError:
+        notes: dict[str, Any] = {"seconds": seconds}
+        if not np.isfinite(loss):
+            notes["failed"] = f"the loss is {loss}"
+        told = loss if np.isfinite(loss) else None
+        if not _tell(study, trial, told, **notes):
             return "repeat"  # taken for dead, failed and queued again while it was measured
-        return Measured(source, choice, loss if finite else None, seconds)
+        return Measured(source, choice, told, seconds)
+
+
+def _tell(study: Study, trial: Trial, loss: float | None = None, **notes: Any) -> bool:
+    """Finish a trial, with a loss or as failed; False if somebody else had finished it before."""
+    try:
+        for key, value in notes.items():
+            trial.set_user_attr(key, value)
+        study.tell(trial, loss, TrialState.FAIL if loss is None else None)
+    except (UpdateFinishedTrialError, ValueError):  # the latter is how Optuna's tell says the same
+        (found,) = study.get_trials(deepcopy=False)[trial.number : trial.number + 1]
+        if not found.state.is_finished():
+            raise
+        return False
+    return True
 
 
 def _measured(trial: FrozenTrial, choice: Choice) -> Measured:

@@ -178,7 +178,7 @@ def _open(
 ) -> "Ledger":
     _require("search", "optuna")
     from rankopt_solvers.search.ledger import Ledger
-    from rankopt_solvers.search.studies import open_storage
+    from rankopt_solvers.search.storages import open_storage
 
     labels = {"label": label} if isinstance(label, str) else dict(label)
     identity = {**labels, "problem": problem.digest(), "parameters": parameters}

@@ -384,14 +384,15 @@ def test_worker_whose_heart_stopped_on_another_host_is_replaced(tmp_path: Path) 
     """Its trial was not measured, is queued again, and its choice is measured by who is left."""
     from optuna.storages import RDBStorage
 
-    from rankopt_solvers.search.studies import _queue_again, quiet
+    from rankopt_solvers.search.studies import quiet
+    from rankopt_solvers.search.workers import queue_again
 
     with quiet():
         storage = RDBStorage(
             f"sqlite:///{tmp_path / 'study'}",
             heartbeat_interval=1,
             grace_period=1,
-            heartbeat_stale_trial_callback=_queue_again,
+            heartbeat_stale_trial_callback=queue_again,
         )
     taken: list[Choice] = []
 
@@ -401,7 +402,7 @@ def test_worker_whose_heart_stopped_on_another_host_is_replaced(tmp_path: Path) 
 
     with pytest.MonkeyPatch.context() as patch:
         # What a process leaves that is killed elsewhere: a RUNNING trial with one heartbeat.
-        patch.setattr("rankopt_solvers.search.studies.socket.gethostname", lambda: "elsewhere")
+        patch.setattr("rankopt_solvers.search.workers.socket.gethostname", lambda: "elsewhere")
         patch.setattr("optuna.study.Study.tell", lambda *args, **more: None)
         with pytest.raises(SystemExit):
             run(evaluate=die, storage=storage, trials=3)
@@ -414,7 +415,8 @@ def test_worker_whose_heart_stopped_on_another_host_is_replaced(tmp_path: Path) 
 
 def test_trial_of_another_host_in_a_journal_is_given_up_in_time(tmp_path: Path) -> None:
     from rankopt_solvers.search.ledger import Ledger
-    from rankopt_solvers.search.studies import open_storage, requeue_dead
+    from rankopt_solvers.search.storages import open_storage
+    from rankopt_solvers.search.workers import requeue_dead
 
     problem, weights = instance()
     storage = open_storage(tmp_path / "s.journal")
@@ -434,7 +436,8 @@ def test_trial_of_another_host_in_a_journal_is_given_up_in_time(tmp_path: Path) 
 def test_trial_that_kills_its_process_is_left_alone_in_the_end(tmp_path: Path) -> None:
     """After three retries."""
     from rankopt_solvers.search.ledger import Ledger
-    from rankopt_solvers.search.studies import RETRIES, open_storage, owner, requeue_dead
+    from rankopt_solvers.search.storages import open_storage
+    from rankopt_solvers.search.workers import RETRIES, owner, requeue_dead
 
     storage = open_storage(tmp_path / "s.journal")
     ledger = Ledger(instance()[0], storage, "rankopt", {})

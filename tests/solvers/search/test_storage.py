@@ -3,7 +3,10 @@
 import os
 import resource
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,7 +100,7 @@ def test_a_journal_on_a_full_disk_ends_with_a_whole_line_and_goes_on(tmp_path: P
 
 
 def test_a_password_is_not_shown() -> None:
-    from rankopt_solvers.search.studies import without_password
+    from rankopt_solvers.search.records import without_password
 
     assert without_password("mysql://me:secret@host/db") == "mysql://me:***@host/db"
     assert without_password("sqlite:///a.db") == "sqlite:///a.db"
@@ -128,3 +131,47 @@ def test_strange_entries_of_a_journal_are_said_to_be_damaged(
     path.write_text(text.replace(old, new))
     with pytest.raises(StudyError, match="damaged"):
         run(storage=path, trials=7)
+
+
+def test_a_queued_trial_of_a_database_is_taken_once(tmp_path: Path) -> None:
+    """Four takers at the same moment, each with a connection of its own."""
+    from optuna.trial import TrialState
+
+    from rankopt_solvers.search.storages import open_storage
+    from rankopt_solvers.search.studies import open_study, quiet
+
+    def study() -> Any:
+        return open_study(open_storage(f"sqlite:///{tmp_path / 'study'}"), "plans", {})
+
+    studies, gate = [study() for _ in range(4)], threading.Barrier(4)
+    for _ in range(8):
+        studies[0].enqueue_trial({})
+
+    def take(of: Any) -> list[int]:
+        gate.wait()
+        taken = []
+        while of.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            with quiet():
+                trial = of.ask()
+            # What is asked for when nothing is queued any more is a new trial.
+            taken += [trial.number] if trial.number < 8 else []
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = [number for each in pool.map(take, studies) for number in each]
+    assert sorted(taken) == list(range(8))
+
+
+def test_what_another_process_ended_first_is_no_error(tmp_path: Path) -> None:
+    """In the moment between the last look at it and the telling."""
+    from rankopt_solvers.search.ledger import _tell
+    from rankopt_solvers.search.storages import open_storage
+    from rankopt_solvers.search.studies import open_study
+
+    storage = open_storage(tmp_path / "study.journal")
+    study = open_study(storage, "plans", {})
+    trial = study.ask()
+    study.tell(trial.number, 2.0)
+    assert not _tell(study, trial, 1.0) and not _tell(study, trial, 1.0, seconds=3.0)
+    assert not _tell(study, trial)
+    assert study.trials[0].value == 2.0 and not study.trials[0].user_attrs
