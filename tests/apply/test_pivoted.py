@@ -163,6 +163,7 @@ def test_bfloat16_and_other_dtypes_after_apply(tmp_path: Path) -> None:
     assert low.up.weight.dtype == torch.float32 and low.index.dtype == torch.int64
 
 
+@pytest.mark.slow
 def test_compiled_and_exported() -> None:
     model, profile, plan = prepared("bert-classification")
     apply_plan(model, plan, profile)

@@ -350,6 +350,7 @@ def test_a_closed_form_of_ours_with_a_wrong_declaration_is_found() -> None:
         check_backend(dataclasses.replace(kronecker, dual=False))
 
 
+@pytest.mark.slow
 def test_the_kit_does_not_need_pytest() -> None:
     code = "import sys; sys.modules['pytest'] = None; import rankopt.testing as kit; "
     code += "kit.check_backend('svd')"

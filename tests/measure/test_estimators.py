@@ -132,7 +132,14 @@ def measured(model: Any, batches: list[Batch], **options: Any) -> Rows:
     return {name: rows / options["draws"] for name, rows in found.items()}
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert-classification", "bert-tokens"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        pytest.param("bert-classification", marks=pytest.mark.slow),
+        pytest.param("bert-tokens", marks=pytest.mark.slow),
+    ],
+)
 def test_labels_drawn_from_the_model_have_the_true_fisher_as_expectation(kind: str) -> None:
     model, batches = small(kind)
     wanted = expectation(model, batches)
@@ -154,7 +161,7 @@ def test_terms_are_independent_so_that_examples_and_tokens_have_one_expectation(
     assert difference(jointly(model, batches), expectation(model, batches)) < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert-tokens"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("bert-tokens", marks=pytest.mark.slow)])
 def test_random_signs_take_tokens_apart(kind: str) -> None:
     model, batches = small(kind)
     wanted = each_token(model, batches)

@@ -200,7 +200,14 @@ def test_there_is_one_pass_fewer_than_classes(
     assert len(calls) == passes * len(batches)
 
 
-@pytest.mark.parametrize("kind", ["four classes", "yes or no", "numbers"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "four classes",
+        pytest.param("yes or no", marks=pytest.mark.slow),
+        pytest.param("numbers", marks=pytest.mark.slow),
+    ],
+)
 def test_labels_that_are_drawn_often_enough_give_the_same(kind: str) -> None:
     model, batches, _ = small(kind)
     options: dict[str, Any] = {"keep_bases": False, "include": few(model)}

@@ -132,6 +132,7 @@ def used(model: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [compiled, lambda model: used(compiled(model))],

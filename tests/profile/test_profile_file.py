@@ -593,6 +593,7 @@ def fail() -> None:
     raise OSError("disk full")
 
 
+@pytest.mark.slow
 def test_saving_needs_the_memory_of_one_kept_array(tmp_path: Path) -> None:
     """Ten arrays of 20 MB each, measured in a process of its own."""
     code = """

@@ -32,6 +32,7 @@ def test_every_example_runs_after_those_before(number: int) -> None:
     run(number)
 
 
+@pytest.mark.slow
 def test_its_solver_passes_the_conformance_kit() -> None:
     (number,) = [i for i, block in enumerate(BLOCKS) if "def priced(" in block]
     results = check_solver(run(number)["priced"])

@@ -338,7 +338,7 @@ def logged(tmp_path: Path) -> list[tuple[int, Choice]]:
     return [(pid, tuple(choice)) for pid, choice in map(json.loads, lines)]
 
 
-@pytest.mark.parametrize("kind", ["journal", "sqlite"])
+@pytest.mark.parametrize("kind", ["journal", pytest.param("sqlite", marks=pytest.mark.slow)])
 def test_killed_search_is_resumed_without_measuring_anything_again(
     tmp_path: Path, kind: str
 ) -> None:
