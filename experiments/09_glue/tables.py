@@ -5,6 +5,7 @@ Pearson's and Spearman's correlation (STS-B); in points, times 100. An average o
 interval by Student's t over the differences of the tasks.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ def summed_up(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Args:
         kept: task -> name -> Results; ``learned`` is plain.
     """
+    from rankopt.results import prediction, summarise
+
     tasks: dict[str, Any] = {}
     for task, files in kept.items():
         results = {name: each for name, each in files.items() if name != "learned"}
@@ -38,6 +41,9 @@ def summed_up(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         tasks[task] = {"dense": {"loss": dense.loss, "score": score(task, dense.metrics)}}
         for name, each in results.items():
             tasks[task][name] = lines(task, each)
+        if "auto" in results and dense.loss is not None:
+            predicted = prediction(summarise(results["auto"]), dense.loss)
+            tasks[task]["predicted"] = {k: dataclasses.asdict(v) for k, v in predicted.items()}
         if "learned" in files:
             tasks[task]["learned"] = [
                 {**row, "score": score(task, row)} for row in files["learned"]["rows"]
@@ -148,35 +154,11 @@ def _average(tasks: Mapping[str, Any]) -> list[str]:
 
 
 def _predictions(tasks: Mapping[str, Any]) -> list[str]:
-    import numpy as np
-    from scipy import stats
-
-    rows = []
-    generator = np.random.default_rng(0)
-    backends = dict.fromkeys(
-        line["strategy"].partition("@")[2]
-        for each in tasks.values()
-        for line in each.get("auto", [])
-    )
-    for backend in backends:
-        cells = [backend]
-        for each in tasks.values():
-            points = np.array(
-                [
-                    (line["predicted"], line["loss"])
-                    for line in each.get("auto", [])
-                    if line["strategy"].endswith(f"@{backend}")
-                    and None not in (line["predicted"], line["loss"])
-                ]
-            )
-            if len(points) < 3:
-                cells.append("-")
-                continue
-            drawn = (points[generator.integers(0, len(points), len(points))] for _ in range(999))
-            found = [stats.spearmanr(*d.T).statistic for d in drawn if len({*d[:, 0]}) > 2]
-            low, high = np.nanquantile(found, [0.025, 0.975])
-            cells.append(f"{stats.spearmanr(*points.T).statistic:.2f} [{low:.2f}, {high:.2f}]")
-        rows.append(cells)
+    backends = dict.fromkeys(name for each in tasks.values() for name in each.get("predicted", ()))
+    rows = [
+        [name, *(_correlation(each.get("predicted", {}).get(name)) for each in tasks.values())]
+        for name in backends
+    ]
     return [
         "",
         "## Predicted against measured",
@@ -185,6 +167,10 @@ def _predictions(tasks: Mapping[str, Any]) -> list[str]:
         "budgets, with the interval of a bootstrap over them.",
         *_rows(["backend", *tasks], rows),
     ]
+
+
+def _correlation(found: Mapping[str, float] | None) -> str:
+    return "-" if found is None else "{rho:.2f} [{low:.2f}, {high:.2f}]".format_map(found)
 
 
 def _thesis(tasks: Mapping[str, Any]) -> list[str]:

@@ -129,7 +129,9 @@ def summed_up(results: Any) -> dict[str, Any]:
     assert dense.loss is not None
     return {
         "dense": dense.to_dict() | {"windows": dense.examples, "predictions": dense.targets},
-        "predicted": prediction(lines, dense.loss),
+        "predicted": {
+            name: dataclasses.asdict(its) for name, its in prediction(lines, dense.loss).items()
+        },
         "lines": [line.to_dict() for line in lines],
     }
 
@@ -166,7 +168,10 @@ def table(found: Mapping[str, Any]) -> str:
     text += [
         "",
         "Spearman's correlation of predicted and measured increase: "
-        + ", ".join(f"{name} {rho:.2f}" for name, (rho, _) in found["predicted"].items())
+        + ", ".join(
+            "{} {rho:.2f} [{low:.2f}, {high:.2f}]".format(name, **its)
+            for name, its in found["predicted"].items()
+        )
         + ".",
     ]
     text += _samples(lines, keeps)

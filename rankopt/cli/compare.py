@@ -189,7 +189,7 @@ def _prediction(lines: Sequence[Line], dense: Measured | None) -> str:
     if dense is None or dense.loss is None:
         return ""
     found = prediction(lines, dense.loss)
-    each = (f"{name} {rho:.2f} ({count} plans)" for name, (rho, count) in found.items())
+    each = (f"{name} {its} of {its.count} plans" for name, its in found.items())
     return f"predicted against measured, Spearman: {', '.join(each)}" if found else ""
 
 

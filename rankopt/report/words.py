@@ -11,6 +11,7 @@ from statistics import median
 from rankopt.errors import printable
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
+from rankopt.results.correlation import Correlation
 from rankopt.results.results import Results
 from rankopt.results.summary import Line
 
@@ -136,12 +137,16 @@ def measured_of(results: Results, lines: Sequence[Line], against: str | None) ->
     return Table(tuple(columns), tuple(map(tuple, rows)), _measured_note(results, lines, against))
 
 
-def correlations_of(found: Mapping[str, tuple[float, int]]) -> Table:
+def correlations_of(found: Mapping[str, Correlation]) -> Table:
     """Whether predictions order plans as measurements do, one row for each backend."""
     return Table(
-        ("backend", "Spearman's correlation", "of so many"),
-        tuple((name, f"{rho:.3f}", str(count)) for name, (rho, count) in found.items()),
-        "Of predicted and measured increase, over strategies and budgets: 1 is the same order. "
+        ("backend", "Spearman's correlation", "95 % interval", "of so many"),
+        tuple(
+            (name, f"{its.rho:.2f}", f"{its.low:.2f} to {its.high:.2f}", str(its.count))
+            for name, its in found.items()
+        ),
+        "Of predicted and measured increase, over strategies and budgets: 1 is the same order; the "
+        "interval is a bootstrap's over them. "
         "Backends with fewer than three have none.",
     )
 

@@ -1,5 +1,6 @@
 """Results: what a comparison of plans measured, as a file, and what can be concluded from it."""
 
+from rankopt.results.correlation import Correlation as Correlation
 from rankopt.results.results import Calibration as Calibration
 from rankopt.results.results import Measured as Measured
 from rankopt.results.results import MeasuredPlan as MeasuredPlan

@@ -14,6 +14,7 @@ import numpy as np
 
 from rankopt.errors import MissingExtraError, ResultsError
 from rankopt.layers import Layer
+from rankopt.results.correlation import Correlation, correlation, spearman
 from rankopt.results.paired import LEVEL, Difference, difference, holm
 from rankopt.results.results import Measured, MeasuredPlan, Results
 
@@ -135,7 +136,7 @@ def compared_with(lines: Sequence[Line], against: str) -> list[Line]:
     ]
 
 
-def prediction(lines: Sequence[Line], dense: float) -> dict[str, tuple[float, int]]:
+def prediction(lines: Sequence[Line], dense: float) -> dict[str, Correlation]:
     """Whether predictions order plans as their measured losses do.
 
     Args:
@@ -143,20 +144,19 @@ def prediction(lines: Sequence[Line], dense: float) -> dict[str, tuple[float, in
         dense: loss of the dense model.
 
     Returns:
-        Backend -> Spearman's correlation of predicted and measured increase, and of how many lines;
-        none of fewer than three.
+        Backend -> correlation of predicted and measured increase; see correlation for those that
+        have none.
+
+    Raises:
+        MissingExtraError: scipy is not there.
     """
     found: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         if line.predicted is not None and line.loss is not None:
             pair = line.predicted, line.loss - dense
             found.setdefault(line.plans[0].backend, []).append(pair)
-    correlated = {
-        backend: (_spearman(*np.array(pairs).T), len(pairs))
-        for backend, pairs in found.items()
-        if len(pairs) >= 3
-    }
-    return {name: (rho, n) for name, (rho, n) in correlated.items() if rho is not None}
+    correlated = {name: correlation(*zip(*pairs, strict=True)) for name, pairs in found.items()}
+    return {name: each for name, each in correlated.items() if each is not None}
 
 
 def _line(layers: Sequence[Layer], rows: Sequence[MeasuredPlan]) -> Line:
@@ -228,14 +228,7 @@ def _stability(layers: Sequence[Layer], rows: Sequence[MeasuredPlan]) -> float |
         ]
         for row in rows
     ]
-    return mean_of([_spearman(*pair) for pair in itertools.combinations(kept, 2)])
-
-
-def _spearman(these: Sequence[float], those: Sequence[float]) -> float | None:
-    """None where all of one side are the same."""
-    if len(set(these)) < 2 or len(set(those)) < 2:
-        return None
-    return float(_stats().spearmanr(these, those).statistic)
+    return mean_of([spearman(*pair) for pair in itertools.combinations(kept, 2)])
 
 
 def _stats() -> Any:

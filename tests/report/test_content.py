@@ -126,8 +126,11 @@ def test_results_are_summarised_and_compared_with_predictions() -> None:
     for point, line in zip(content["points"], lines, strict=True):
         assert point["measured"] == pytest.approx(1.5 * point["predicted"])
         assert point["predicted"] == line.predicted
-    rho, count = prediction(lines, found.dense.loss)["fwsvd"]
-    assert content["correlations"]["rows"] == [["fwsvd", f"{rho:.3f}", str(count)]]
+    its = prediction(lines, found.dense.loss)["fwsvd"]
+    interval = f"{its.low:.2f} to {its.high:.2f}"
+    assert content["correlations"]["rows"] == [
+        ["fwsvd", f"{its.rho:.2f}", interval, str(its.count)]
+    ]
     table = content["measured"]
     assert table["columns"][:4] == ["strategy", "keep", "kept", "loss"]
     assert "loss of code" in table["columns"] and "corrected p" in table["columns"]

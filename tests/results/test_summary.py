@@ -10,6 +10,7 @@ from rankopt.errors import ResultsError
 from rankopt.plan.compare import Strategy, compare
 from rankopt.profile.profile import Profile
 from rankopt.results import Measured, MeasuredPlan, Results, compared_with, prediction, summarise
+from rankopt.results.correlation import Correlation
 from rankopt.results.results import calibration_of
 from tests.synthetic import synthetic_profile
 
@@ -148,14 +149,14 @@ def test_predictions_are_correlated_for_each_backend() -> None:
         if row.measured is not None
     )
     turned = prediction(summarise(found.model_copy(update={"plans": falling})), dense)
-    assert turned == {"fwsvd": (pytest.approx(-1.0), 6)}
+    assert turned == {"fwsvd": Correlation(*[pytest.approx(-1.0)] * 3, 6)}
     told = tuple(
         row.model_copy(update={"predicted": (row.measured.loss or 0.0) ** 3})
         for row in found.plans
         if row.measured is not None
     )
     lines = summarise(found.model_copy(update={"plans": told}))
-    assert prediction(lines, dense) == {"fwsvd": (pytest.approx(1.0), 6)}
+    assert prediction(lines, dense) == {"fwsvd": Correlation(*[pytest.approx(1.0)] * 3, 6)}
     assert prediction(lines[:2], dense) == {}
 
 
