@@ -4,10 +4,10 @@
     python experiments/10_language_model/run.py --model NAME --protocol arena --folder arena-run
     python experiments/10_language_model/run.py --quick               tiny random models, no figure
 
-Raw WikiText-2 comes through the datasets library, or from text files with --calibration FILE and
---held-out FILE. Profiles and every measured plan are kept in the folder: the same command goes on
-where it was stopped. Of SmolLM2 results.json and table.md are written beside this file, of another
-model into its folder.
+Raw WikiText-2 comes through the datasets library, or from text files: --held-out FILE is the test
+split, --calibration FILE (arena only) the validation split. Profiles and every measured plan are
+kept in the folder: the same command goes on where it was stopped. Of SmolLM2 results.json and
+table.md are written beside this file, of another model into its folder.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
@@ -26,9 +27,13 @@ sys.path.insert(0, str(HERE.parent))
 import wikitext  # noqa: E402 (beside the folders of the experiments)
 
 BACKENDS = ("kronecker", "fwsvd", "fwsvd_two_sided", "whitened", "svd")
+#: Of every SHARE articles of the test split, the first calibrates.
+SHARE = 3
 SOLVERS = ("uniform", "proportional", "threshold", "exact", "exact/layerwise", "exact/maxmin")
-#: Whose ranks are planned on other samples of the calibration text, too.
+#: Whose ranks are planned on other samples of the calibration text, too, and how.
 SAMPLED = ("kronecker", "fwsvd")
+SAMPLED_SOLVERS = ("uniform", "threshold", "exact")
+PAIRS = ("uniform/pairs@fwsvd", "threshold/pairs@fwsvd", "exact/pairs@kronecker")
 KEEPS = (0.9, 0.8, 0.65, 0.5)
 DEFAULT = "exact@kronecker"
 
@@ -38,28 +43,33 @@ class Protocol:
     """How text is cut.
 
     Attributes:
-        calibration: windows of the validation split, at equal distances.
+        calibration: windows to calibrate, at equal distances.
         calibrated: tokens of each.
-        held_out: windows of the test split, at equal distances; None is all.
+        held_out: windows to measure, at equal distances; None is all.
         length: tokens of each; they do not overlap, and nothing is put before them.
         samples: of the calibration text; the first at equal distances, the others drawn.
         backends: that are profiled.
         keeps: budgets.
+        articles: some articles of the test split calibrate, and the others are measured; else the
+            validation split calibrates.
     """
 
     calibration: int = 32
     calibrated: int = 256
     held_out: int | None = 32
-    length: int = 1024
+    length: int = 256
     samples: int = 3
     backends: tuple[str, ...] = BACKENDS
     keeps: tuple[float, ...] = KEEPS
+    articles: bool = True
 
 
 PROTOCOLS = {
     "windows": Protocol(),
     # All of the test split in contiguous blocks of 2,048 tokens, as LowRankArena measures.
-    "arena": Protocol(128, 2048, None, 2048, 1, ("kronecker", "fwsvd", "whitened"), (0.8, 0.6)),
+    "arena": Protocol(
+        128, 2048, None, 2048, 1, ("kronecker", "fwsvd", "whitened"), (0.8, 0.6), articles=False
+    ),
 }
 QUICK = Protocol(6, 16, 4, 16, 2, ("kronecker", "fwsvd"), (0.7,))
 
@@ -111,9 +121,13 @@ class Work:
         profiles = {str(n): self.profile(n) for n in range(cut.samples)}
         rows = []
         for name, profile in profiles.items():
-            backends = cut.backends if name == "0" else SAMPLED
-            strategies = [f"{solver}@{backend}" for backend in backends for solver in SOLVERS]
-            strategies += ["uniform/pairs@fwsvd", "threshold/pairs@fwsvd", "exact/pairs@kronecker"]
+            first = name == "0"
+            strategies = [
+                f"{solver}@{backend}"
+                for backend in (cut.backends if first else SAMPLED)
+                for solver in (SOLVERS if first else SAMPLED_SOLVERS)
+            ]
+            strategies += PAIRS if first else ()
             rows += compare(profile, cut.keeps, [Strategy.parse(text) for text in strategies])
         file = self.folder / "results.json"
         return measure_comparison(self.model, profiles, rows, batches, also=self.also, file=file)
@@ -209,6 +223,17 @@ def _samples(lines: Iterable[Mapping[str, Any]], keeps: Sequence[float]) -> list
     return text
 
 
+def parted(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Lines of the articles that calibrate, and of the others."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    article = -1
+    for line in (line for text in texts for line in text.splitlines() if line.strip()):
+        # "= Title =" begins an article, "= = Section = =" does not.
+        article += bool(re.fullmatch(r" = [^=].* = ?", line))
+        parts[bool(article % SHARE)].append(line)
+    return parts
+
+
 def full(given: argparse.Namespace, folder: Path) -> None:
     """SmolLM2-135M, or another model."""
     from rankopt.data.domains import python_help
@@ -219,12 +244,17 @@ def full(given: argparse.Namespace, folder: Path) -> None:
     source = given.model or str(smollm2(folder / "model"))
     model, tokenizer = load_model(source, given.dtype), load_tokenizer(source)
     cut = PROTOCOLS[given.protocol]
+    held_out = wikitext.texts(given.held_out, "test")
+    if cut.articles:
+        calibration, held_out = parted(held_out)
+    else:
+        calibration = wikitext.texts(given.calibration, "validation")
     work = Work(
         model.to(given.device),
         tokenizer,
         cut,
-        wikitext.texts(given.calibration, "validation"),
-        wikitext.texts(given.held_out, "test"),
+        calibration,
+        held_out,
         {"python-help": python_help(tokenizer, cut.length)},
         folder,
     )
@@ -252,6 +282,8 @@ def quick() -> None:
     sys.path.insert(0, str(HERE.parents[1]))
     from tests import tiny
 
+    titled = [" = A = ", "1", " = = B = = ", "2", " = C = ", "3", " = D = ", " = E = ", "4"]
+    assert parted(["\n".join(titled)]) == ([*titled[:4], *titled[7:]], titled[4:7])
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     text = [" ".join(tiny.WORDS * 30)]
     with tempfile.TemporaryDirectory() as temporary:
