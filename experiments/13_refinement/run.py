@@ -40,10 +40,7 @@ ANCHORED = ("anchored 0.5/pairs", "anchored 1/pairs", "anchored 0.5 exact@kronec
 #: Ranks planned on what blocks lose after they were refined.
 LEARNED = "learned exact@kronecker"
 #: Ranks and factors from a profile of two rounds, the second under a plan of that budget.
-AGAIN = [("again 0.5 exact@kronecker", keep) for keep in KEEPS] + [
-    ("again 0.8 exact@kronecker", 0.8),
-    ("again 0.65 exact@kronecker", 0.65),
-]
+AGAIN = [(f"again {at} exact@kronecker", keep) for at in (0.5, 0.8, 0.65) for keep in KEEPS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +80,8 @@ PARTS = {
         for keep in (0.65, 0.5, 0.8)
         for refined in ((), ("distill", 64))
     ],
-    "rounds": [Row(*each) for each in AGAIN],
+    "rounds": [Row(*each) for each in AGAIN]
+    + [Row(f"again {keep} exact@kronecker", keep, "distill", 256) for keep in (0.8, 0.65, 0.5)],
     "blocks": [
         Row(method, 0.65, "blocks", 64) for method in ("exact@kronecker", "anchored 1/pairs")
     ],

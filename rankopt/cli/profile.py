@@ -104,8 +104,11 @@ def profile(
         ),
     ] = 1,
     round_keep: Annotated[
-        float, typer.Option(help="rounds 2: budget of that plan, as --keep.")
-    ] = 0.5,
+        float,
+        typer.Option(
+            help="rounds 2: budget of that plan, as --keep: yours if you know it, and not far below."
+        ),
+    ] = 0.8,
     layers_at_a_time: Annotated[
         int | None,
         typer.Option(help="Several passes over the data, so many layers each: less memory."),

@@ -177,4 +177,4 @@ def test_what_it_does_not_go_with() -> None:
             profile_model(model, batches, again=Compressed(), **more)  # type: ignore[arg-type]
     with pytest.raises(InfeasibleBudgetError):
         profile_model(model, batches, again=Compressed(keep=0.0001))
-    assert dataclasses.asdict(Compressed()) == {"keep": 0.5}
+    assert dataclasses.asdict(Compressed()) == {"keep": 0.8}
