@@ -106,7 +106,7 @@ def profile(
     round_keep: Annotated[
         float,
         typer.Option(
-            help="rounds 2: budget of that plan, as --keep: yours if you know it, and not far below."
+            help="rounds 2: budget of that plan, as --keep: yours, if you know it; not far below."
         ),
     ] = 0.8,
     layers_at_a_time: Annotated[
