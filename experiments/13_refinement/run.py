@@ -80,8 +80,7 @@ PARTS = {
         for keep in (0.65, 0.5, 0.8)
         for refined in ((), ("distill", 64))
     ],
-    "rounds": [Row(*each) for each in AGAIN]
-    + [Row(f"again {keep} exact@kronecker", keep, "distill", 256) for keep in (0.8, 0.65, 0.5)],
+    "rounds": [Row(*each) for each in AGAIN],
     "blocks": [
         Row(method, 0.65, "blocks", 64) for method in ("exact@kronecker", "anchored 1/pairs")
     ],
