@@ -35,12 +35,15 @@ from glue import BATCH, SEED, Task, batches_of, fine_tuned, rows_of, train  # no
 
 BACKENDS = ("kronecker", "fwsvd", "fwsvd_two_sided", "whitened", "svd", "tfwsvd")
 SOLVERS = ("uniform", "proportional", "threshold", "exact", "exact/layerwise", "exact/maxmin")
-#: Whose ranks are planned on other samples of the calibration rows, too.
+#: Whose ranks are planned on other samples of the calibration rows and with other estimators, and
+#: how.
 SAMPLED = ("kronecker", "fwsvd")
+SAMPLED_SOLVERS = ("uniform", "threshold", "exact")
 #: The thesis': pairs of factors, planned on the backend's own error.
 THESIS = ("fwsvd", "tfwsvd")
 ESTIMATORS = ("empirical", "sampled")
-LEARNING = (DEFAULT, "exact@fwsvd", "uniform@kronecker", BASELINE)
+#: Whose factors learn, too, and at which budget.
+LEARNING, LEARNING_KEEP = (DEFAULT, BASELINE), 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +164,7 @@ def closed(subject: Subject) -> None:
 def samples(subject: Subject) -> None:
     """Two backends under the other samples."""
     profiles = {str(n): subject.profile(n) for n in range(1, subject.size.samples)}
-    strategies = [f"{solver}@{backend}" for backend in SAMPLED for solver in SOLVERS]
+    strategies = [f"{solver}@{backend}" for backend in SAMPLED for solver in SAMPLED_SOLVERS]
     subject.measure("auto", profiles, [*strategies, BASELINE])
 
 
@@ -176,8 +179,7 @@ def estimators(subject: Subject) -> None:
     """Given or drawn labels in the place of all; of classifiers."""
     if subject.task.classes == 1:
         return
-    solvers = ("uniform", "threshold", "exact")
-    strategies = [f"{solver}@{backend}" for backend in SAMPLED for solver in solvers]
+    strategies = [f"{solver}@{backend}" for backend in SAMPLED for solver in SAMPLED_SOLVERS]
     for name in ESTIMATORS:
         subject.measure(name, {"0": subject.profile(0, name)}, strategies)
 
@@ -206,23 +208,18 @@ class Learned:
 
     Attributes:
         strategy: who planned.
-        keep: at which budget.
         how: ``closed``, ``refined`` or ``tuned`` (an epoch on the task).
     """
 
     strategy: str
-    keep: float
     how: str
+    keep: float = LEARNING_KEEP
 
 
 def learned(subject: Subject) -> None:
     """Closed form, refined, and after one epoch of fine-tuning."""
-    keeps = [keep for keep in subject.size.keeps if keep <= 0.5]
     rows = [
-        Learned(strategy, keep, how)
-        for keep in keeps
-        for strategy in LEARNING
-        for how in ("closed", "refined", "tuned")
+        Learned(strategy, how) for strategy in LEARNING for how in ("closed", "refined", "tuned")
     ]
     folder = subject.folder / "learned"
     folder.mkdir(exist_ok=True)
