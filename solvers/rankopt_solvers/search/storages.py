@@ -137,12 +137,19 @@ def _require_database(path: Path) -> None:
 
 
 def _database(url: str) -> BaseStorage:
-    storage = RDBStorage(
-        url,
-        heartbeat_interval=HEARTBEAT_SECONDS,
-        grace_period=GRACE_SECONDS,
-        heartbeat_stale_trial_callback=queue_again,
-    )
+    try:
+        storage = RDBStorage(
+            url,
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+            heartbeat_stale_trial_callback=queue_again,
+        )
+    except ImportError as error:
+        wanted = getattr(error.__cause__, "name", None) or "a driver"
+        raise StudyError(
+            f"cannot open the study storage {without_password(url)}: {wanted} is not installed; "
+            "install it, or name another driver in the URL, as postgresql+psycopg://"
+        ) from error
     if storage.engine.name == "sqlite":
         _one_at_a_time(storage.engine)
     return storage

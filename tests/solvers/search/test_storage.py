@@ -175,3 +175,9 @@ def test_what_another_process_ended_first_is_no_error(tmp_path: Path) -> None:
     assert not _tell(study, trial, 1.0) and not _tell(study, trial, 1.0, seconds=3.0)
     assert not _tell(study, trial)
     assert study.trials[0].value == 2.0 and not study.trials[0].user_attrs
+
+
+def test_a_driver_that_is_not_installed_is_named() -> None:
+    with pytest.raises(StudyError, match="MySQLdb is not installed") as caught:
+        run(storage="mysql+mysqldb://me:secret@host/base")
+    assert "secret" not in str(caught.value) and "postgresql+psycopg://" in str(caught.value)
