@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from rankopt._version import __version__
-from rankopt.cli import apply, compare, demo, evaluate, plan, profile, refine, report
 from rankopt.cli.command import Command
+from rankopt.cli.commands import apply, compare, demo, evaluate, plan, profile, refine, report
 from rankopt.cli.options import note
 from rankopt.errors import RankoptError
 

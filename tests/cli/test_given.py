@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from rankopt.cli.commands.plan import SEARCH
 from rankopt.cli.data import READING
-from rankopt.cli.plan import SEARCH
 from tests.cli.test_cli import Run, done, run
 from tests.synthetic import synthetic_profile
 

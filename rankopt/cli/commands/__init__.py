@@ -1,0 +1,1 @@
+"""The commands: one command, one file, whose function has its name."""
