@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from rankopt.errors import NotFiniteError, RankoptError, printable
+from rankopt.errors import NotFiniteError, OptionError, RankoptError, printable
 from rankopt.schema import finite
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder or a hub name.")]
@@ -26,6 +26,12 @@ ScaleOption = Annotated[
 ]
 FormOption = Annotated[
     str | None, typer.Option(help="pairs or pivoted: how a low rank is kept; the profile's.")
+]
+PinOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin", help="GLOB=RANK or GLOB=dense: your own choice for these layers; repeatable."
+    ),
 ]
 MultipleOption = Annotated[int, typer.Option(help="Offer only multiples of this rank.")]
 
@@ -52,6 +58,22 @@ def naming(data: str) -> Iterator[None]:
 def show_json(value: object, *, indent: int | None = 1) -> None:
     """JSON on stdout: null where a number is not finite."""
     typer.echo(json.dumps(finite(value), indent=indent, allow_nan=False))
+
+
+def pins_of(given: Sequence[str] | None) -> "dict[str, int | Literal['dense']]":
+    """``--pin`` as make_plan takes it.
+
+    Raises:
+        OptionError: neither GLOB=RANK nor GLOB=dense.
+    """
+    found: dict[str, int | Literal["dense"]] = {}
+    for text in given or ():
+        pattern, _, rank = text.rpartition("=")
+        if not pattern or (rank != "dense" and not rank.isdecimal()):
+            raise OptionError(f"--pin takes GLOB=RANK or GLOB=dense, not {text!r}")
+        found.pop(pattern, None)  # the last decides, wherever the first stood
+        found[pattern] = "dense" if rank == "dense" else int(rank)
+    return found
 
 
 def floor_of(text: str | None) -> "float | Literal['best'] | None":

@@ -25,6 +25,7 @@ from rankopt.model.tasks import Batch
 from rankopt.plan.allocation import Objective, allocation
 from rankopt.plan.budget import find_budget
 from rankopt.plan.compare import Strategy
+from rankopt.plan.pins import Pins, pinned
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import choose, plan_of
 from rankopt.profile.profile import Profile
@@ -105,6 +106,7 @@ def search_plan(
     form: Form | None = None,
     backend: str | None = None,
     scale: str | None = None,
+    pins: Pins | None = None,
     plans: Sequence[str] = PLANS,
     sampler: Any = "cmaes",
     storage: Any = None,
@@ -130,6 +132,7 @@ def search_plan(
         form: see make_plan.
         backend: whose losses to use; by default the profile's first.
         scale: how layers compare, one of the backend's; by default its first.
+        pins: see make_plan.
         plans: strategies, as ``Strategy.parse`` takes them, measured first.
         sampler: ``cmaes``, ``tpe``, ``thompson``, ``gp``, ``random``, or a sampler of Optuna's.
         storage: a journal file or a database's URL; the same call goes on where it was stopped,
@@ -163,6 +166,7 @@ def search_plan(
     if budget is None:
         raise BudgetError("a budget is needed: keep, keep_total or max_params")
     offered = allocation(profile, backend, scale, objective, rank_multiple, form)
+    offered = pinned(offered, pins or {})
     named: dict[str, Choice] = {}
     for text in plans:
         strategy = Strategy.parse(text)
@@ -182,6 +186,7 @@ def search_plan(
             backend=offered.backend,
             scale=offered.scale,
             min_retained=strategy.min_retained,
+            pins=pins,
         )
         # A floor leaves some options out.
         pairs = zip(offered.ranks, seen.ranks, chosen.choice, strict=True)
@@ -201,6 +206,8 @@ def search_plan(
         "objective": objective,
         "rank multiple": str(rank_multiple),
     }
+    if offered.pinned:
+        about["pins"] = str(pins)
     if offered.form != "pairs":
         about["form"] = offered.form
     last = max(len(offered.layers) - 1, 1)

@@ -44,7 +44,9 @@ class Allocation:
         scale: how layers compare.
         unit: of the losses.
         form: how matrices of lower rank are kept, which decides what they cost.
-        min_retained: share that every option retains, if that was asked for.
+        min_retained: share that every option retains, if that was asked for; of the layers that
+            are not pinned.
+        pinned: layers with one option, that somebody has decided.
     """
 
     layers: tuple[Layer, ...]
@@ -59,6 +61,7 @@ class Allocation:
     unit: str
     form: Form = "pairs"
     min_retained: float | None = None
+    pinned: tuple[str, ...] = ()
 
     def problem(self, budget: int) -> Problem:
         """The problem under a budget of parameters; what one prepares serves all."""
@@ -74,9 +77,18 @@ class Allocation:
         """Minimise the largest lost share, whatever the objective: what ``threshold`` needs."""
         groups = tuple(
             Group(group.name, group.cost, lost)
-            for group, lost in zip(self.groups, self.lost_shares, strict=True)
+            for group, lost in zip(self.groups, self.free_shares, strict=True)
         )
         return Problem(groups, budget, "max")
+
+    @cached_property
+    def free_shares(self) -> tuple[FloatArray, ...]:
+        """The lost shares, where pinned layers lose nothing: what levels and floors look at."""
+        named = set(self.pinned)
+        return tuple(
+            np.zeros_like(lost) if layer.name in named else lost
+            for layer, lost in zip(self.layers, self.lost_shares, strict=True)
+        )
 
     def with_floor(self, budget: int, share: float | None) -> "Allocation":
         """The options that retain a share of their layer's Fisher information.
@@ -89,7 +101,7 @@ class Allocation:
             InfeasibleError: the budget does not reach the cheapest options.
         """
         level = None if share is None else 1.0 - share
-        _, options, level = within_level(self.problem(budget), level, self.lost_shares)
+        _, options, level = within_level(self.problem(budget), level, self.free_shares)
         return dataclasses.replace(
             self,
             ranks=tuple(ranks[k] for ranks, k in zip(self.ranks, options, strict=True)),

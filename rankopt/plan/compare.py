@@ -153,7 +153,7 @@ def compare(
         keeps: budgets, as shares of the planned layers' parameters.
         strategies: who chooses.
         options: passed to make_plan: backend, min_retained and form (of the strategies that name
-            none), scale, rank_multiple.
+            none), scale, rank_multiple, pins.
 
     Raises:
         BudgetError, InfeasibleBudgetError, OptionError, ProfileError: as make_plan.

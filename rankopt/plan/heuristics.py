@@ -130,7 +130,7 @@ def share_level(offered: Allocation, share: float) -> list[int]:
     """
     if not 0 < share <= 1:
         raise BudgetError(f"share must be above 0 and at most 1, got {share!r}")
-    return [int(np.flatnonzero(lost <= 1.0 - share)[0]) for lost in offered.lost_shares]
+    return [int(np.flatnonzero(lost <= 1.0 - share)[0]) for lost in offered.free_shares]
 
 
 def threshold(profile: Profile, offered: Allocation, budget: int) -> list[int]:

@@ -68,7 +68,8 @@ class Certificate(BaseModel):
 
     Attributes:
         loss: of the plan, in ``unit``.
-        bound: no plan within the budget (that keeps ``min_retained``) has a smaller loss.
+        bound: no plan within the budget (that keeps ``min_retained``, and what is pinned) has a
+            smaller loss.
         gap: (loss - bound) / loss; 0 is proven optimal.
         status: ``optimal``, ``feasible`` or ``time_limit``.
         unit: of loss and bound.
@@ -143,7 +144,9 @@ class Plan(Grown):
         objective: what was maximised.
         rank_multiple: ranks are multiples of it.
         form: how matrices of lower rank are kept: ``pairs`` of factors, or ``pivoted``.
-        min_retained: share that every layer retains at least, if that was asked for.
+        min_retained: share that every layer retains at least, if that was asked for; of those that
+            are not pinned.
+        pinned: names of the layers whose rank was given, not chosen.
         budget: what was asked.
         certificate: how good the choice provably is.
         retained_total: share of the Fisher information of all layers together.
@@ -159,7 +162,7 @@ class Plan(Grown):
     """
 
     model_config = STRICT
-    later: ClassVar[tuple[str, ...]] = ("form", "predicted")
+    later: ClassVar[tuple[str, ...]] = ("form", "predicted", "pinned")
 
     format: Literal["rankopt-plan"] = "rankopt-plan"
     format_version: Literal[1] = 1
@@ -171,6 +174,7 @@ class Plan(Grown):
     rank_multiple: Annotated[int, Field(ge=1)]
     form: Form = "pairs"
     min_retained: Share | None = None
+    pinned: tuple[str, ...] = ()
     budget: Budget
     certificate: Certificate
     retained_total: Share
@@ -190,6 +194,9 @@ class Plan(Grown):
             raise ValueError("a layer is planned twice")
         if self.worst_layer not in names:
             raise ValueError(f"the worst layer {self.worst_layer!r} is not planned")
+        free = {entry.layer.name for entry in self.layers}.difference(self.pinned)
+        if len(free) + len(self.pinned) != len(self.layers):
+            raise ValueError("pinned names something else than layers, or one of them twice")
         for number, entry in enumerate(self.layers):
             entry.require_counted(self.form, f"layers.{number}")
         spent = sum(entry.parameters for entry in self.layers)
@@ -201,7 +208,8 @@ class Plan(Grown):
         for entry in self.layers:
             if entry.rank is not None and entry.rank % self.rank_multiple:
                 raise ValueError(f"layer {entry.layer.name}: rank is not a multiple as claimed")
-            if self.min_retained is not None and entry.retained < self.min_retained - 1e-9:
+            floor = None if entry.layer.name not in free else self.min_retained
+            if floor is not None and entry.retained < floor - 1e-9:
                 raise ValueError(f"layer {entry.layer.name}: retains less than min_retained")
         return self
 
@@ -278,6 +286,7 @@ class Plan(Grown):
             *predicted,
             *price,
             f"  layers          {len(self.layers)}: {dense} dense, "
-            f"{len(self.layers) - dense} low rank",
+            f"{len(self.layers) - dense} low rank"
+            + (f"; {len(self.pinned)} of them pinned" if self.pinned else ""),
         ]
         return "\n".join(map(printable, lines))

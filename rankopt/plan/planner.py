@@ -12,6 +12,7 @@ from rankopt.layers import Form
 from rankopt.plan import heuristics
 from rankopt.plan.allocation import Allocation, Objective, allocation
 from rankopt.plan.budget import Budget, at_least, find_budget
+from rankopt.plan.pins import Pins, pinned
 from rankopt.plan.plan import Certificate, Plan, PlannedLayer, Size
 from rankopt.profile.profile import Profile
 from rankopt_solvers import (
@@ -63,6 +64,7 @@ def make_plan(
     scale: str | None = None,
     share: float | None = None,
     min_retained: float | Literal["best"] | None = None,
+    pins: Pins | None = None,
     **options: Any,
 ) -> Plan:
     """Decide the rank of every layer.
@@ -85,14 +87,16 @@ def make_plan(
             over it is an error.
         min_retained: share that every layer must retain at least, or ``"best"``: the largest
             that the budget allows. The sum alone starves layers with little information.
+        pins: glob of layer names -> rank, or ``dense``: decided already, paid for from the budget,
+            and bound by no share or floor. Of several that name a layer the last decides.
         options: passed to the solver, ``time_limit`` for ``exact`` and ``knapsack``.
 
     Raises:
         BudgetError: no or two budgets, or a share or min_retained out of range.
         InfeasibleBudgetError: no ranks fit; names the smallest reachable budget.
         OptionError: an unknown solver, objective, scale or form, an option that the solver does not
-            take, a form that the profile does not reach, or no layer with a rank that is a
-            multiple.
+            take, a form that the profile does not reach, no layer with a rank that is a multiple,
+            or a pin that names no layer or no rank on offer.
         ProfileError: the profile lacks the backend.
     """
     budget = find_budget(profile.info, keep, keep_total, max_params)
@@ -107,6 +111,7 @@ def make_plan(
         scale=scale,
         share=share,
         min_retained=min_retained,
+        pins=pins,
         options=options,
     )
     if budget is None:
@@ -127,6 +132,7 @@ def choose(
     scale: str | None = None,
     share: float | None = None,
     min_retained: float | Literal["best"] | None = None,
+    pins: Pins | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Allocation, Solution]:
     """What was on offer, and what the solver chose of it.
@@ -142,6 +148,7 @@ def choose(
         scale: see make_plan.
         share: see make_plan.
         min_retained: see make_plan.
+        pins: see make_plan.
         options: passed to the solver.
 
     Raises:
@@ -149,6 +156,7 @@ def choose(
     """
     _require_solver(solver, share)
     offered = allocation(profile, backend, scale, objective, rank_multiple, form)
+    offered = pinned(offered, pins or {})
     if min_retained is not None:
         _require_floor(min_retained, solver, objective)
     if share is not None:
@@ -165,6 +173,7 @@ def choose(
         return offered, _solve(profile, offered, problem, solver, dict(options or {}))
     except InfeasibleError as error:
         also = "" if min_retained is None else f" and min_retained={min_retained}"
+        also += f" and {len(offered.pinned)} pinned layers" if offered.pinned else ""
         raise InfeasibleBudgetError(
             f"{budget} allows the planned layers "
             f"{max(error.budget, 0):,} parameters; the smallest reachable with rank multiples "
@@ -301,6 +310,7 @@ def plan_of(
         rank_multiple=offered.rank_multiple,
         form=offered.form,
         min_retained=offered.min_retained,
+        pinned=offered.pinned,
         budget=budget,
         certificate=Certificate(
             loss=solution.loss,

@@ -187,6 +187,8 @@ def _certificate(plan: Plan) -> dict[str, str]:
         "retained Fisher information": f"{plan.retained_total:.3%}",
         "worst layer": f"{plan.worst_layer} ({plan.retained_worst:.1%})",
     }
+    if plan.pinned:
+        found["pinned"] = f"{len(plan.pinned)} layers, whose rank was given"
     if plan.min_retained is not None:
         found["retained by every layer at least"] = f"{plan.min_retained:.2%}"
     if proof.multiplier is not None:

@@ -108,6 +108,7 @@ class MeasuredPlan(BaseModel):
         objective: what was maximised.
         min_retained: share that every layer retains at least, if that was asked for.
         rank_multiple: ranks are multiples of it.
+        pins: ``NAME=RANK`` of each layer whose rank was given, not chosen.
         ranks: of each layer of the results, null for dense.
         budget: the most parameters that the planned layers may have.
         size: what they and the model have.
@@ -133,6 +134,7 @@ class MeasuredPlan(BaseModel):
     objective: Literal["total", "layerwise", "maxmin"]
     min_retained: Share | None
     rank_multiple: Annotated[int, Field(ge=1)]
+    pins: tuple[str, ...] = ()
     ranks: tuple[Annotated[int, Field(ge=1)] | None, ...]
     budget: Count
     size: Size
@@ -166,6 +168,7 @@ class MeasuredPlan(BaseModel):
             self.scale,
             self.min_retained,
             self.rank_multiple,
+            self.pins,
         )
 
     @property
@@ -188,6 +191,7 @@ class MeasuredPlan(BaseModel):
             objective=plan.objective,
             min_retained=plan.min_retained,
             rank_multiple=plan.rank_multiple,
+            pins=tuple(f"{name}={plan.ranks[name] or 'dense'}" for name in plan.pinned),
             ranks=tuple(entry.rank for entry in plan.layers),
             budget=plan.budget.parameters,
             size=plan.size,

@@ -86,6 +86,17 @@ def test_what_is_chosen_are_the_plans_ranks_whatever_the_objective(
     assert offered.ranks_of(chosen.choice) == tuple(plan.ranks.values())
 
 
+def test_pinned_layers_are_the_same_in_every_trial(made: Any, tmp_path: Path) -> None:
+    model, profile, batches = made
+    first = profile.info.layers[0].name
+    settings = {"keep": 0.6, "plans": ("uniform", "exact"), "storage": tmp_path / "s.journal"}
+    searched = search_plan(model, profile, batches, trials=5, pins={first: 2}, **settings)
+    assert searched.plan.pinned == (first,) and searched.plan.ranks[first] == 2
+    assert len({trial.choice[0] for trial in searched.found.trials}) == 1
+    with pytest.raises(RankoptError, match="search with"):
+        search_plan(model, profile, batches, trials=5, pins={first: 3}, **settings)
+
+
 def test_what_cannot_be_searched_is_refused(made: Any, tmp_path: Path) -> None:
     model, profile, batches = made
     with pytest.raises(BudgetError, match="a budget is needed"):

@@ -13,10 +13,12 @@ from rankopt.cli.options import (
     DtypeOption,
     JsonOption,
     MultipleOption,
+    PinOption,
     ScaleOption,
     WideOption,
     naming,
     note,
+    pins_of,
     show,
     show_json,
 )
@@ -55,6 +57,7 @@ def compare(
         typer.Option(help=f"{GRAMMAR}; if not given: " + ", ".join(map(str, DEFAULT_STRATEGIES))),
     ] = None,
     rank_multiple: MultipleOption = 1,
+    pin: PinOption = None,
     form: Annotated[
         list[str] | None,
         typer.Option(help="pairs, pivoted, or both: of the strategies that name none."),
@@ -107,11 +110,8 @@ def compare(
     profiles = {str(path): Profile.load(path) for path in profile}
     if len(profiles) < len(profile):
         raise OptionError(f"a profile is given twice: {', '.join(map(str, profile))}")
-    rows = [
-        row
-        for each in profiles.values()
-        for row in compared(each, keep, strategies, rank_multiple=rank_multiple, scale=scale)
-    ]
+    how: Any = {"rank_multiple": rank_multiple, "scale": scale, "pins": pins_of(pin)}
+    rows = [row for each in profiles.values() for row in compared(each, keep, strategies, **how)]
     plans, dense = [MeasuredPlan.of(row) for row in rows], None
     if source is not None:
         from rankopt.apply.apply import backend_of

@@ -14,11 +14,13 @@ from rankopt.cli.options import (
     FormOption,
     JsonOption,
     MultipleOption,
+    PinOption,
     ProfileArgument,
     ScaleOption,
     floor_of,
     naming,
     note,
+    pins_of,
     show,
 )
 from rankopt.errors import RankoptError
@@ -32,6 +34,7 @@ Examples:
   rankopt plan profile.safetensors --keep 0.8 -o plan.json
   rankopt plan profile.safetensors --keep-total 0.7 --rank-multiple 8
   rankopt plan profile.safetensors --keep 0.8 --min-retained 0.5
+  rankopt plan profile.safetensors --keep 0.8 --pin '*.o_proj=64'
   rankopt plan profile.safetensors --solver threshold --share 0.95
   rankopt plan profile.safetensors --keep 0.9 -o plan.json \\
     --solver search --model ./model --data validation.txt --trials 40
@@ -71,6 +74,7 @@ def plan(
             help="Share that every layer retains at least, or best: the largest possible."
         ),
     ] = None,
+    pin: PinOption = None,
     time_limit: Annotated[
         float | None, typer.Option(help="exact (60) or knapsack (30): seconds.")
     ] = None,
@@ -106,6 +110,7 @@ def plan(
         "form": form,
         "backend": backend,
         "scale": scale,
+        "pins": pins_of(pin),
     }
     timed: dict[str, Any] = {} if time_limit is None else {"time_limit": time_limit}
     if solver != "search":
