@@ -14,7 +14,17 @@ import typer
 
 from rankopt._version import __version__
 from rankopt.cli.command import Command
-from rankopt.cli.commands import apply, compare, demo, evaluate, plan, profile, refine, report
+from rankopt.cli.commands import (
+    apply,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    plan,
+    profile,
+    refine,
+    report,
+)
 from rankopt.cli.options import note
 from rankopt.errors import RankoptError
 
@@ -36,6 +46,7 @@ app.command(cls=Command, epilog=refine.EXAMPLES)(refine.refine)
 app.command(cls=Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(cls=Command, epilog=report.EXAMPLES)(report.report)
 app.command(cls=Command, epilog=demo.EXAMPLES)(demo.demo)
+app.command(cls=Command, epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:

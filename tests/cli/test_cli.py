@@ -19,7 +19,7 @@ from tests.synthetic import synthetic_profile
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("profile", "plan", "compare", "apply", "refine", "evaluate", "report", "demo")
+COMMANDS = ("profile", "plan", "compare", "apply", "refine", "evaluate", "report", "demo", "doctor")
 
 
 @pytest.fixture
