@@ -39,9 +39,10 @@ def full(folder: Path) -> None:
     (HERE / "table.md").write_text(table, encoding="utf-8")
     profile = Profile.load(folder / "profile.safetensors")
     with tempfile.TemporaryDirectory() as pictures:
-        write_pictures(Path(pictures) / "all", profile, {"exact at 0.8": result.plan}, results)
+        drawn = Path(pictures) / "drawn"
+        write_pictures(drawn, profile, {"exact at 0.8": result.plan}, results, only=SHOWN)
         for name in SHOWN:
-            shutil.copy(Path(pictures) / "all" / name, HERE / name)
+            shutil.copy(drawn / name, HERE / name)
     text = json.dumps(result.to_dict(), indent=1) + "\n"
     (HERE / "results.json").write_text(text, encoding="utf-8")
 

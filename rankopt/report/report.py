@@ -15,10 +15,11 @@ import html
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 
+from rankopt.errors import OptionError
 from rankopt.files import PICTURES, whole_file, whole_folder
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
@@ -76,6 +77,7 @@ def write_pictures(
     results: Results | None = None,
     *,
     layer: str | None = None,
+    only: Collection[str] | None = None,
     overwrite: bool = False,
 ) -> list[str]:
     """Write the charts of a report as PNG, for papers; without a browser.
@@ -86,6 +88,7 @@ def write_pictures(
         plans: see write_report.
         results: see write_report.
         layer: whose losses are drawn.
+        only: names of the files that are wanted; all if None.
         overwrite: replace a folder of such pictures.
 
     Returns:
@@ -93,10 +96,15 @@ def write_pictures(
         row of the results, if there are no plans), ``predicted.png`` if there are results.
 
     Raises:
+        OptionError: a name that no picture has.
         RankoptError: see write_report; and the folder has something else in it.
     """
     vega.require_library()
     drawn = _drawn(content_of(profile, plans or {}, results, None, layer, PAPER))
+    if only is not None:
+        if unknown := sorted(set(only) - drawn.keys()):
+            raise OptionError(f"no picture {', '.join(unknown)}; there are {', '.join(drawn)}")
+        drawn = {name: spec for name, spec in drawn.items() if name in only}
     with whole_folder(folder, overwrite, PICTURES) as fresh:
         for name, spec in drawn.items():
             (fresh / name).write_bytes(vega.picture(spec))

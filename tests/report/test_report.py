@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rankopt.errors import MissingExtraError, RankoptError
+from rankopt.errors import MissingExtraError, OptionError, RankoptError
 from rankopt.report import write_pictures, write_report
 from tests.report import made
 
@@ -126,6 +126,10 @@ def test_pictures_are_png_in_a_folder_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(RankoptError, match="--force"):
         write_pictures(folder, profile)
     assert write_pictures(folder, profile, overwrite=True) == ["frontier.png", "layer.png"]
+    assert write_pictures(folder, profile, only={"layer.png"}, overwrite=True) == ["layer.png"]
+    assert [path.name for path in folder.glob("*.png")] == ["layer.png"]
+    with pytest.raises(OptionError, match=r"no picture predicted\.png; there are frontier\.png"):
+        write_pictures(folder, profile, only={"predicted.png"}, overwrite=True)
     (folder / "notes.txt").write_text("a week of notes")
     with pytest.raises(RankoptError, match=r"notes\.txt"):
         write_pictures(folder, profile, overwrite=True)
