@@ -46,7 +46,9 @@ def attach(model: nn.Module, plan: Plan) -> Ties | None:
     after = model.all_tied_weights_keys
     ties = after if after != before.keys[model] else None
     config = RankoptConfig(ranks, plan.backend, ties=ties, form=plan.form)
-    RankoptQuantizer(config).attach(model)
+    quantizer = RankoptQuantizer(config)
+    quantizer.plan = plan
+    quantizer.attach(model)
     return before
 
 

@@ -38,6 +38,7 @@ from rankopt.layers import FORMS, Form
 from rankopt.model.lowrank import LowRank
 from rankopt.model.surgery import kind_of, replace
 from rankopt.model.weights import is_conv1d, shown_shape, tensor_of, weight_shape
+from rankopt.plan.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,6 +100,8 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: RankoptConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        #: That was applied in this process, for the model's card.
+        self.plan: Plan | None = None
         #: What transformers converts of the dense model; None: what it does by default.
         self.conversions: list[Any] | None = None
 

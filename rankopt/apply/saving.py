@@ -4,11 +4,14 @@ How they are loaded again: see quantizer.
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from rankopt.apply.card import CARD, model_card
+from rankopt.apply.quantizer import RankoptQuantizer
 from rankopt.apply.verify import require_reloadable
 from rankopt.errors import ModelError, first_line
 from rankopt.files import whole_folder
@@ -23,17 +26,23 @@ def save_model(
     plan: Plan | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
+    measured: Mapping[str, float] | None = None,
+    command: Sequence[str] = (),
 ) -> None:
     """Write a model as a transformers folder; it appears whole or not at all.
 
-    What was written is loaded again and compared before the folder appears.
+    What was written is loaded again and compared before the folder appears. A compressed model has
+    a model card, ``README.md``.
 
     Args:
         model: a transformers model, compressed or dense; wrapped by torch.compile it may be.
         directory: does not exist, is empty, or overwrite is set.
-        plan: also written, as ``rankopt_plan.json``.
+        plan: also written, as ``rankopt_plan.json``. The card has the plan that was applied to the
+            model in any case.
         tokenizer: also written.
         overwrite: replace a folder that has something in it.
+        measured: for the card: what -> value, in the unit that its name says.
+        command: for the card: the command line that made the model, word by word.
 
     Raises:
         ModelError: not a transformers model, or one that would not come back as it is.
@@ -57,3 +66,7 @@ def save_model(
             tokenizer.save_pretrained(folder)
         if plan is not None:
             plan.save(folder / "rankopt_plan.json")
+        quantizer = getattr(inner, "hf_quantizer", None)
+        if isinstance(quantizer, RankoptQuantizer) and quantizer.quantization_config.ranks:
+            text = model_card(inner, plan or quantizer.plan, measured, command)
+            (folder / CARD).write_text(text, encoding="utf-8")

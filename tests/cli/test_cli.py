@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,6 +90,10 @@ def test_whole_job_from_model_to_reloaded_loss(
     arguments = ("apply", model, plan, "--profile", profile_file, "-o", smaller)
     assert str(made) in done(run(*arguments))
     assert Plan.load(smaller / "rankopt_plan.json") == made
+    card = (smaller / "README.md").read_text(encoding="utf-8")
+    assert f"budget {made.budget.parameters:,}\n" in card and "**closed form**" in card
+    typed = shlex.join(["rankopt", *map(str, arguments)])
+    assert f"```bash\n{typed}\n```\n" in card
 
     data = ("--data", heldout, "--max-length", 16, "--json")
     dense, low = (json.loads(done(run("evaluate", m, *data))) for m in (model, smaller))

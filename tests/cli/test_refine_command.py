@@ -43,6 +43,11 @@ def test_a_smaller_model_becomes_better_and_says_so(
     assert (found["targets"], found["held_out"]) == (16 * 15, 2 * 15)
     assert sorted(os.listdir()) == ["plan.json", "refined", "smaller"]
     assert Plan.load("refined/rankopt_plan.json") == Plan.load("plan.json")
+    card = Path("refined/README.md").read_text(encoding="utf-8")
+    assert f"**refined on 240 tokens ({method})**" in card and "```bash\nrankopt refine " in card
+    for when in ("before", "after"):
+        measured = f"`loss against the dense model on 30 held-out tokens, {when}`"
+        assert f"- {measured}: {found[when]:.6g}\n" in card
     data = ("--data", files / "train.txt", "--max-length", 16)
     code, out, err = run("evaluate", "refined", *data)
     assert code == 0 and f"refined: refined on 240 tokens ({method})\n" in err and out

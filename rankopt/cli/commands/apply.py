@@ -1,5 +1,6 @@
 """The command ``rankopt apply``."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +66,13 @@ def apply(
     except RankoptError as error:
         tokenizer = None
         note(f"no tokenizer is saved: {error}")
-    save_model(loaded, output, plan=loaded_plan, tokenizer=tokenizer, overwrite=force)
+    save_model(
+        loaded,
+        output,
+        plan=loaded_plan,
+        tokenizer=tokenizer,
+        overwrite=force,
+        command=["rankopt", *sys.argv[1:]],
+    )
     show(str(loaded_plan))
     note(f"model written to {output}: load it with transformers after `import rankopt`")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -91,7 +92,16 @@ def refine(
         checkpoint_every=max(checkpoint_every, 1),
         folder=output.absolute().parent,
     )
-    save_model(model, output, plan=plan, tokenizer=load_tokenizer(compressed), overwrite=force)
+    what = f"loss against the dense model on {found.held_out:,} held-out {found.unit}"
+    save_model(
+        model,
+        output,
+        plan=plan,
+        tokenizer=load_tokenizer(compressed),
+        overwrite=force,
+        measured={f"{what}, before": found.before, f"{what}, after": found.after},
+        command=["rankopt", *sys.argv[1:]],
+    )
     if checkpoint_every > 0:
         with contextlib.suppress(FileNotFoundError):
             # Refined and written: nothing to go on with.

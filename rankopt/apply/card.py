@@ -1,0 +1,163 @@
+"""The model card of a compressed folder: how it loads, what was planned, what was measured.
+
+Names of layers, folders and tasks are the user's, so none is written bare: in front matter they
+pass through the YAML library, in the text they are code. There is no date in it: the same model
+has the same card.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCardData, metadata_load
+from transformers import PreTrainedModel
+
+from rankopt._version import __version__
+from rankopt.apply.refined import refined_on, refinements_of
+from rankopt.errors import printable
+from rankopt.model.lowrank import LowRank
+from rankopt.model.size import model_size
+from rankopt.plan.plan import Plan
+
+CARD = "README.md"
+#: What a compressed model has of the card of its source: it is of the same data and terms.
+_CARRIED = ("license", "license_name", "language", "datasets", "base_model")
+_PROVEN = {
+    "optimal": "proven optimal",
+    "feasible": "not proven optimal",
+    "time_limit": "not proven optimal, stopped at the time limit",
+}
+
+
+def model_card(
+    model: PreTrainedModel,
+    plan: Plan | None = None,
+    measured: Mapping[str, float] | None = None,
+    command: Sequence[str] = (),
+) -> str:
+    """The text of a compressed model's ``README.md``.
+
+    Args:
+        model: low rank, and marked as such. The folder that it was loaded from is looked up for a
+            card, of which licence, language and data sets are carried over.
+        plan: that was applied to it.
+        measured: what -> value, in the unit that its name says.
+        command: that made it, with its arguments as typed.
+    """
+    carried = _front_matter_of(Path(model.name_or_path)) if model.name_or_path else {}
+    carried |= {"base_model": base} if (base := _hub_name(model)) else {}
+    refinements = refinements_of(model)
+    tags = ["rankopt", "low-rank", "compression", *(["refined"] if refinements else [])]
+    data = ModelCardData(library_name="transformers", tags=tags, **carried)
+    low = sum(isinstance(module, LowRank) for module in model.modules())
+    label = "They are of **closed form**: rankopt has not let them learn since."
+    if refinements:
+        label = f"They have learned from the dense model: **{refined_on(refinements)}**."
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {_code(type(model).__name__)} of lower rank",
+        f"{low} of its layers are low-rank factors, made by rankopt. {label} Losses of refined and "
+        "of closed-form models do not belong in one column.",
+        "## Load",
+        _block(_loading(type(model)), "python"),
+        "`model.dequantize()` multiplies the factors, for what knows dense models only.",
+        "## What was planned",
+        "\n".join(_planned(model, plan)),
+        "## What was measured",
+        "\n".join(f"- {_code(what)}: {value:.6g}" for what, value in (measured or {}).items())
+        or "Nothing yet: `rankopt evaluate FOLDER --data heldout.txt` does.",
+        *(("## Command", _block(shlex.join(command), "bash")) if command else ()),
+        "## Versions",
+        f"rankopt {__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}",
+    ]
+    if "license" in carried:
+        parts += ["## Licence", f"As the card of its source says: {_code(str(carried['license']))}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _loading(kind: type[PreTrainedModel]) -> str:
+    module = "transformers" if hasattr(transformers, kind.__name__) else kind.__module__
+    return (
+        "import rankopt  # without it transformers stops with an error about sizes\n"
+        f"from {module} import {kind.__name__}\n\n"
+        f'model = {kind.__name__}.from_pretrained("FOLDER")'
+    )
+
+
+def _planned(model: PreTrainedModel, plan: Plan | None) -> Iterator[str]:
+    if plan is None:
+        config: Any = model.config.quantization_config
+        yield f"- Parameters: {model_size(model).model:,}"
+        yield f"- Backend {_code(config.backend)}, form {_code(config.form)}"
+        return
+    size, proof = plan.size, plan.certificate
+    floor = ""
+    if plan.min_retained is not None:
+        floor = f" that retain {plan.min_retained:.2%} of every layer's Fisher information"
+    yield (
+        f"- Parameters: {size.model:,} of {size.model_dense:,} "
+        f"({size.model / size.model_dense:.2%}); in the planned layers {size.planned:,} of "
+        f"{size.planned_dense:,} ({size.planned / size.planned_dense:.2%}), budget "
+        f"{plan.budget.parameters:,}"
+    )
+    yield (
+        f"- Backend {_code(plan.backend)}, form {_code(plan.form)}, solver {_code(plan.solver)}, "
+        f"objective {_code(plan.objective)}"
+    )
+    yield (
+        f"- Certificate: {_PROVEN[proof.status]} ({_code(proof.status)}). The ranks lose "
+        f"{proof.loss:.6g}, no ranks within the budget{floor} lose less than {proof.bound:.6g} "
+        f"(gap {proof.gap:.2g}), in {_code(proof.unit)}"
+    )
+    if plan.predicted is not None:
+        yield (
+            f"- Predicted: the loss rises by {plan.predicted:.4g} nats per target (second-order "
+            "estimate, of the closed form)"
+        )
+
+
+def _hub_name(model: PreTrainedModel) -> str | None:
+    """The hub's name of what the model was loaded from."""
+    name = str(model.name_or_path)
+    # A relative path looks like such a name, but only what comes from the hub has a commit; so do
+    # folders of the hub's cache.
+    ours = getattr(model.config, "_commit_hash", None) is None or Path(name).exists()
+    return None if ours or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else name
+
+
+def _front_matter_of(folder: Path) -> dict[str, Any]:
+    """What is carried over of a folder's card; nothing of a card that cannot be read."""
+    try:
+        found = metadata_load(folder / CARD) if (folder / CARD).is_file() else None
+    except Exception:
+        # Somebody else's file, and YAML fails in many ways.
+        return {}
+    values = ((key, (found or {}).get(key)) for key in _CARRIED)
+    return {key: value for key, value in values if value and _plain(value)}
+
+
+def _plain(value: object) -> bool:
+    each = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) and text.isprintable() for text in each)
+
+
+def _code(text: str) -> str:
+    """A code span, whatever the text is: fenced by more backticks than it has in a row."""
+    text = printable(text)
+    fence = "`" * (_longest_run(text) + 1)
+    space = " " if "`" in text or text != text.strip() else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _block(text: str, language: str) -> str:
+    fence = "`" * max(_longest_run(text) + 1, 3)
+    return f"{fence}{language}\n{printable(text, chr(10))}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
