@@ -148,7 +148,7 @@ def _plain(value: object) -> bool:
 
 def _code(text: str) -> str:
     """A code span, whatever the text is: fenced by more backticks than it has in a row."""
-    text = printable(text)
+    text = printable(text) or " "
     fence = "`" * (_longest_run(text) + 1)
     space = " " if "`" in text or text != text.strip() else ""
     return f"{fence}{space}{text}{space}{fence}"
