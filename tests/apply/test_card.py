@@ -15,7 +15,7 @@ from rankopt.apply.card import model_card
 from tests import tiny
 from tests.apply.test_reload import run
 
-HOSTILE = "a`b``c\n---\n# no heading | <script>\u202e \\"
+HOSTILE = "a`b``c\n---\n```\n# no heading | <script>\u202e \\"
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,13 @@ def test_a_model_that_was_reloaded_has_a_card_without_a_plan(
 
 
 def test_a_dense_model_has_none(tmp_path: Path) -> None:
-    save_model(tiny.llama(), tmp_path / "model")
-    assert not (tmp_path / "model" / "README.md").exists()
+    model = tiny.llama()
+    save_model(model, tmp_path / "model")
+    profile = profile_model(model, tiny.batches(model))
+    plan = make_plan(profile, keep=1.0)
+    assert not any(plan.ranks.values())
+    save_model(apply_plan(model, plan, profile), tmp_path / "all dense")
+    assert not list(tmp_path.rglob("README.md"))
 
 
 def test_a_refined_model_is_labelled_and_measured(tmp_path: Path) -> None:
