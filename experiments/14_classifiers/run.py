@@ -52,7 +52,12 @@ STRATEGIES = (
     "uniform/pairs@kronecker",
     "exact/pairs@kronecker",
 )
-REFINED = ("uniform/pivoted@kronecker", "exact/pivoted@kronecker")
+REFINED = (
+    "uniform/pivoted@kronecker",
+    "exact/pivoted@kronecker",
+    "uniform/pairs@kronecker",
+    "exact/pairs@kronecker",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +211,7 @@ def closed(subject: Subject, keeps: Sequence[float]) -> Kept:
 
 
 def refined(subject: Subject, keeps: Sequence[float]) -> Kept:
-    """Plans of two strategies, refined with the defaults."""
+    """Plans of two strategies in both forms, refined with the defaults."""
     from rankopt.apply.apply import apply_plan
     from rankopt.data.digest import data_digest
     from rankopt.refinement.refinement import DEFAULTS, refine
