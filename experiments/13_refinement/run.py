@@ -43,6 +43,12 @@ LEARNED = "learned exact@kronecker"
 AGAIN = [(f"again {at} exact@kronecker", keep) for at in (0.5, 0.8, 0.65) for keep in KEEPS]
 
 
+#: Ranks planned on what factors lose on data that did not make them, too; and both.
+CROSSED = [
+    (f"{how} exact@kronecker", keep) for how in ("crossed", "crossed again 0.8") for keep in KEEPS
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """What is measured.
@@ -81,6 +87,7 @@ PARTS = {
         for refined in ((), ("distill", 64))
     ],
     "rounds": [Row(*each) for each in AGAIN],
+    "crossed": [Row(*each) for each in CROSSED],
     "blocks": [
         Row(method, 0.65, "blocks", 64) for method in ("exact@kronecker", "anchored 1/pairs")
     ],
@@ -97,7 +104,7 @@ class Work:
         learn: how many windows -> these, one a batch, to refine on.
         held_out: to measure on.
         other: of another domain, that nothing was calibrated on.
-        rounds: profiles of two rounds, by the budget of the second.
+        others: profiles that were measured otherwise, by how.
     """
 
     model: Any
@@ -105,7 +112,7 @@ class Work:
     learn: Callable[[int], list[Any]]
     held_out: list[Any]
     other: list[Any]
-    rounds: dict[float, Any] = dataclasses.field(default_factory=dict)
+    others: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def profile(self) -> Any:
@@ -115,14 +122,20 @@ class Work:
         backends = ("kronecker", "fwsvd", "whitened")
         return profile_model(self.model, self.calibration, backends=backends, form="pivoted")
 
-    def again(self, keep: float) -> Any:
-        """Half of it measured on the model under an exact plan of the first round."""
+    def other(self, how: str) -> Any:
+        """Measured ``again KEEP``, half of it under an exact plan of a first round, ``crossed``,
+        with factors valued on data that did not make them, or both.
+        """
         from rankopt import Compressed, profile_model
 
-        if keep not in self.rounds:
-            how: Any = {"backends": ("kronecker",), "form": "pivoted", "again": Compressed(keep)}
-            self.rounds[keep] = profile_model(self.model, self.calibration, **how)
-        return self.rounds[keep]
+        if how not in self.others:
+            options: Any = {"backends": ("kronecker",), "form": "pivoted"}
+            if "again" in how:
+                options["again"] = Compressed(float(how.split(" ")[-1]))
+            crossed = how.startswith("crossed")
+            found = profile_model(self.model, self.calibration, cross_fit=crossed, **options)
+            self.others[how] = found
+        return self.others[how]
 
     @functools.cached_property
     def learned(self) -> Any:
@@ -179,8 +192,8 @@ def compressed(work: Work, row: Row) -> tuple[Any, int, int]:
     method, pairs, _ = row.method.partition("/pairs")
     kind, *rest = method.split(" ")
     if kind not in ("zero-sum", "anchored"):
-        if kind == "again":
-            profile = work.again(float(rest[0]))
+        if kind in ("again", "crossed"):
+            profile = work.other(row.method.rpartition(" ")[0])
         else:
             profile = work.learned if kind == "learned" else work.profile
         plan = work.plan(row.method.split(" ")[-1], row.keep, profile)
@@ -289,7 +302,7 @@ def quick() -> None:
     figures = baselines.check(model, batches[:2])
     assert figures["unchanged prefix"] < 1e-6
     work = Work(model, batches[:4], lambda count: batches[:count], batches[4:], batches[4:])
-    methods = (*OURS, *OTHERS, *PUBLISHED, *ANCHORED, LEARNED, AGAIN[0][0])
+    methods = (*OURS, *OTHERS, *PUBLISHED, *ANCHORED, LEARNED, AGAIN[0][0], CROSSED[-1][0])
     rows = [Row(method, 0.8, refined, 4) for method in methods for refined in ("", "distill")]
     rows.append(Row("anchored 0.5/pairs", 0.8, "blocks", 4))
     with tempfile.TemporaryDirectory() as temporary:

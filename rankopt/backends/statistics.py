@@ -54,3 +54,22 @@ class Statistics:
             raise ProfileError(f"the statistic {name!r} was not collected: profile again")
         assert isinstance(found, Tensor)
         return found
+
+
+def together(this: Statistics, other: Statistics) -> Statistics:
+    """Of all data, from those of its two parts."""
+
+    def added(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+        return None if mine is None or theirs is None else mine + theirs
+
+    return Statistics(
+        units=this.units + other.units,
+        rows=added(this.rows, other.rows),
+        columns=added(this.columns, other.columns),
+        elements=added(this.elements, other.elements),
+        second_moment=added(this.second_moment, other.second_moment),
+        gradient_moment=added(this.gradient_moment, other.gradient_moment),
+        positions=this.positions + other.positions,
+        input_energy=this.input_energy + other.input_energy,
+        gradient_energy=this.gradient_energy + other.gradient_energy,
+    )

@@ -15,6 +15,13 @@ enough for closed forms, W_r = Q_r Z_r^T W. Factors at a grid of ranks are their
 W's rows and a rest R; the moment outside of the span is taken as a multiple of the identity with
 the trace that is left, and nothing else is known of it.
 
+Factors fit the data that made them, the better the more of them there are (the backend
+``kronecker`` all the more, whose error this is): on other data they lose more. cross_fitted values
+factors of one half of the data on the other half, and those of the other on the one. Factors of
+half of the data are worse than those of all, so its mean with the loss on the same data is taken.
+(Cross-validation, Stone, J. Royal Statistical Society B 1974; two folds, swapped, are called
+cross-fitting by Chernozhukov et al., Econometrics Journal 2018.)
+
 Factors are not optimal for an error that is not theirs, so the loss can rise with the rank: then
 the larger one is taken at all lower ranks. It never is less than what the factors lose.
 """
@@ -42,15 +49,15 @@ def valued(
     """Losses of a decomposition's factors in nats of a unit, float64, at its ranks, not increasing.
 
     None where it cannot be told: without both moments, and for a complete curve that does not say
-    what it projects on. The backend ``kronecker`` has this error as its own.
+    what it projects on.
 
     Args:
         backend: that made the decomposition.
         weight: W, shape ``(out, in)``.
-        seen: the layer's statistics.
+        seen: statistics of the layer, of the data that made it or of others.
         made: of this weight.
     """
-    if not seen.has_moments or backend.name == kronecker.BACKEND.name:
+    if not seen.has_moments:
         return None
     metric = kronecker.BACKEND.metric(weight, seen)
     full = min(weight.shape)
@@ -65,6 +72,31 @@ def valued(
         # Of full rank the factors are W, whatever has no energy.
         found[-1] = 0.0
     return 0.5 * found.clamp_min(0.0).flip(0).cummax(0).values.flip(0)
+
+
+def cross_fitted(
+    backend: Backend,
+    weight: Tensor,
+    seen: Statistics,
+    made: Decomposition,
+    halves: tuple[Statistics, Statistics],
+    largest: int,
+) -> Tensor | None:
+    """The mean of what valued says and of what it says of factors that other data made.
+
+    Args:
+        backend: that made the decomposition.
+        weight: W, shape ``(out, in)``.
+        seen: the layer's statistics.
+        made: from them.
+        halves: statistics of two halves of the data.
+        largest: rank that is decomposed to.
+    """
+    found = [valued(backend, weight, seen, made)]
+    for this, other in (halves, halves[::-1]):
+        found.append(valued(backend, weight, other, backend.decompose(weight, this, largest)))
+    known = [each for each in found if each is not None and each.shape == found[0].shape]  # type: ignore[union-attr]
+    return None if len(known) < 3 else known[0] / 2.0 + (known[1] + known[2]) / 4.0
 
 
 def _at(

@@ -266,6 +266,8 @@ def profile_summary(profile: Profile) -> str:
         lines.append(f"  data        {', '.join(map(str, info.sources))}")
     if info.again is not None:
         lines.append(f"  rounds      half of it measured again under {info.again}")
+    if info.cross_fit:
+        lines.append("  losses      cross-fitted: half on data that did not make the factors")
     if info.stopped is not None:
         lines.append(f"  stopped     {info.stopped}")
     for backend in info.backends:

@@ -5,7 +5,9 @@ that are its own. At the end the sums are added up over processes, so that all h
 """
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rankopt.backends.statistics import Statistics
+from rankopt.backends.statistics import Statistics, together
 from rankopt.data.digest import chained
 from rankopt.errors import DataError, NotFiniteError
 from rankopt.measure import resume
@@ -33,11 +35,12 @@ class Gathered:
     """What one pass over the data gave, of all processes together.
 
     Attributes:
-        sums: layer name -> its raw sums.
+        sums: layer name -> its raw sums; of even batches only if there are odd ones.
         owners: layer name -> the layer that holds its second moment.
         seen: how much; batches, totals and units in the order of the data.
         units: what the sums are divided by to be means.
         names: of the layers, in the order of the totals.
+        odd: layer name -> raw sums of the batches of odd numbers, if these were summed apart.
     """
 
     sums: Mapping[str, Sums]
@@ -45,26 +48,51 @@ class Gathered:
     seen: Seen
     units: float
     names: tuple[str, ...]
+    odd: Mapping[str, Sums] | None = None
+
+    @property
+    def banks(self) -> list[Mapping[str, Sums]]:
+        """Whose sums are those of all data."""
+        return [self.sums] if self.odd is None else [self.sums, self.odd]
 
     def heard(self, name: str) -> bool:
         """Whether a gradient reached the layer in any batch."""
-        return name in self.sums and self.sums[name].seen > 0
+        return any(name in bank and bank[name].seen > 0 for bank in self.banks)
 
     def statistics(self, name: str) -> Statistics:
         """Of one layer; moments are assembled anew at each call."""
-        sums, owner = self.sums[name], self.sums[self.owners[name]]
-        positions, inputs, gradients = sums.traces.tolist()
-        return Statistics(
-            units=self.units,
-            rows=sums.rows,
-            columns=sums.columns,
-            elements=sums.elements,
-            second_moment=None if owner.second is None else owner.second.full(),
-            gradient_moment=None if sums.gradient is None else sums.gradient.full(),
-            positions=positions,
-            input_energy=inputs,
-            gradient_energy=gradients,
-        )
+        return functools.reduce(together, self._apart(name))
+
+    def halves(self, name: str) -> tuple[Statistics, Statistics] | None:
+        """The same of the batches of even and of odd numbers, if both are there."""
+        found = self._apart(name)
+        return (found[0], found[1]) if len(found) == 2 and all(x.units for x in found) else None
+
+    def _apart(self, name: str) -> list[Statistics]:
+        pairs = list(zip(self.seen.numbers, self.seen.units, strict=True))
+        return [
+            _statistics(
+                bank[name],
+                bank[self.owners[name]],
+                self.units if self.odd is None else sum(u for n, u in pairs if n % 2 == half),
+            )
+            for half, bank in enumerate(self.banks)
+        ]
+
+
+def _statistics(sums: Sums, owner: Sums, units: float) -> Statistics:
+    positions, inputs, gradients = sums.traces.tolist()
+    return Statistics(
+        units=units,
+        rows=sums.rows,
+        columns=sums.columns,
+        elements=sums.elements,
+        second_moment=None if owner.second is None else owner.second.full(),
+        gradient_moment=None if sums.gradient is None else sums.gradient.full(),
+        positions=positions,
+        input_energy=inputs,
+        gradient_energy=gradients,
+    )
 
 
 #: Called after a batch with what has been gathered so far, and with what it found when it was
@@ -84,6 +112,7 @@ def gather(
     stop: Stop | None = None,
     first_check: int = 4,
     weights: Mapping[str, Tensor] | None = None,
+    halves: bool = False,
     progress: bool | None = None,
 ) -> Gathered:
     """Run the model over the data and add up.
@@ -99,6 +128,7 @@ def gather(
         stop: asked after ``first_check`` batches, and each time their number has doubled.
         first_check: see stop.
         weights: see Collector.
+        halves: sum batches of even and of odd numbers apart.
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
@@ -107,7 +137,7 @@ def gather(
     """
     seen, check, device = Seen(), first_check, device_of(model)
     checkpoint = None if checkpoint is None else checkpoint.of(processes)
-    with eager(model), Collector(model, modules, needs, weights) as collector:
+    with eager(model), Collector(model, modules, needs, weights, halves=halves) as collector:
         if checkpoint is not None:
             seen = _resumed(checkpoint, collector)
         resumed, checked, chain, number = seen.batches, 0, "", -1
@@ -125,6 +155,7 @@ def gather(
                 raise _other_data(checkpoint)
             if number + 1 > resumed:
                 if processes.takes(number):
+                    collector.banks.turn(number)
                     with _located(model, loss, ready, number):
                         found = loss.backward(collector, model, ready, number)
                         if checked < min(2, found.examples):
@@ -184,7 +215,10 @@ def _resumed(checkpoint: Checkpoint, collector: Collector) -> Seen:
         return Seen()
     seen, tensors, layers = found
     try:
-        collector.restore(tensors, layers["owners"], layers["seen"])
+        counts, where = [layers["seen"], layers["odd"]], collector.modules
+        collector.banks.restore(
+            tensors, layers["owners"], counts, lambda name: device_of(where[name])
+        )
     except ValueError as error:
         raise resume.unreadable(checkpoint.path, str(error)) from error
     tqdm.write(f"going on after {seen.batches} batches ({checkpoint.path})", file=sys.stderr)
@@ -192,16 +226,9 @@ def _resumed(checkpoint: Checkpoint, collector: Collector) -> Seen:
 
 
 def _save(checkpoint: Checkpoint, collector: Collector, seen: Seen) -> None:
-    tensors = {
-        f"{name}/{kind}": tensor
-        for name, sums in collector.sums.items()
-        for kind, tensor in sums.tensors().items()
-    }
-    layers = {
-        "owners": collector.owners,
-        "seen": {name: sums.seen for name, sums in collector.sums.items()},
-    }
-    resume.save(checkpoint.path, seen, tensors, layers, checkpoint.settings)
+    banks = collector.banks
+    layers = {"owners": banks.owners, **dict(zip(("seen", "odd"), banks.counts(), strict=False))}
+    resume.save(checkpoint.path, seen, banks.tensors(), layers, checkpoint.settings)
 
 
 def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathered:
@@ -212,16 +239,18 @@ def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathere
     """
     names = tuple(collector.modules)
     if processes.count == 1:
-        return Gathered(collector.sums, collector.owners, seen, sum(seen.units), names)
+        sums, *odd = collector.banks.found()
+        return Gathered(sums, collector.owners, seen, sum(seen.units), names, *odd)
     chains = processes.together({str(processes.rank): f"{seen.batches} {seen.chain}"})
     if len(set(chains.values())) > 1:
         raise DataError(
             "the processes were given different batches: give all of them the same, each takes "
             "its share itself"
         )
-    sums = collector.copies()
-    counts = torch.zeros(len(sums), dtype=torch.float64)
-    for k, held in enumerate(sums.values()):
+    sums, *odd = copy.deepcopy(collector.banks.complete())
+    every = [held for bank in (sums, *odd) for held in bank.values()]
+    counts = torch.zeros(len(every), dtype=torch.float64)
+    for k, held in enumerate(every):
         processes.add_up(held.tensors().values())
         counts[k] = held.seen
     of_all = ("examples", "targets", "loss", "entropy", "weighed")
@@ -230,7 +259,7 @@ def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathere
     for number, total, units in zip(seen.numbers, seen.totals, seen.units, strict=True):
         totals[number, :-1], totals[number, -1] = total, units
     processes.add_up([counts, counted, totals])
-    for k, held in enumerate(sums.values()):
+    for k, held in enumerate(every):
         held.seen = int(counts[k])
     examples, targets, given, expected, weighed = counted.tolist()
     whole = dataclasses.replace(
@@ -244,4 +273,4 @@ def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathere
         units=totals[:, -1].tolist(),
         numbers=list(range(seen.batches)),
     )
-    return Gathered(sums, collector.owners, whole, sum(whole.units), names)
+    return Gathered(sums, collector.owners, whole, sum(whole.units), names, *odd)

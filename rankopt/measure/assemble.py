@@ -1,7 +1,8 @@
 """From what was added up and decomposed to a profile."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from rankopt._version import __version__
 from rankopt.backends import find_backend, loaded_from, valued
-from rankopt.layers import Form, Layer, fingerprint
+from rankopt.layers import FloatArray, Form, Layer, fingerprint
 from rankopt.measure.accumulate import Gathered
 from rankopt.measure.decompose import ScaledCurve, Store
 from rankopt.measure.loss import Loss
@@ -71,18 +72,24 @@ class Parts:
         """Take over one pass; moments are let go."""
         members = {member for layer in layers for member in layer.members}
         for name in (name for name in gathered.sums if name in members):
-            sums = gathered.sums[name]
-            self.rows[name] = sums.rows.cpu().numpy()
-            self.traces[name] = sums.traces.cpu().numpy()
-            if sums.columns is not None:
-                self.columns[name] = sums.columns.cpu().numpy()
+            banks = [bank[name] for bank in gathered.banks]
+            self.rows[name] = _added(sums.rows for sums in banks)
+            self.traces[name] = _added(sums.traces for sums in banks)
+            columns = [sums.columns for sums in banks if sums.columns is not None]
+            if columns:
+                self.columns[name] = _added(columns)
         index = {name: k for k, name in enumerate(gathered.names)}
         totals = torch.stack(gathered.seen.totals)
         for layer in layers:
             self.totals.append(sum(totals[:, index[name]] for name in layer.members))
         for backend, found in curves.items():
             self.curves.setdefault(backend, {}).update(found)
-        self.gathered = dataclasses.replace(gathered, sums={}, owners={})
+        self.gathered = dataclasses.replace(gathered, sums={}, owners={}, odd=None)
+
+
+def _added(parts: Iterable[torch.Tensor]) -> FloatArray:
+    found: FloatArray = functools.reduce(torch.add, (part.cpu() for part in parts)).numpy()
+    return found
 
 
 def assembled(subject: Subject, parts: Parts, store: Store) -> Profile:

@@ -2,19 +2,22 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, few
 from rankopt.measure.collector import Collector
+from rankopt.measure.fisher import bytes_of_sums
 from rankopt.measure.layout import Layout, widened
 from rankopt.measure.taps import largest_scale, tap
 from rankopt.model.inputs import IGNORED, OF_TOKENS
 from rankopt.model.likelihood import likelihood
+from rankopt.model.selection import Selection
+from rankopt.model.size import model_size
 from rankopt.model.tasks import (
     Batch,
     loss_terms,
@@ -24,6 +27,8 @@ from rankopt.model.tasks import (
     rows_of,
     tolerance,
 )
+from rankopt.model.weights import memory_for, weight_shape
+from rankopt.profile.profile import Profile
 
 _MIXED = (
     "which example an input belongs to is lost (batches not in the first dimension? a loss or a "
@@ -251,3 +256,41 @@ def check_examples(
     other = (together - apart).abs() > max(0.01, 32 * precision) * apart
     if bool(other.any()):
         raise ModelError(f"layer {list(modules)[int(other.nonzero()[0])]}: {_MIXED}")
+
+
+def warn_of_zeros(profile: Profile) -> None:
+    """Say which layers the loss does not depend on."""
+    members = [member for layer in profile.info.layers for member in layer.members]
+    zero = [name for name in members if not profile.fisher_rows[name].any()]
+    if zero:
+        tqdm.write(
+            f"warning: the Fisher information of {len(zero)} layers is exactly zero "
+            f"({few(zero)}): the loss does not depend on them, and any rank is as good as dense",
+            file=sys.stderr,
+        )
+
+
+def warn_of_memory(
+    model: nn.Module, selection: Selection, needs: Collection[str], part: int, *, halves: bool
+) -> None:
+    """Say so where the sums of a pass do not fit beside the model.
+
+    Args:
+        model: that is measured.
+        selection: its planned layers.
+        needs: statistics beyond the rows.
+        part: layers of a pass.
+        halves: of the data are summed apart.
+    """
+    memory = memory_for(model)
+    members = [weight_shape(module) for module in selection.modules.values()]
+    sums = (1 + halves) * bytes_of_sums(members, needs) * part / len(selection.layers)
+    if memory is None or model_size(model).model_bytes + sums <= memory:
+        return
+    tqdm.write(
+        f"warning: the statistics of {part} layers take up to "
+        f"{sums / 1e9:.3g} GB beside the model, and there are {memory / 1e9:.3g} GB in all: "
+        "layers_at_a_time (--layers-at-a-time) takes several passes over the data instead, and "
+        "backends that need no moments do with less without them (moments=False, --no-moments)",
+        file=sys.stderr,
+    )

@@ -23,7 +23,6 @@ two that lets none of them overflow, which is found anew for each batch, and tak
 gradients are in float32: exactly.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Self
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from rankopt.backends.statistics import STATISTICS
 from rankopt.errors import ModelError, NotFiniteError
 from rankopt.measure.fisher import (
+    Banks,
     SquaredGradients,
     Sums,
     as_inputs,
@@ -42,7 +42,7 @@ from rankopt.measure.fisher import (
 )
 from rankopt.measure.layout import Frames, Layout, Use, flattened, widened
 from rankopt.measure.taps import Hooked, input_of, largest_scale, name_of_input, tap
-from rankopt.model.weights import device_of, tensor_of, weight_of, weight_shape
+from rankopt.model.weights import tensor_of, weight_of, weight_shape
 
 
 class Collector(Hooked):
@@ -57,10 +57,10 @@ class Collector(Hooked):
         modules: layer name -> plain nn.Linear, Conv1D or nn.Embedding.
         needs: statistics beyond the rows, which are always collected.
         weights: layer name -> W in normal form, where moments are of another than it computes with.
+        halves: add up batches of even and of odd numbers apart (see Banks.turn).
 
     Attributes:
-        sums: layer name -> what has been added up.
-        owners: layer name -> the layer that holds its second moment, itself or another.
+        banks: what has been added up.
         totals: sum of rows that the last batch added, shape ``(layers,)``, float64.
         sides: which mask a use of a layer goes by; None before that was looked for.
     """
@@ -71,17 +71,19 @@ class Collector(Hooked):
         modules: Mapping[str, nn.Module],
         needs: Collection[str] = (),
         weights: Mapping[str, Tensor] | None = None,
+        *,
+        halves: bool = False,
     ) -> None:
         assert set(needs) <= set(STATISTICS)
         super().__init__(model, modules)
         self._weights = weights or {}
         self.needs = frozenset(needs)
-        self.sums: dict[str, Sums] = {}
-        self.owners: dict[str, str] = {}
+        shapes = {name: weight_shape(module) for name, module in self.modules.items()}
+        self.banks = Banks(shapes, self.needs, 2 if halves else 1)
         self.totals = torch.zeros(len(self.modules), dtype=torch.float64)
         self.sides: dict[Use, int] | None = None
         self._traced = bool(self.needs & {"second_moment", "gradient_moment"})
-        self._shapes = {name: weight_shape(module) for name, module in self.modules.items()}
+        self._shapes = shapes
         self._totals: dict[str, Tensor] = {}
         self._uses: dict[str, int] = {}
         self._pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -129,32 +131,6 @@ class Collector(Hooked):
     def expect(self, examples: int, tokens: int) -> None:
         """Correct what ``begin`` announced, before ``backward``."""
         self._layout = dataclasses.replace(self._layout, examples=examples, tokens=tokens)
-
-    def copies(self) -> dict[str, Sums]:
-        """Of the sums, in the order of the modules; zeros for those without any."""
-        device = torch.device("cpu")
-        ordered = {name: self._of(name, device) for name in self.modules}
-        return {name: copy.deepcopy(sums) for name, sums in ordered.items()}
-
-    def restore(
-        self, tensors: Mapping[str, Tensor], owners: Mapping[str, str], seen: Mapping[str, int]
-    ) -> None:
-        """Take over sums: ``NAME/KIND`` as in ``Sums.tensors``.
-
-        Raises:
-            ValueError: they are not those of these modules.
-        """
-        if not {*owners, *owners.values(), *seen} <= set(self.modules):
-            raise ValueError("its layers are not those of the model")
-        self.owners = dict(owners)
-        for name, batches in seen.items():
-            sums = self._of(name, device_of(self.modules[name]))
-            sums.seen = batches
-            for kind, tensor in sums.tensors().items():
-                found = tensors.get(f"{name}/{kind}")
-                if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-                    raise ValueError(f"{name}/{kind} is not there, or of another shape")
-                tensor.copy_(found)
 
     def backward(self, loss: Tensor, *, again: bool = False) -> None:
         """Back-propagate the sum of the units' losses and add up.
@@ -263,11 +239,18 @@ class Collector(Hooked):
 
         return hook
 
+    @property
+    def sums(self) -> dict[str, Sums]:
+        """Layer name -> what has been added up, in the bank that is added to."""
+        return self.banks.sums
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Layer name -> the layer that holds its second moment, itself or another."""
+        return self.banks.owners
+
     def _of(self, name: str, device: torch.device) -> Sums:
-        if name not in self.sums:
-            own = self.owners.setdefault(name, name) == name
-            self.sums[name] = Sums.zeros(self._shapes[name], self.needs, device, own=own)
-        return self.sums[name]
+        return self.banks.of(name, device)
 
     def _add_second_moment(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
         n_out, n_in = self._shapes[name]

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 
 from rankopt.backends import find_backend
+from rankopt.backends import kronecker as valued_by
 from rankopt.backends.base import Backend, Decomposition
 from rankopt.backends.statistics import Statistics
-from rankopt.backends.valued import valued
+from rankopt.backends.valued import cross_fitted, valued
 from rankopt.errors import ModelError, RankoptError
 from rankopt.layers import FloatArray, Form, Layer
 from rankopt.profile.curves import LossCurve
@@ -53,6 +54,7 @@ def decompose_layers(
     stored: Callable[[Backend], bool] = lambda backend: True,
     form: Form = "pairs",
     moments: bool = True,
+    halves_of: "Callable[[str], tuple[Statistics, Statistics] | None] | None" = None,
     workers: int = 1,
     progress: bool | None = None,
 ) -> dict[str, dict[str, ScaledCurve]]:
@@ -67,6 +69,8 @@ def decompose_layers(
         stored: which backends these are.
         form: stored is what factors need up to the largest rank that saves parameters in it.
         moments: value what factors lose, where both second moments are there.
+        halves_of: member name -> statistics of two halves of the data, to cross-fit that; None
+            where it cannot be.
         workers: layers at a time, on the CPU.
         progress: a bar on stderr; by default if it is a terminal.
 
@@ -90,6 +94,7 @@ def decompose_layers(
                 store if stored(backend) else None,
                 form,
                 moments,
+                halves_of,
             )
             for name, backend in chosen.items()
         }
@@ -137,6 +142,7 @@ def _of_group(
     store: Store | None,
     form: Form,
     moments: bool,
+    halves_of: "Callable[[str], tuple[Statistics, Statistics] | None] | None",
 ) -> ScaledCurve:
     curve: LossCurve | None = None
     factors: dict[str, float] = {}
@@ -145,10 +151,17 @@ def _of_group(
         weight, statistics = weight_of(member), statistics_of(member)
         shape = (weight.shape[0], weight.shape[1])
         try:
-            made = backend.decompose(weight, statistics, layer.largest_rank(form))
+            largest = layer.largest_rank(form)
+            made = backend.decompose(weight, statistics, largest)
             own = {name: scale.factor(shape, statistics) for name, scale in backend.scales.items()}
             mine = _checked(layer, backend, made)
-            nats = valued(backend, weight, statistics, made) if moments else None
+            halves = halves_of(member) if moments and halves_of is not None else None
+            if halves is not None:
+                nats = cross_fitted(backend, weight, statistics, made, halves, largest)
+            else:
+                # The backend kronecker has this loss as its own.
+                values_it = moments and backend.name != valued_by.BACKEND.name
+                nats = valued(backend, weight, statistics, made) if values_it else None
             values.append(None if nats is None else nats.cpu().numpy())
         except (RankoptError, MemoryError):
             raise

@@ -19,7 +19,7 @@ This Gram form costs 2 T^2 (in + out) operations each and is taken when that is 
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -186,6 +186,105 @@ class Sums:
             if moment is not None:
                 found |= {f"{name}.{k}": strip for k, strip in enumerate(moment.strips)}
         return found
+
+
+#: Of the names of each bank's sums in a file.
+_PREFIXES = ("", "odd.")
+
+
+class Banks:
+    """The sums of all layers; those of batches of even and of odd numbers apart, if there are two.
+
+    Args:
+        shapes: layer name -> (out, in).
+        needs: statistics beyond the rows.
+        count: 1, or 2.
+
+    Attributes:
+        owners: layer name -> the layer that holds its second moment, itself or another.
+        sums: layer name -> sums, in the bank that is added to.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], needs: Collection[str], count: int
+    ) -> None:
+        self.owners: dict[str, str] = {}
+        self._shapes, self._needs = shapes, needs
+        self._all: list[dict[str, Sums]] = [{} for _ in range(count)]
+        self.sums = self._all[0]
+
+    def turn(self, number: int) -> None:
+        """Choose the bank of a batch, by its number."""
+        self.sums = self._all[number % len(self._all)]
+
+    def of(self, name: str, device: torch.device) -> Sums:
+        """Of one layer, in the bank that is added to; zeros at first."""
+        if name not in self.sums:
+            own = self.owners.setdefault(name, name) == name
+            self.sums[name] = Sums.zeros(self._shapes[name], self._needs, device, own=own)
+        return self.sums[name]
+
+    def complete(self) -> list[dict[str, Sums]]:
+        """Of each bank, in the order of the layers; zeros for those without any."""
+        found = []
+        for half in range(len(self._all)):
+            self.turn(half)
+            known = next((x.rows.device for x in self.sums.values()), torch.device("cpu"))
+            found.append({name: self.of(name, known) for name in self._shapes})
+        return found
+
+    def found(self) -> list[dict[str, Sums]]:
+        """Of each bank; where there are two, both have the same layers."""
+        return self._all if len(self._all) == 1 else self.complete()
+
+    def counts(self) -> list[dict[str, int]]:
+        """Of each bank: layer name -> batches in which it took part."""
+        return [{name: sums.seen for name, sums in bank.items()} for bank in self._all]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``NAME/KIND`` as in ``Sums.tensors``, of the second bank ``NAME/odd.KIND``; views."""
+        return {
+            f"{name}/{prefix}{kind}": tensor
+            for prefix, bank in zip(_PREFIXES, self._all, strict=False)
+            for name, sums in bank.items()
+            for kind, tensor in sums.tensors().items()
+        }
+
+    def restore(
+        self,
+        tensors: Mapping[str, Tensor],
+        owners: Mapping[str, str],
+        counts: Sequence[Mapping[str, int]],
+        device_of: Callable[[str], torch.device],
+    ) -> None:
+        """Take over sums.
+
+        Args:
+            tensors: see tensors.
+            owners: see Banks.
+            counts: see counts.
+            device_of: layer name -> where it is summed.
+
+        Raises:
+            ValueError: they are not those of these layers.
+        """
+        named = {name for each in counts for name in each}
+        if not {*owners, *owners.values(), *named} <= set(self._shapes):
+            raise ValueError("its layers are not those of the model")
+        if any(counts[len(self._all) :]):
+            raise ValueError("it has two halves of the data apart, for cross_fit")
+        self.owners = dict(owners)
+        for half, prefix in enumerate(_PREFIXES[: len(self._all)]):
+            self.turn(half)
+            for name, batches in counts[half].items():
+                sums = self.of(name, device_of(name))
+                sums.seen = batches
+                for kind, tensor in sums.tensors().items():
+                    key = f"{name}/{prefix}{kind}"
+                    found = tensors.get(key)
+                    if found is None or (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+                        raise ValueError(f"{key} is not there, or of another shape")
+                    tensor.copy_(found)
 
 
 def bytes_of_sums(shapes: Iterable[tuple[int, int]], needs: Collection[str]) -> int:

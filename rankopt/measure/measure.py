@@ -21,20 +21,18 @@ from rankopt.errors import OptionError, few
 from rankopt.layers import FORMS, Form, Layer
 from rankopt.measure.accumulate import Gathered, eager, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
-from rankopt.measure.checks import warn_of_fitted
+from rankopt.measure.checks import warn_of_fitted, warn_of_memory, warn_of_zeros
 from rankopt.measure.decompose import ScaledCurve, Store, decompose_layers
 from rankopt.measure.estimators import Estimator, Kind, Unit
-from rankopt.measure.fisher import bytes_of_sums
 from rankopt.measure.loss import find_loss, name_of
 from rankopt.measure.processes import Processes
 from rankopt.measure.resume import Checkpoint
 from rankopt.measure.rounds import Compress, second_round
 from rankopt.measure.taps import copied_inputs, differentiable, probe, require_gradients
 from rankopt.model.inputs import listed
-from rankopt.model.selection import Selection, find_layers
-from rankopt.model.size import model_size
+from rankopt.model.selection import find_layers
 from rankopt.model.tasks import LossFunction
-from rankopt.model.weights import device_of, memory_for, unwrapped, weight_of, weight_shape
+from rankopt.model.weights import device_of, unwrapped, weight_of
 from rankopt.profile.profile import Profile
 
 #: (the profile of the data so far, what it found when it was asked before) -> what it finds now, a
@@ -63,6 +61,7 @@ def profile_model(
     seed: int = 0,
     stop: Stop | None = None,
     again: Compress | None = None,
+    cross_fit: bool = False,
     form: Form = "pivoted",
     keep_bases: bool = True,
     store: Store | None = None,
@@ -109,6 +108,9 @@ def profile_model(
         again: see the data once more, on the model that a plan of the first round would leave, and
             take the mean of both (see rounds): ``rankopt.Compressed()``. Batches are kept in memory
             for that, and a checkpoint holds the first round only.
+        cross_fit: value what factors lose on data that did not make them, too (see
+            rankopt.backends.valued): statistics of every other batch are summed apart, which takes
+            twice their memory, and each layer is decomposed three times. Needs moments.
         form: how matrices of lower rank will be kept: ``pivoted``, or as ``pairs`` of factors,
             which have more parameters at the same rank. Says what plans have by default, and how
             far singular vectors are stored: to full rank for ``pivoted``, about half of it for
@@ -146,6 +148,8 @@ def profile_model(
     _passes(selection.layers, layers_at_a_time, stop, checkpoint)
     if again is not None and (stop is not None or layers_at_a_time is not None):
         raise OptionError("again sees all data and layers twice: not with stop or layers_at_a_time")
+    if cross_fit and not moments:
+        raise OptionError("cross_fit values factors by second moments: not with moments=False")
     workers = _workers(model, workers)
     needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
     needs |= valued.NEEDS if moments else frozenset()
@@ -154,12 +158,13 @@ def profile_model(
         subject, silent, batches = _examined(subject, batches, around)
         selection = subject.selection
         passes = _passes(selection.layers, layers_at_a_time, stop, checkpoint, silent)
-        _warn_of_memory(model, selection, needs, len(passes[0]))
+        warn_of_memory(model, selection, needs, len(passes[0]), halves=cross_fit)
         if len(passes) > 1 or again is not None:
             batches = list(batches)
         saved = None
         if checkpoint is not None:
             settings = _settings(subject, needs, stop, backends[0])
+            settings |= {"cross_fit": True} if cross_fit else {}
             saved = Checkpoint(Path(checkpoint), checkpoint_every, settings)
         arrays: Store = {} if store is None else store
         stored = _storing(subject, chosen.values(), keep_bases)
@@ -175,6 +180,7 @@ def profile_model(
                 processes=subject.processes,
                 checkpoint=saved,
                 stop=None if stop is None else _asked(stop, subject, decomposed, backends[0]),
+                halves=cross_fit,
                 progress=progress,
             )
             lost |= _unheard(layers, gathered, silent)
@@ -183,7 +189,7 @@ def profile_model(
             if again is not None:
                 heard = dataclasses.replace(subject, selection=selection.without(lost))
                 first = decomposed(layers, gathered, backends[:1], **how)
-                same = {"needs": needs, "progress": progress}
+                same = {"needs": needs, "halves": cross_fit, "progress": progress}
                 gathered = second_round(heard, again, gathered, first, arrays, batches, **same)
             curves = decomposed(layers, gathered, backends, **how)
             whole.add(layers, gathered, curves)
@@ -191,10 +197,14 @@ def profile_model(
         subject = dataclasses.replace(subject, selection=selection.without(lost))
     profile = assembled(subject, whole, arrays)
     about: dict[str, Any] = {"again": None if again is None else _asked_for(again)}
+    # Of one batch there are no halves.
+    about["cross_fit"] = (
+        cross_fit and whole.gathered is not None and whole.gathered.seen.batches > 1
+    )
     if mixed is not None:
         about["sources"] = mixed.sources(profile.examples)
     profile = dataclasses.replace(profile, info=profile.info.model_copy(update=about))
-    _warn_of_zeros(profile)
+    warn_of_zeros(profile)
     seen = None if whole.gathered is None else whole.gathered.seen
     if seen is not None and subject.processes.rank == 0:
         warn_of_fitted(profile.info.task, seen.loss, seen.entropy, seen.weighed)
@@ -241,17 +251,6 @@ def _unheard(
         for name in layer.members
         if not gathered.heard(name)
     }
-
-
-def _warn_of_zeros(profile: Profile) -> None:
-    members = [member for layer in profile.info.layers for member in layer.members]
-    zero = [name for name in members if not profile.fisher_rows[name].any()]
-    if zero:
-        tqdm.write(
-            f"warning: the Fisher information of {len(zero)} layers is exactly zero "
-            f"({few(zero)}): the loss does not depend on them, and any rank is as good as dense",
-            file=sys.stderr,
-        )
 
 
 def _settings(
@@ -316,6 +315,7 @@ def _decomposed(
         lambda name: weight_of(subject.selection.modules[name]),
         gathered.statistics,
         backends,
+        halves_of=gathered.halves,
         form=subject.form,
         moments=moments,
         workers=workers,
@@ -355,23 +355,6 @@ def _passes(
         passes[-1].append(layer)
         heard += speaks
     return passes
-
-
-def _warn_of_memory(
-    model: nn.Module, selection: Selection, needs: Collection[str], part: int
-) -> None:
-    memory = memory_for(model)
-    members = [weight_shape(module) for module in selection.modules.values()]
-    sums = bytes_of_sums(members, needs) * part / len(selection.layers)
-    if memory is None or model_size(model).model_bytes + sums <= memory:
-        return
-    tqdm.write(
-        f"warning: the statistics of {part} layers take up to "
-        f"{sums / 1e9:.3g} GB beside the model, and there are {memory / 1e9:.3g} GB in all: "
-        "layers_at_a_time (--layers-at-a-time) takes several passes over the data instead, and "
-        "backends that need no moments do with less without them (moments=False, --no-moments)",
-        file=sys.stderr,
-    )
 
 
 def _workers(model: nn.Module, workers: int | None) -> int:

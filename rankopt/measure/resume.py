@@ -93,6 +93,7 @@ class _Layers(BaseModel):
 
     owners: dict[str, str] = {}
     seen: dict[str, Count] = {}
+    odd: dict[str, Count] = {}
 
 
 class Described(BaseModel):

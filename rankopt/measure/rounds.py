@@ -95,12 +95,13 @@ def computing_with(weights: Mapping[nn.Module, Tensor]) -> Iterator[None]:
 
 def averaged(first: Gathered, second: Gathered) -> Gathered:
     """Both rounds over the same data, each as one half; counted are the data once."""
-    for name, sums in first.sums.items():
-        others = second.sums[name].tensors()
-        with torch.no_grad():
-            for kind, tensor in sums.tensors().items():
-                tensor.add_(others[kind]).mul_(0.5)
-        sums.seen = max(sums.seen, second.sums[name].seen)
+    for ours, theirs in zip(first.banks, second.banks, strict=True):
+        for name, sums in ours.items():
+            others = theirs[name].tensors()
+            with torch.no_grad():
+                for kind, tensor in sums.tensors().items():
+                    tensor.add_(others[kind]).mul_(0.5)
+            sums.seen = max(sums.seen, theirs[name].seen)
     totals = [
         (this + that) / 2 for this, that in zip(first.seen.totals, second.seen.totals, strict=True)
     ]

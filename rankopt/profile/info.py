@@ -127,6 +127,7 @@ class ProfileInfo(Grown):
         data_digest: sha256 of the batches.
         sources: of the examples, if there are several.
         again: who compressed the model for a second round over the data, if there was one.
+        cross_fit: whether factors were valued on data that did not make them, too.
         model_parameters: of the whole model, tied ones counted once.
         model_bytes: the same in bytes.
         layers: the planned matrices.
@@ -137,7 +138,9 @@ class ProfileInfo(Grown):
     """
 
     model_config = STRICT
-    later: ClassVar[tuple[str, ...]] = ("estimator_reason", "sources", "again", "form")
+    later: ClassVar[tuple[str, ...]] = (
+        "estimator_reason", "sources", "again", "form", "cross_fit"
+    )  # fmt: skip
 
     format_version: Literal[2] = 2
     versions: dict[str, str]
@@ -157,6 +160,7 @@ class ProfileInfo(Grown):
     data_digest: str
     sources: tuple[SourceInfo, ...] | None = None
     again: str | None = None
+    cross_fit: bool = False
     model_parameters: int
     model_bytes: int
     layers: tuple[Layer, ...]

@@ -73,6 +73,8 @@ def facts_of(profile: Profile) -> Table:
         rows.append(("data", ", ".join(map(str, info.sources))))
     if info.again is not None:
         rows.append(("rounds", f"half of it measured again under {info.again}"))
+    if info.cross_fit:
+        rows.append(("losses", "cross-fitted: half on data that did not make the factors"))
     if info.stopped is not None:
         rows.append(("stopped", info.stopped))
     return Table(("what", "value"), tuple(rows))

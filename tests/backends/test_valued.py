@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rankopt.backends import BUILT_IN, find_backend
 from rankopt.backends.kronecker import DAMPING
-from rankopt.backends.statistics import Statistics
-from rankopt.backends.valued import valued
+from rankopt.backends.statistics import Statistics, together
+from rankopt.backends.valued import cross_fitted, valued
 
 SHAPES = [(5, 9), (9, 5), (7, 7)]
 OTHERS = [name for name in BUILT_IN if name != "kronecker"]
@@ -115,9 +115,7 @@ def test_no_factors_lose_less_than_those_of_kronecker(shape: tuple[int, int]) ->
 def test_the_kronecker_factored_curve_is_its_own_under_it() -> None:
     layer, backend = seen((5, 9)), find_backend("kronecker")
     made = backend.decompose(layer.weight, layer.statistics, 5)
-    assert valued(backend, layer.weight, layer.statistics, made) is None
-    renamed = dataclasses.replace(backend, name="another")  # type: ignore[type-var]
-    found = valued(renamed, layer.weight, layer.statistics, made)
+    found = valued(backend, layer.weight, layer.statistics, made)
     assert found is not None
     assert torch.allclose(found, 0.5 * made.losses, rtol=1e-9, atol=1e-12 * float(made.losses[0]))
 
@@ -147,3 +145,57 @@ def test_a_layer_that_never_mattered_loses_nothing(name: str) -> None:
     made = backend.decompose(layer.weight, statistics, 5)
     found = valued(backend, layer.weight, statistics, made)
     assert found is not None and float(found.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("name", ["kronecker", "fwsvd", "tfwsvd"])
+def test_cross_fitted_losses_are_of_factors_that_other_data_made(name: str) -> None:
+    """Half of the loss on the same data, a quarter of each half's on the other."""
+    backend, this, other = find_backend(name), seen((5, 9), seed=1), seen((5, 9), seed=2)
+    weight = this.weight
+    other = dataclasses.replace(other, weight=weight)
+    # What lies behind W is that of one W.
+    parts = (this.statistics, moments_of(other))
+    whole = together(*parts)
+    made = backend.decompose(weight, whole, 5)
+    found = cross_fitted(backend, weight, whole, made, parts, 5)
+    own = valued(backend, weight, whole, made)
+    apart = [
+        valued(backend, weight, there, backend.decompose(weight, here, 5))
+        for here, there in (parts, parts[::-1])
+    ]
+    assert found is not None and own is not None
+    assert torch.allclose(found, 0.5 * own + 0.25 * sum(each for each in apart if each is not None))
+    if name == "kronecker":
+        # Its factors are the best of all on the data that made them.
+        for here, crossed in zip(parts, apart[::-1], strict=True):
+            best = valued(backend, weight, here, backend.decompose(weight, here, 5))
+            assert best is not None and crossed is not None
+            assert bool((crossed[1:-1] > best[1:-1]).all())
+            assert float(crossed[0]) == pytest.approx(float(best[0]))
+    assert bool((found.diff() <= 0.0).all()) and float(found[-1]) == 0.0
+
+
+def moments_of(layer: Seen) -> Statistics:
+    """The statistics of other inputs and gradients, of the same weight."""
+    w, made = layer.weight, torch.Generator().manual_seed(7)
+    x = torch.randn(40, w.shape[1], generator=made, dtype=torch.float64)
+    g = torch.randn(40, w.shape[0], generator=made, dtype=torch.float64)
+    elements = g.square().T @ x.square()
+    return Statistics(
+        4.0,
+        elements.sum(0),
+        elements.sum(1),
+        elements,
+        w @ x.T @ x @ w.T,
+        g.T @ g,
+        40.0,
+        float(x.square().sum()),
+        float(g.square().sum()),
+    )
+
+
+def test_without_moments_nothing_is_cross_fitted() -> None:
+    layer, backend = seen((5, 9)), find_backend("fwsvd")
+    bare = dataclasses.replace(layer.statistics, second_moment=None)
+    made = backend.decompose(layer.weight, bare, 5)
+    assert cross_fitted(backend, layer.weight, bare, made, (bare, bare), 5) is None

@@ -11,7 +11,7 @@ import torch
 from rankopt import DataError, ModelError, OptionError, Profile, make_plan, profile_model
 from rankopt.backends import BUILT_IN, find_backend
 from rankopt.backends.base import ClosedForm, Decomposition
-from rankopt.measure import measure
+from rankopt.measure import checks, measure
 from rankopt.measure.accumulate import gather
 from rankopt.measure.decompose import one_thread
 from rankopt.measure.estimators import Estimator
@@ -125,7 +125,7 @@ def test_sums_that_do_not_fit_are_warned_of(
     moments = bytes_of_sums([weight_shape(m) for m in modules.values()], ["second_moment"])
     for missing, part, warned in [(0, None, False), (1, None, True), (1, 2, False)]:
         monkeypatch.setattr(
-            measure, "memory_for", lambda _, missing=missing: weights + moments - missing
+            checks, "memory_for", lambda _, missing=missing: weights + moments - missing
         )
         options: dict[str, Any] = {"backends": ["whitened"], "moments": False}
         profile_model(model, batches, layers_at_a_time=part, **options)

@@ -109,6 +109,13 @@ def profile(
             help="rounds 2: budget of that plan, as --keep: yours, if you know it; not far below."
         ),
     ] = 0.8,
+    cross_fit: Annotated[
+        bool,
+        typer.Option(
+            help="Value factors on data that did not make them, too: better ranks and predictions, "
+            "for twice the memory and three times the decomposing."
+        ),
+    ] = False,
     layers_at_a_time: Annotated[
         int | None,
         typer.Option(help="Several passes over the data, so many layers each: less memory."),
@@ -178,6 +185,7 @@ def profile(
             seed=seed,
             stop=Stability(stable_keep, stable_tolerance) if until_stable else None,
             again=Compressed(round_keep) if rounds == 2 else None,
+            cross_fit=cross_fit,
             form=cast("Form", form),
             keep_bases=bases,
             store=store,
