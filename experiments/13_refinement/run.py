@@ -122,7 +122,7 @@ class Work:
         backends = ("kronecker", "fwsvd", "whitened")
         return profile_model(self.model, self.calibration, backends=backends, form="pivoted")
 
-    def other(self, how: str) -> Any:
+    def profile_of(self, how: str) -> Any:
         """Measured ``again KEEP``, half of it under an exact plan of a first round, ``crossed``,
         with factors valued on data that did not make them, or both.
         """
@@ -193,7 +193,7 @@ def compressed(work: Work, row: Row) -> tuple[Any, int, int]:
     kind, *rest = method.split(" ")
     if kind not in ("zero-sum", "anchored"):
         if kind in ("again", "crossed"):
-            profile = work.other(row.method.rpartition(" ")[0])
+            profile = work.profile_of(row.method.rpartition(" ")[0])
         else:
             profile = work.learned if kind == "learned" else work.profile
         plan = work.plan(row.method.split(" ")[-1], row.keep, profile)

@@ -142,6 +142,18 @@ def test_two_processes_write_the_profile_of_one(run: Run, files: Path, tmp_path:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
 
 
+def test_cross_fitted(run: Run, files: Path, tmp_path: Path) -> None:
+    """Said wherever the profile is; interrupted, it goes on; with the scale of the others."""
+    where = tmp_path / "crossed.st"
+    printed = done(run(*arguments(files, where, "--cross-fit", "--rounds", 2)))
+    assert "cross-fitted: half on data that did not make the factors" in printed
+    assert "half of it measured again" in printed and "scales: kronecker (nats" in printed
+    assert Profile.load(where).info.cross_fit
+    assert "scale kronecker" not in done(run("plan", where, "--keep", 0.6))
+    code, _, err = run(*arguments(files, tmp_path / "new", "--cross-fit", "--no-moments"))
+    assert code == 2 and "--cross-fit values factors" in err and "moments" in err
+
+
 def test_a_second_round(run: Run, files: Path, tmp_path: Path) -> None:
     plain, again = tmp_path / "plain.st", tmp_path / "again.st"
     done(run(*arguments(files, plain)))

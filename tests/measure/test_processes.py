@@ -54,6 +54,8 @@ WORK = """
         model, data(model), backends=BACKENDS, layers_at_a_time=5, progress=False
     )
     said["in parts"] = parts.digest()
+    crossed = profile_model(model, data(model), backends=BACKENDS, cross_fit=True, progress=False)
+    crossed.save(out / f"crossed-{processes.rank}.safetensors")
     stable = Stability(tolerance=0.9)
     stopped = profile_model(model, data(model, 9), stop=stable, progress=False)
     said["stopped"], said["batches"] = stopped.info.stopped, len(stopped.batch_units)
@@ -193,6 +195,22 @@ def test_two_processes_have_one_profile_which_is_that_of_one(of_two: Path) -> No
             for kind in kept[0]:
                 assert (kept[0][kind] == kept[1][kind]).all()
                 assert kept[0][kind].shape == kept[2][kind].shape
+
+
+@pytest.mark.slow
+def test_halves_of_the_data_are_those_of_one_process(of_two: Path) -> None:
+    """Each of two processes sees batches of one half only."""
+    from rankopt import Profile
+
+    model = in_double(tiny.llama())
+    alone = profile_model(model, data(model), backends=BACKENDS, cross_fit=True)
+    for rank in range(2):
+        shared = Profile.load(of_two / f"crossed-{rank}.safetensors")
+        for backend in BACKENDS:
+            assert shared.valued[backend].keys() == alone.valued[backend].keys() != set()
+            for name, curve in alone.valued[backend].items():
+                away = abs(shared.valued[backend][name].losses - curve.losses).max()
+                assert away <= 1e-11 * curve.losses[0]
 
 
 @pytest.mark.slow
