@@ -92,11 +92,15 @@ def cross_fitted(
         halves: statistics of two halves of the data.
         largest: rank that is decomposed to.
     """
-    found = [valued(backend, weight, seen, made)]
-    for this, other in (halves, halves[::-1]):
-        found.append(valued(backend, weight, other, backend.decompose(weight, this, largest)))
-    known = [each for each in found if each is not None and each.shape == found[0].shape]  # type: ignore[union-attr]
-    return None if len(known) < 3 else known[0] / 2.0 + (known[1] + known[2]) / 4.0
+    own = valued(backend, weight, seen, made)
+    if own is None:
+        return None
+    crossed = [
+        valued(backend, weight, other, backend.decompose(weight, this, largest))
+        for this, other in (halves, halves[::-1])
+    ]
+    known = [each for each in crossed if each is not None and each.shape == own.shape]
+    return 0.5 * own + 0.25 * (known[0] + known[1]) if len(known) == 2 else None
 
 
 def _at(
