@@ -96,9 +96,12 @@ def _planned(model: PreTrainedModel, plan: Plan | None) -> Iterator[str]:
         yield f"- Backend {_code(config.backend)}, form {_code(config.form)}"
         return
     size, proof = plan.size, plan.certificate
-    floor = ""
+    held = []
     if plan.min_retained is not None:
-        floor = f" that retain {plan.min_retained:.2%} of every layer's Fisher information"
+        held.append(f"retain {plan.min_retained:.2%} of every layer's Fisher information")
+    if plan.pinned:
+        held.append(f"keep the {len(plan.pinned)} pinned layers as they are")
+    floor = f" that {' and '.join(held)}" if held else ""
     yield (
         f"- Parameters: {size.model:,} of {size.model_dense:,} "
         f"({size.model / size.model_dense:.2%}); in the planned layers {size.planned:,} of "

@@ -197,10 +197,10 @@ def profile_model(
         subject = dataclasses.replace(subject, selection=selection.without(lost))
     profile = assembled(subject, whole, arrays)
     about: dict[str, Any] = {"again": None if again is None else _asked_for(again)}
-    # Of one batch there are no halves.
-    about["cross_fit"] = (
-        cross_fit and whole.gathered is not None and whole.gathered.seen.batches > 1
-    )
+    halved = whole.gathered is not None and whole.gathered.seen.batches > 1
+    about["cross_fit"] = cross_fit and halved
+    if cross_fit and not halved:
+        tqdm.write("note: one batch has no halves to cross-fit: give smaller ones", file=sys.stderr)
     if mixed is not None:
         about["sources"] = mixed.sources(profile.examples)
     profile = dataclasses.replace(profile, info=profile.info.model_copy(update=about))

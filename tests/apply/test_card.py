@@ -74,6 +74,9 @@ def test_a_plan_that_is_not_proven_does_not_say_that_it_is(compressed: tuple[Any
     assert "- Certificate: not proven optimal, stopped at the time limit (`time_limit`)." in text
     assert "that retain 12.50% of every layer's Fisher information lose less" in text
     assert "(gap 0.25)" in text and "Predicted" not in text
+    pinned = plan.model_copy(update={"pinned": (plan.layers[0].layer.name,)})
+    text = model_card(model, pinned)
+    assert "that keep the 1 pinned layers as they are lose less" in text
 
 
 def test_a_model_that_was_reloaded_has_a_card_without_a_plan(

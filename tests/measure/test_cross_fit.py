@@ -164,11 +164,12 @@ def test_a_layer_that_only_one_half_has_seen_is_planned(deep: int) -> None:
     assert plan.size.planned <= plan.budget.parameters
 
 
-def test_one_batch_has_no_halves() -> None:
+def test_one_batch_has_no_halves(capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny.llama()
     profile = profile_model(model, tiny.batches(model, count=1), cross_fit=True)
     assert [scale.name for scale in profile.backend("kronecker").scales] == ["nats"]
     assert not profile.info.cross_fit
+    assert "one batch has no halves" in capsys.readouterr().err
 
 
 def test_it_needs_moments() -> None:
