@@ -91,8 +91,10 @@ def search(given: Given, output: Path) -> None:
 
 def apply(given: Given, output: Path, plan: Path | None = None) -> None:
     """The command ``rankopt apply``."""
-    made = ("--profile", given.profile, "-o", output, "--force")
-    command("apply", given.model, plan or given.plan, *made)
+    made = ("--profile", given.profile, "-o", output.name, "--force")
+    # The model card has the command as it was typed: the same wherever the folder is.
+    with contextlib.chdir(output.parent):
+        command("apply", given.model, plan or given.plan, *made)
 
 
 def save(given: Given, output: Path) -> None:

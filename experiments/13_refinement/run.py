@@ -87,7 +87,8 @@ PARTS = {
         for refined in ((), ("distill", 64))
     ],
     "rounds": [Row(*each) for each in AGAIN],
-    "crossed": [Row(*each) for each in CROSSED],
+    "crossed": [Row(*each) for each in CROSSED]
+    + [Row("crossed exact@kronecker", 0.8, "distill", 256)],
     "blocks": [
         Row(method, 0.65, "blocks", 64) for method in ("exact@kronecker", "anchored 1/pairs")
     ],
