@@ -10,12 +10,14 @@ split, the windows and the generation are deterministic.
 import argparse
 import io
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from pictures import keep_pictures  # noqa: E402 (beside the folders of the experiments)
+
 #: Pictures of the README.
 SHOWN = ("frontier.png", "ranks_1.png")
 
@@ -27,7 +29,6 @@ def full(folder: Path) -> None:
     from rankopt.cli.tables import comparison
     from rankopt.demo import run_demo
     from rankopt.profile.profile import Profile
-    from rankopt.report import write_pictures
     from rankopt.results import summarise
 
     result = run_demo(folder)
@@ -38,11 +39,8 @@ def full(folder: Path) -> None:
     table = "".join(f"{x.rstrip()}\n" for x in printed.getvalue().splitlines() if x.strip())
     (HERE / "table.md").write_text(table, encoding="utf-8")
     profile = Profile.load(folder / "profile.safetensors")
-    with tempfile.TemporaryDirectory() as pictures:
-        drawn = Path(pictures) / "drawn"
-        write_pictures(drawn, profile, {"exact at 0.8": result.plan}, results, only=SHOWN)
-        for name in SHOWN:
-            shutil.copy(drawn / name, HERE / name)
+    shown = {name: HERE / name for name in SHOWN}
+    keep_pictures(shown, profile, {"exact at 0.8": result.plan}, results)
     text = json.dumps(result.to_dict(), indent=1) + "\n"
     (HERE / "results.json").write_text(text, encoding="utf-8")
 

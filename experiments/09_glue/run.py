@@ -19,7 +19,6 @@ import importlib
 import json
 import platform
 import random
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import resumable  # noqa: E402 (beside the folders of the experiments)
 from glue import BATCH, SEED, Task, batches_of, fine_tuned, rows_of, train  # noqa: E402
+from pictures import keep_pictures  # noqa: E402
 
 BACKENDS = ("kronecker", "fwsvd", "fwsvd_two_sided", "whitened", "svd", "tfwsvd")
 SOLVERS = ("uniform", "proportional", "threshold", "exact", "exact/layerwise", "exact/maxmin")
@@ -43,7 +43,6 @@ SAMPLED_SOLVERS = ("uniform", "threshold", "exact")
 #: The thesis': pairs of factors, planned on the backend's own error.
 THESIS = ("fwsvd", "tfwsvd")
 ESTIMATORS = ("empirical", "sampled")
-PICTURE = "predicted.png"
 #: Whose factors learn, too, and at which budget.
 LEARNING, LEARNING_KEEP = (DEFAULT, BASELINE), 0.5
 
@@ -304,17 +303,14 @@ def kept(size: Size, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def picture(size: Size, folder: Path, where: Path) -> None:
     """Predicted against measured of every plan, one picture for each task."""
     from rankopt import Profile, Results
-    from rankopt.report import write_pictures
 
     for task in size.tasks:
         results = folder / task.name / "auto.json"
         if not results.is_file():
             continue
         profile = Profile.load(folder / task.name / "profile-auto-0.safetensors")
-        with tempfile.TemporaryDirectory() as temporary:
-            drawn = Path(temporary) / "drawn"
-            write_pictures(drawn, profile, None, Results.load(results), only={PICTURE})
-            shutil.copy(drawn / PICTURE, where / f"{task.name}.png")
+        shown = {"predicted.png": where / f"{task.name}.png"}
+        keep_pictures(shown, profile, None, Results.load(results))
 
 
 def full(parts: Sequence[str], tasks: Sequence[str], data: Path | None, folder: Path) -> None:

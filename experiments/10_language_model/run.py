@@ -16,7 +16,6 @@ import json
 import math
 import platform
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import wikitext  # noqa: E402 (beside the folders of the experiments)
+from pictures import keep_pictures  # noqa: E402
 
 BACKENDS = ("kronecker", "fwsvd", "fwsvd_two_sided", "whitened", "svd")
 #: Of every SHARE articles of the test split, the first calibrates.
@@ -38,7 +38,6 @@ SAMPLED_SOLVERS = ("uniform", "threshold", "exact")
 PAIRS = ("uniform/pairs@fwsvd", "threshold/pairs@fwsvd", "exact/pairs@kronecker")
 KEEPS = (0.9, 0.8, 0.65, 0.5)
 DEFAULT = "exact@kronecker"
-PICTURE = "predicted.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,16 +225,6 @@ def _samples(lines: Iterable[Mapping[str, Any]], keeps: Sequence[float]) -> list
     return text
 
 
-def draw(work: Work, results: Any, place: Path) -> None:
-    """Predicted against measured of every plan."""
-    from rankopt.report import write_pictures
-
-    with tempfile.TemporaryDirectory() as temporary:
-        drawn = Path(temporary) / "drawn"
-        write_pictures(drawn, work.profile(0), None, results, only={PICTURE})
-        shutil.copy(drawn / PICTURE, place / PICTURE)
-
-
 def parted(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     """Lines of the articles that calibrate, and of the others."""
     parts: tuple[list[str], list[str]] = ([], [])
@@ -286,7 +275,8 @@ def full(given: argparse.Namespace, folder: Path) -> None:
     name = "figures.json" if given.model else "results.json"
     (place / name).write_text(text, encoding="utf-8")
     (place / "table.md").write_text(table(found), encoding="utf-8")
-    draw(work, results, place)
+    shown = {"predicted.png": place / "predicted.png"}
+    keep_pictures(shown, work.profile(0), None, results)
     print(table(found))
 
 

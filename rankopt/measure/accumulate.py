@@ -65,18 +65,23 @@ class Gathered:
 
     def halves(self, name: str) -> tuple[Statistics, Statistics] | None:
         """The same of the batches of even and of odd numbers, if both are there."""
-        found = self._apart(name)
-        return (found[0], found[1]) if len(found) == 2 and all(x.units for x in found) else None
+        if self.odd is None or not all(self._units):
+            return None
+        even, odd = self._apart(name)
+        return even, odd
+
+    @property
+    def _units(self) -> list[float]:
+        """Of each bank."""
+        if self.odd is None:
+            return [self.units]
+        pairs = list(zip(self.seen.numbers, self.seen.units, strict=True))
+        return [sum(units for n, units in pairs if n % 2 == half) for half in range(2)]
 
     def _apart(self, name: str) -> list[Statistics]:
-        pairs = list(zip(self.seen.numbers, self.seen.units, strict=True))
         return [
-            _statistics(
-                bank[name],
-                bank[self.owners[name]],
-                self.units if self.odd is None else sum(u for n, u in pairs if n % 2 == half),
-            )
-            for half, bank in enumerate(self.banks)
+            _statistics(bank[name], bank[self.owners[name]], units)
+            for bank, units in zip(self.banks, self._units, strict=True)
         ]
 
 

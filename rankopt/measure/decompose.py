@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rankopt.backends import find_backend
-from rankopt.backends import kronecker as valued_by
+from rankopt.backends import find_backend, kronecker
 from rankopt.backends.base import Backend, Decomposition
-from rankopt.backends.statistics import Statistics
+from rankopt.backends.statistics import Statistics, together
 from rankopt.backends.valued import cross_fitted, valued
 from rankopt.errors import ModelError, RankoptError
 from rankopt.layers import FloatArray, Form, Layer
@@ -148,20 +147,21 @@ def _of_group(
     factors: dict[str, float] = {}
     values: list[FloatArray | None] = []
     for member in layer.members:
-        weight, statistics = weight_of(member), statistics_of(member)
+        weight = weight_of(member)
+        halves = halves_of(member) if moments and halves_of is not None else None
+        statistics = statistics_of(member) if halves is None else together(*halves)
         shape = (weight.shape[0], weight.shape[1])
         try:
             largest = layer.largest_rank(form)
             made = backend.decompose(weight, statistics, largest)
             own = {name: scale.factor(shape, statistics) for name, scale in backend.scales.items()}
             mine = _checked(layer, backend, made)
-            halves = halves_of(member) if moments and halves_of is not None else None
             if halves is not None:
                 nats = cross_fitted(backend, weight, statistics, made, halves, largest)
             else:
                 # The backend kronecker has this loss as its own.
-                values_it = moments and backend.name != valued_by.BACKEND.name
-                nats = valued(backend, weight, statistics, made) if values_it else None
+                of_others = moments and backend.name != kronecker.BACKEND.name
+                nats = valued(backend, weight, statistics, made) if of_others else None
             values.append(None if nats is None else nats.cpu().numpy())
         except (RankoptError, MemoryError):
             raise

@@ -7,6 +7,7 @@ strategies resemble each other: it says what the correlation owes to single plan
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -64,11 +65,7 @@ def correlation(these: Sequence[float], those: Sequence[float]) -> Correlation |
 
 
 def _ranks(values: FloatArray) -> FloatArray:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise MissingExtraError("comparing results", "scipy", "eval") from error
-    ranks: FloatArray = stats.rankdata(values, axis=1)
+    ranks: FloatArray = scipy_stats().rankdata(values, axis=1)
     return ranks
 
 
@@ -79,3 +76,16 @@ def _pearson(these: FloatArray, those: FloatArray) -> FloatArray:
     with np.errstate(invalid="ignore"):
         found: FloatArray = (these * those).sum(1) / scale
     return found
+
+
+def scipy_stats() -> Any:
+    """The module.
+
+    Raises:
+        MissingExtraError: scipy is not there.
+    """
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise MissingExtraError("comparing results", "scipy", "eval") from error
+    return stats

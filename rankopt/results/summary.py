@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from rankopt.errors import MissingExtraError, ResultsError
+from rankopt.errors import ResultsError
 from rankopt.layers import Layer
-from rankopt.results.correlation import Correlation, correlation, spearman
+from rankopt.results.correlation import Correlation, correlation, scipy_stats, spearman
 from rankopt.results.paired import LEVEL, Difference, difference, holm
 from rankopt.results.results import Measured, MeasuredPlan, Results
 
@@ -217,7 +217,7 @@ def interval_of(values: Sequence[float | None]) -> tuple[float | None, float | N
     if mean is None or len(values) < 2:
         return mean, None
     error = float(np.std(np.array(values, np.float64), ddof=1)) / len(values) ** 0.5
-    return mean, error * float(_stats().t.ppf((1 + LEVEL) / 2, len(values) - 1))
+    return mean, error * float(scipy_stats().t.ppf((1 + LEVEL) / 2, len(values) - 1))
 
 
 def _stability(layers: Sequence[Layer], rows: Sequence[MeasuredPlan]) -> float | None:
@@ -229,11 +229,3 @@ def _stability(layers: Sequence[Layer], rows: Sequence[MeasuredPlan]) -> float |
         for row in rows
     ]
     return mean_of([spearman(*pair) for pair in itertools.combinations(kept, 2)])
-
-
-def _stats() -> Any:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise MissingExtraError("comparing results", "scipy", "eval") from error
-    return stats
