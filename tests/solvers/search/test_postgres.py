@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from rankopt_solvers.search import StudyError
-from tests.solvers.search.test_search import cheapest, instance, logged, run, worker
+from tests.solvers.search.test_search import cheapest, instance, run
+from tests.solvers.search.test_workers import logged, worker
 
 pytest.importorskip("optuna")
 pytest.importorskip("psycopg")
