@@ -9,7 +9,6 @@ samplers see only trials they can learn from. A trial's user attributes hold its
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from optuna.exceptions import UpdateFinishedTrialError
@@ -20,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from rankopt_solvers.problem import Problem
 from rankopt_solvers.search.records import Choice, Measured, StudyError
 from rankopt_solvers.search.studies import open_study, quiet
-from rankopt_solvers.search.workers import heartbeat, owner, requeue_dead
+from rankopt_solvers.search.workers import finish, finished, heartbeat, owner, requeue_dead
 from rankopt_solvers.table import FloatArray
 
 _FINISHED = (TrialState.COMPLETE, TrialState.FAIL)
@@ -148,7 +147,7 @@ class Ledger:
             # Numbers are handed out one at a time: of all who came too late, the first goes on.
             late = study is self.search and self.taken(trial.number) + len(self.known()) >= limit
             if late or (study is self.plans and "choice" not in trial.user_attrs):
-                _tell(study, trial)
+                finish(study, trial.number)
                 return "surplus"
             if "choice" not in trial.user_attrs:
                 trial.set_user_attr("choice", list(propose(trial)))
@@ -158,9 +157,14 @@ class Ledger:
             if self._told(study, trial, choice):
                 return "repeat"
             return self._measure(study, trial, choice, evaluate)
+        except UpdateFinishedTrialError:
+            # Taken for dead, failed and queued again while this process had it in hand.
+            if not finished(study, trial.number):
+                raise
+            return "repeat"
         except BaseException as error:
             with quiet():
-                study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+                finish(study, trial.number)
             error.add_note(f"while measuring trial {trial.number} of study {study.study_name!r}")
             raise
 
@@ -179,7 +183,7 @@ class Ledger:
         if known is None and not elsewhere:
             return False
         trial.set_user_attr("repeats", True)
-        _tell(study, trial, None if known is None else known.loss)
+        finish(study, trial.number, None if known is None else known.loss)
         return True
 
     def _measure(
@@ -192,27 +196,13 @@ class Ledger:
         with heartbeat(study, self.storage, trial):
             loss = float(evaluate(choice))
         seconds = time.perf_counter() - began
-        notes: dict[str, Any] = {"seconds": seconds}
+        trial.set_user_attr("seconds", seconds)
         if not np.isfinite(loss):
-            notes["failed"] = f"the loss is {loss}"
+            trial.set_user_attr("failed", f"the loss is {loss}")
         told = loss if np.isfinite(loss) else None
-        if not _tell(study, trial, told, **notes):
-            return "repeat"  # taken for dead, failed and queued again while it was measured
+        if not finish(study, trial.number, told):
+            return "repeat"  # as where it is taken for dead before
         return Measured(source, choice, told, seconds)
-
-
-def _tell(study: Study, trial: Trial, loss: float | None = None, **notes: Any) -> bool:
-    """Finish a trial, with a loss or as failed; False if somebody else had finished it before."""
-    try:
-        for key, value in notes.items():
-            trial.set_user_attr(key, value)
-        study.tell(trial, loss, TrialState.FAIL if loss is None else None)
-    except (UpdateFinishedTrialError, ValueError):  # the latter is how Optuna's tell says the same
-        (found,) = study.get_trials(deepcopy=False)[trial.number : trial.number + 1]
-        if not found.state.is_finished():
-            raise
-        return False
-    return True
 
 
 def _measured(trial: FrozenTrial, choice: Choice) -> Measured:

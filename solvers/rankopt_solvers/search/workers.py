@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -85,6 +86,27 @@ def queue_again(study: Study, trial: FrozenTrial) -> None:
     )
 
 
+def finish(study: Study, number: int, loss: float | None = None) -> bool:
+    """Finish a trial, with a loss or as failed; False if somebody else had finished it before.
+
+    Optuna says so in two ways: its ``tell`` looks first, and the storage looks again.
+    """
+    state = TrialState.FAIL if loss is None else TrialState.COMPLETE
+    try:
+        study.tell(number, loss, state)
+    except (UpdateFinishedTrialError, ValueError):
+        if not finished(study, number):
+            raise
+        return False
+    return True
+
+
+def finished(study: Study, number: int) -> bool:
+    """Whether somebody has finished the trial."""
+    (found,) = study.get_trials(deepcopy=False)[number : number + 1]
+    return bool(found.state.is_finished())
+
+
 def requeue_dead(study: Study, storage: BaseStorage, patience: float) -> None:
     """Fail the trials whose process is gone, and queue them again with what they were to try.
 
@@ -100,11 +122,8 @@ def requeue_dead(study: Study, storage: BaseStorage, patience: float) -> None:
             foreign = trial.user_attrs.get("owner", [None])[0] != socket.gethostname()
             if (heartbeats and foreign) or not _gone(trial, patience):
                 continue
-            try:
-                study.tell(trial.number, state=TrialState.FAIL)
-            except ValueError:  # another process was quicker
-                continue
-            queue_again(study, trial)
+            if finish(study, trial.number):  # else another process was quicker
+                queue_again(study, trial)
 
 
 def _between_beats(storage: BaseStorage) -> float | None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from rankopt_solvers.search import SearchError, StudyError
-from tests.solvers.search.test_search import run
+from rankopt_solvers.search import Choice, SearchError, StudyError
+from tests.solvers.search.test_search import Truth, cheapest, instance, run
 
 pytest.importorskip("optuna")
 
@@ -162,19 +162,60 @@ def test_a_queued_trial_of_a_database_is_taken_once(tmp_path: Path) -> None:
     assert sorted(taken) == list(range(8))
 
 
-def test_what_another_process_ended_first_is_no_error(tmp_path: Path) -> None:
-    """In the moment between the last look at it and the telling."""
-    from rankopt_solvers.search.ledger import _tell
-    from rankopt_solvers.search.storages import open_storage
-    from rankopt_solvers.search.studies import open_study
+@pytest.mark.parametrize("url", ["{}", "sqlite:///{}"])
+@pytest.mark.parametrize("loss", [None, 1.0])
+def test_what_another_process_ended_first_is_no_error(
+    url: str, loss: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before ``tell`` looks at it, or in the moment between its look and the storage's."""
+    from optuna.trial import TrialState
 
-    storage = open_storage(tmp_path / "study.journal")
+    from rankopt_solvers.search.storages import open_storage
+    from rankopt_solvers.search.studies import open_study, quiet
+    from rankopt_solvers.search.workers import finish
+
+    storage = open_storage(url.format(tmp_path / "study"))
     study = open_study(storage, "plans", {})
-    trial = study.ask()
-    study.tell(trial.number, 2.0)
-    assert not _tell(study, trial, 1.0) and not _tell(study, trial, 1.0, seconds=3.0)
-    assert not _tell(study, trial)
-    assert study.trials[0].value == 2.0 and not study.trials[0].user_attrs
+    with quiet():
+        before, during, owned = (study.ask().number for _ in range(3))
+    assert finish(study, before, 2.0) and not finish(study, before, loss)
+    write = storage.set_trial_state_values
+
+    def beaten(trial_id: int, *args: Any, **more: Any) -> bool:
+        write(trial_id, TrialState.FAIL)
+        return write(trial_id, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "set_trial_state_values", beaten)
+        assert not finish(study, during, loss)
+    assert finish(study, owned, loss)
+    assert [trial.value for trial in study.trials] == [2.0, None, loss]
+
+
+@pytest.mark.parametrize("url", ["{}", "sqlite:///{}"])
+def test_who_was_only_slow_goes_on(url: str, tmp_path: Path) -> None:
+    """Its trial was taken for dead: what it measures is not counted, and is no error."""
+    import optuna
+
+    from rankopt_solvers.search.storages import open_storage
+    from rankopt_solvers.search.studies import quiet
+    from rankopt_solvers.search.workers import requeue_dead
+
+    problem, weights = instance()
+    truth, where = Truth(problem, weights), url.format(tmp_path / "study")
+
+    def evaluate(choice: Choice) -> float:
+        if not truth.asked:
+            other = open_storage(where)
+            (plans,) = (n for n in optuna.get_all_study_names(other) if n.endswith("plans"))
+            with quiet(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr("rankopt_solvers.search.workers._gone", lambda *_: True)
+                requeue_dead(optuna.load_study(storage=other, study_name=plans), other, 60.0)
+        return truth(choice)
+
+    found = run(evaluate=evaluate, storage=where, trials=5, plans={"low": cheapest(problem)})
+    assert found.measured_now == len(found.trials) == 5
+    assert truth.asked.count(truth.asked[0]) == 2 and len(truth.asked) == 6
 
 
 def test_a_driver_that_is_not_installed_is_named() -> None:
