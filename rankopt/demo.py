@@ -152,14 +152,16 @@ def cached_profile(model: Any, batches: list[Batch], path: Path) -> Profile:
     try:
         profile = Profile.load(path)
         architecture = type(model).__name__
-        same_model = profile.backends == BACKENDS and profile.info.fingerprint == fingerprint(
-            architecture, find_layers(model).layers
-        )
-        if same_model and profile.info.data_digest == data_digest(model, batches):
+        info = profile.info
+        same_model = info.fingerprint == fingerprint(architecture, find_layers(model).layers)
+        # One batch has no halves.
+        same_way = profile.backends == BACKENDS and info.cross_fit == (len(batches) > 1)
+        if same_model and same_way and info.data_digest == data_digest(model, batches):
             return profile
     except ProfileError:
         tqdm.write(f"no usable profile at {path}: measuring", file=sys.stderr)
-    profile = profile_model(model, batches, backends=BACKENDS)
+    # The default but for its second round, which takes as long again.
+    profile = profile_model(model, batches, backends=BACKENDS, cross_fit=True)
     profile.save(path)
     return profile
 
@@ -224,7 +226,8 @@ def run_demo(
     Args:
         folder: for everything that is written; what lies there from an earlier run is used.
         model_folder: another causal language model; SmolLM2-135M-Instruct if not given.
-        keeps: budgets, as shares of the planned layers' parameters; the last is also applied.
+        keeps: budgets, as shares of the planned layers' parameters. At the last one all strategies
+            are measured, and the last is applied; at the others the two ends of the ladder.
         calibration: windows for the profile and the refinement.
         held_out: windows for the measured loss.
         max_length: tokens of a window.
@@ -242,7 +245,12 @@ def run_demo(
     profile = cached_profile(model, batches, folder / "profile.safetensors")
 
     before = generate(model, tokenizer)
-    planned = list(compare(profile, keeps, [Strategy.parse(text) for text in STRATEGIES]))
+    planned = [
+        row
+        for keep in keeps
+        for text in (STRATEGIES if keep == keeps[-1] else (STRATEGIES[0], STRATEGIES[-1]))
+        for row in compare(profile, [keep], [Strategy.parse(text)])
+    ]
     results = measure_comparison(model, profile, planned, held_batches)
     results.save(folder / COMPARISON)
 

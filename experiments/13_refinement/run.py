@@ -41,12 +41,10 @@ ANCHORED = ("anchored 0.5/pairs", "anchored 1/pairs", "anchored 0.5 exact@kronec
 LEARNED = "learned exact@kronecker"
 #: Ranks and factors from a profile of two rounds, the second under a plan of that budget.
 AGAIN = [(f"again {at} exact@kronecker", keep) for at in (0.5, 0.8, 0.65) for keep in KEEPS]
-
-
-#: Ranks planned on what factors lose on data that did not make them, too; and both.
-CROSSED = [
-    (f"{how} exact@kronecker", keep) for how in ("crossed", "crossed again 0.8") for keep in KEEPS
-]
+#: Ranks planned on what factors lose on data that did not make them, too.
+CROSSED = [("crossed exact@kronecker", keep) for keep in KEEPS]
+#: What the command line does without any option: both, the second round at 0.8.
+DEFAULT = "default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +73,12 @@ PARTS = {
         Row(method, keep) for keep in KEEPS for method in (*OURS, *OTHERS, *FLOORS, *PUBLISHED)
     ]
     + [Row(method, 0.65) for method in ANCHORED],
-    "ladder": [Row("exact@kronecker", keep, "distill", 256) for keep in (0.65, 0.8, 0.5)],
+    "ladder": [Row(DEFAULT, keep) for keep in KEEPS]
+    + [
+        Row(method, keep, "distill", 256)
+        for method in (DEFAULT, "exact@kronecker")
+        for keep in (0.8, 0.65, 0.5)
+    ],
     "ranks": [
         Row(method, keep, "distill", 64)
         for keep in (0.65, 0.5, 0.8)
@@ -125,15 +128,17 @@ class Work:
 
     def profile_of(self, how: str) -> Any:
         """Measured ``again KEEP``, half of it under an exact plan of a first round, ``crossed``,
-        with factors valued on data that did not make them, or both.
+        with factors valued on data that did not make them, or, by default, both.
         """
         from rankopt import Compressed, profile_model
 
         if how not in self.others:
             options: Any = {"backends": ("kronecker",), "form": "pivoted"}
-            if "again" in how:
+            if how == DEFAULT:
+                options["again"] = Compressed()
+            elif how != "crossed":
                 options["again"] = Compressed(float(how.split(" ")[-1]))
-            crossed = how.startswith("crossed")
+            crossed = how in (DEFAULT, "crossed")
             found = profile_model(self.model, self.calibration, cross_fit=crossed, **options)
             self.others[how] = found
         return self.others[how]
@@ -193,11 +198,12 @@ def compressed(work: Work, row: Row) -> tuple[Any, int, int]:
     method, pairs, _ = row.method.partition("/pairs")
     kind, *rest = method.split(" ")
     if kind not in ("zero-sum", "anchored"):
-        if kind in ("again", "crossed"):
-            profile = work.profile_of(row.method.rpartition(" ")[0])
+        if kind in ("again", "crossed", DEFAULT):
+            profile = work.profile_of(row.method.removesuffix(" exact@kronecker"))
         else:
             profile = work.learned if kind == "learned" else work.profile
-        plan = work.plan(row.method.split(" ")[-1], row.keep, profile)
+        strategy = "exact@kronecker" if kind == DEFAULT else row.method.split(" ")[-1]
+        plan = work.plan(strategy, row.keep, profile)
         apply_plan(model, plan, profile)
         return model, plan.size.planned, plan.budget.parameters
     form: Any = "pairs" if pairs else "pivoted"
@@ -303,7 +309,7 @@ def quick() -> None:
     figures = baselines.check(model, batches[:2])
     assert figures["unchanged prefix"] < 1e-6
     work = Work(model, batches[:4], lambda count: batches[:count], batches[4:], batches[4:])
-    methods = (*OURS, *OTHERS, *PUBLISHED, *ANCHORED, LEARNED, AGAIN[0][0], CROSSED[-1][0])
+    methods = (*OURS, *OTHERS, *PUBLISHED, *ANCHORED, LEARNED, AGAIN[0][0], CROSSED[0][0], DEFAULT)
     rows = [Row(method, 0.8, refined, 4) for method in methods for refined in ("", "distill")]
     rows.append(Row("anchored 0.5/pairs", 0.8, "blocks", 4))
     with tempfile.TemporaryDirectory() as temporary:

@@ -178,6 +178,8 @@ def gather(
                 seen.last_check, seen.stopped = stop(whole, seen.last_check)
                 if seen.stopped is not None:
                     break
+        if checkpoint is not None and checkpoint.whole and seen.batches > resumed:
+            _save(checkpoint, collector, seen)
     if number + 1 < resumed:
         raise _other_data(checkpoint)
     if seen.batches < processes.count or not seen.batches:

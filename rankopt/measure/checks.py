@@ -271,7 +271,7 @@ def warn_of_zeros(profile: Profile) -> None:
 
 
 def warn_of_memory(
-    model: nn.Module, selection: Selection, needs: Collection[str], part: int, *, halves: bool
+    model: nn.Module, selection: Selection, needs: Collection[str], part: int, times: int
 ) -> None:
     """Say so where the sums of a pass do not fit beside the model.
 
@@ -280,16 +280,17 @@ def warn_of_memory(
         selection: its planned layers.
         needs: statistics beyond the rows.
         part: layers of a pass.
-        halves: of the data are summed apart.
+        times: that the same sums are kept: of halves of the data, of rounds.
     """
     memory = memory_for(model)
     members = [weight_shape(module) for module in selection.modules.values()]
-    sums = (1 + halves) * bytes_of_sums(members, needs) * part / len(selection.layers)
+    sums = times * bytes_of_sums(members, needs) * part / len(selection.layers)
     if memory is None or model_size(model).model_bytes + sums <= memory:
         return
     tqdm.write(
         f"warning: the statistics of {part} layers take up to "
         f"{sums / 1e9:.3g} GB beside the model, and there are {memory / 1e9:.3g} GB in all: "
+        "one round and no cross-fitting (--rounds 1 --no-cross-fit) take less, "
         "layers_at_a_time (--layers-at-a-time) takes several passes over the data instead, and "
         "backends that need no moments do with less without them (moments=False, --no-moments)",
         file=sys.stderr,

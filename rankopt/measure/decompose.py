@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from rankopt.backends import find_backend, kronecker
-from rankopt.backends.base import Backend, Decomposition
+from rankopt.backends.base import Backend, Decomposition, recomputable
 from rankopt.backends.statistics import Statistics, together
 from rankopt.backends.valued import cross_fitted, valued
 from rankopt.errors import ModelError, RankoptError
@@ -68,8 +68,8 @@ def decompose_layers(
         stored: which backends these are.
         form: stored is what factors need up to the largest rank that saves parameters in it.
         moments: value what factors lose, where both second moments are there.
-        halves_of: member name -> statistics of two halves of the data, to cross-fit that; None
-            where it cannot be.
+        halves_of: member name -> statistics of two halves of the data, to cross-fit the losses of
+            backends that fit it; None where that cannot be.
         workers: layers at a time, on the CPU.
         progress: a bar on stderr; by default if it is a terminal.
 
@@ -148,7 +148,8 @@ def _of_group(
     values: list[FloatArray | None] = []
     for member in layer.members:
         weight = weight_of(member)
-        halves = halves_of(member) if moments and halves_of is not None else None
+        apart = moments and halves_of is not None and not recomputable(backend)
+        halves = halves_of(member) if apart and halves_of is not None else None
         statistics = statistics_of(member) if halves is None else together(*halves)
         shape = (weight.shape[0], weight.shape[1])
         try:

@@ -107,10 +107,11 @@ def profile_model(
             the ranks have settled.
         again: see the data once more, on the model that a plan of the first round would leave, and
             take the mean of both (see rounds): ``rankopt.Compressed()``. Batches are kept in memory
-            for that, and a checkpoint holds the first round only.
+            for that; the second round has a checkpoint of its own, ``CHECKPOINT.again``.
         cross_fit: value what factors lose on data that did not make them, too (see
             rankopt.backends.valued): statistics of every other batch are summed apart, which takes
-            twice their memory, and each layer is decomposed three times. Needs moments.
+            twice their memory, and each layer is decomposed three times. Needs moments. Nothing
+            changes for backends that read rows and columns only: they hardly fit the data.
         form: how matrices of lower rank will be kept: ``pivoted``, or as ``pairs`` of factors,
             which have more parameters at the same rank. Says what plans have by default, and how
             far singular vectors are stored: to full rank for ``pivoted``, about half of it for
@@ -150,6 +151,8 @@ def profile_model(
         raise OptionError("again sees all data and layers twice: not with stop or layers_at_a_time")
     if cross_fit and not moments:
         raise OptionError("cross_fit values factors by second moments: not with moments=False")
+    # What a backend computes again from a few numbers for each row does not fit the data.
+    cross_fit = cross_fit and not all(map(recomputable, chosen.values()))
     workers = _workers(model, workers)
     needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
     needs |= valued.NEEDS if moments else frozenset()
@@ -158,14 +161,16 @@ def profile_model(
         subject, silent, batches = _examined(subject, batches, around)
         selection = subject.selection
         passes = _passes(selection.layers, layers_at_a_time, stop, checkpoint, silent)
-        warn_of_memory(model, selection, needs, len(passes[0]), halves=cross_fit)
+        times = (1 + cross_fit) * (1 + (again is not None))
+        warn_of_memory(model, selection, needs, len(passes[0]), times)
         if len(passes) > 1 or again is not None:
             batches = list(batches)
         saved = None
         if checkpoint is not None:
             settings = _settings(subject, needs, stop, backends[0])
             settings |= {"cross_fit": True} if cross_fit else {}
-            saved = Checkpoint(Path(checkpoint), checkpoint_every, settings)
+            more = again is not None
+            saved = Checkpoint(Path(checkpoint), checkpoint_every, settings, whole=more)
         arrays: Store = {} if store is None else store
         stored = _storing(subject, chosen.values(), keep_bases)
         decomposed = functools.partial(_decomposed, subject, workers, moments)
@@ -188,9 +193,13 @@ def profile_model(
             how: Any = {"store": arrays, "stored": stored, "progress": progress}
             if again is not None:
                 heard = dataclasses.replace(subject, selection=selection.without(lost))
-                first = decomposed(layers, gathered, backends[:1], **how)
-                same = {"needs": needs, "halves": cross_fit, "progress": progress}
-                gathered = second_round(heard, again, gathered, first, arrays, batches, **same)
+                curves = decomposed(layers, gathered, backends[:1], crossed=False, **how)
+                same: Any = {"needs": needs, "halves": cross_fit, "progress": progress}
+                if saved is not None:
+                    same["checkpoint"] = saved.again(_asked_for(again))
+                first = gathered
+                gathered = second_round(heard, again, first, curves, arrays, batches, **same)
+                again = None if gathered is first else again
             curves = decomposed(layers, gathered, backends, **how)
             whole.add(layers, gathered, curves)
     if lost:
@@ -306,6 +315,8 @@ def _decomposed(
     layers: Sequence[Layer],
     gathered: Gathered,
     backends: Sequence[str],
+    *,
+    crossed: bool = True,
     **how: Any,
 ) -> dict[str, dict[str, ScaledCurve]]:
     """Each process decomposes its share of the layers; all get all curves."""
@@ -315,7 +326,7 @@ def _decomposed(
         lambda name: weight_of(subject.selection.modules[name]),
         gathered.statistics,
         backends,
-        halves_of=gathered.halves,
+        halves_of=gathered.halves if crossed else None,
         form=subject.form,
         moments=moments,
         workers=workers,

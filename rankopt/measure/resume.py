@@ -270,11 +270,18 @@ class Checkpoint:
         path: of the file; with several processes, each adds its number.
         every: batches of this process.
         settings: that must be the same to go on.
+        whole: also save when all batches have been measured, as more is to come.
     """
 
     path: Path
     every: int
     settings: Mapping[str, Any]
+    whole: bool = False
+
+    def again(self, asked: str) -> "Checkpoint":
+        """The file of a second round, beside that of the first; ``asked`` says which one."""
+        path = self.path.with_name(f"{self.path.name}.again")
+        return Checkpoint(path, self.every, {**self.settings, "again": asked})
 
     def of(self, processes: Processes) -> "Checkpoint":
         """The file of this process."""

@@ -47,7 +47,10 @@ def second_round(
         curves: of the first, of one backend.
         store: arrays that were kept with them.
         batches: the same again, a list.
-        how: needs, and progress.
+        how: needs, halves, checkpoint and progress.
+
+    Returns:
+        The first itself where no layer would have another weight.
 
     Raises:
         ModelError: an offloaded layer, or see gather.
@@ -55,6 +58,8 @@ def second_round(
     parts = Parts()
     parts.add(subject.selection.layers, first, curves)
     weights = compress(subject.model, assembled(subject, parts, store))
+    if not weights:
+        return first
     modules = {name: subject.selection.modules[name] for name in first.names}
     dense = {name: weight_of(modules[name]) for name in weights}
     with computing_with({modules[name]: weight for name, weight in weights.items()}):

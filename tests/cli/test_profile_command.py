@@ -142,13 +142,30 @@ def test_two_processes_write_the_profile_of_one(run: Run, files: Path, tmp_path:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
 
 
-def test_cross_fitted(run: Run, files: Path, tmp_path: Path) -> None:
-    """Said wherever the profile is; interrupted, it goes on; with the scale of the others."""
+def _done(run: Run, files: Path, folder: Path, more: tuple[object, ...]) -> Path:
+    path = folder / "other.st"
+    done(run(*arguments(files, path, "--force", *more)))
+    return path
+
+
+def test_by_default_losses_are_cross_fitted_and_the_data_are_seen_twice(
+    run: Run, files: Path, tmp_path: Path
+) -> None:
+    """Where that can be, and said wherever the profile is."""
     where = tmp_path / "crossed.st"
-    printed = done(run(*arguments(files, where, "--cross-fit", "--rounds", 2)))
+    printed = done(run(*arguments(files, where)))
     assert "cross-fitted: half on data that did not make the factors" in printed
     assert "half of it measured again" in printed and "scales: kronecker (nats" in printed
-    assert Profile.load(where).info.cross_fit
+    info = Profile.load(where).info
+    assert info.cross_fit and info.again == "Compressed(keep=0.8)"
+    plain = tmp_path / "plain.st"
+    done(run(*arguments(files, plain, "--no-cross-fit", "--rounds", 1)))
+    info = Profile.load(plain).info
+    assert not info.cross_fit and info.again is None
+    for more in (("--until-stable",), ("--layers-at-a-time", 4), ("--no-moments",)):
+        info = Profile.load(_done(run, files, tmp_path, more)).info
+        assert info.cross_fit == (more != ("--no-moments",))
+        assert (info.again is None) == (more != ("--no-moments",))
     assert "scale kronecker" not in done(run("plan", where, "--keep", 0.6))
     code, _, err = run(*arguments(files, tmp_path / "new", "--cross-fit", "--no-moments"))
     assert code == 2 and "--cross-fit values factors" in err and "moments" in err
@@ -156,8 +173,8 @@ def test_cross_fitted(run: Run, files: Path, tmp_path: Path) -> None:
 
 def test_a_second_round(run: Run, files: Path, tmp_path: Path) -> None:
     plain, again = tmp_path / "plain.st", tmp_path / "again.st"
-    done(run(*arguments(files, plain)))
-    printed = done(run(*arguments(files, again, "--rounds", 2, "--round-keep", 0.6)))
+    done(run(*arguments(files, plain, "--rounds", 1)))
+    printed = done(run(*arguments(files, again, "--round-keep", 0.6)))
     assert "half of it measured again under Compressed(keep=0.6)" in printed
     one, two = Profile.load(plain), Profile.load(again)
     assert (one.info.again, two.info.again) == (None, "Compressed(keep=0.6)")
@@ -165,7 +182,8 @@ def test_a_second_round(run: Run, files: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial*"))
     for more, said in (
         (("--rounds", 3), "--rounds is 1 or 2, not 3"),
-        (("--round-keep", 0.5), "--round-keep belongs to --rounds 2"),
+        (("--rounds", 1, "--round-keep", 0.5), "--round-keep belongs to --rounds 2"),
+        (("--until-stable", "--round-keep", 0.5), "--round-keep belongs to --rounds 2"),
         (("--rounds", 2, "--until-stable"), "does not go with --until-stable"),
         (("--rounds", 2, "--layers-at-a-time", 2, "--checkpoint-every", 0), "does not go with"),
         (("--rounds", 2, "--round-keep", 7), "keep"),

@@ -1,6 +1,6 @@
 """A second round: what it is the mean of, what it leaves, and what it does not go with."""
 
-import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rankopt import Compressed, apply_plan, make_plan, profile_model
-from rankopt.errors import InfeasibleBudgetError, ModelError, OptionError
+from rankopt.errors import DataError, InfeasibleBudgetError, ModelError, OptionError
 from rankopt.evaluation.evaluation import evaluate
 from rankopt.measure.accumulate import gather
-from rankopt.measure.loss import find_loss
+from rankopt.measure.loss import ModelLoss, find_loss
 from rankopt.measure.rounds import computing_with
 from rankopt.model.selection import find_layers
 from rankopt.model.weights import weight_of
@@ -177,4 +177,46 @@ def test_what_it_does_not_go_with() -> None:
             profile_model(model, batches, again=Compressed(), **more)  # type: ignore[arg-type]
     with pytest.raises(InfeasibleBudgetError):
         profile_model(model, batches, again=Compressed(keep=0.0001))
-    assert dataclasses.asdict(Compressed()) == {"keep": 0.8}
+    assert repr(Compressed()) == "Compressed(keep=0.8)"
+
+
+def test_where_no_ranks_fit_a_round_that_is_not_needed_is_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny.llama()
+    batches = tiny.batches(model)
+    found = profile_model(model, batches, again=Compressed(0.0001, needed=False))
+    assert found.info.again is None and found.digest() == profile_model(model, batches).digest()
+    assert "note: no second round: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_second_round_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """With the bits of one that was not, and nothing of the first is measured again."""
+    model, path, numbers = tiny.llama(), tmp_path / "partial", list[int]()
+    batches = tiny.batches(model, count=5)
+    how: Any = {"checkpoint": path, "checkpoint_every": 2, "cross_fit": True}
+    wanted = profile_model(model, batches, again=Compressed(0.5), cross_fit=True)
+    backward, stop_at = ModelLoss.backward, 6 + after
+
+    def counted(self: ModelLoss, collector: Any, model: Any, batch: Any, number: int) -> Any:
+        if len(numbers) == stop_at:
+            raise KeyboardInterrupt
+        numbers.append(number)
+        return backward(self, collector, model, batch, number)
+
+    monkeypatch.setattr(ModelLoss, "backward", counted)
+    with pytest.raises(KeyboardInterrupt):
+        profile_model(model, batches, again=Compressed(0.5), **how)
+    # The first batch is looked at before.
+    assert numbers == [0, *range(5), *range(after)]
+    stop_at = -1
+    if after:
+        with pytest.raises(DataError, match="another again"):
+            profile_model(model, batches, again=Compressed(0.6), **how)
+    numbers.clear()
+    found = profile_model(model, batches, again=Compressed(0.5), **how)
+    assert found.digest() == wanted.digest()
+    assert numbers == [0, *range(after // 2 * 2, 5)]

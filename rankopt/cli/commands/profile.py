@@ -97,12 +97,13 @@ def profile(
         float, typer.Option(help="until-stable: share of the budget that may move.")
     ] = 0.01,
     rounds: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="2: see the data once more, on the model that a plan of the first round would "
-            "leave, and take the mean; better ranks and factors for twice the time."
+            help="2 sees the data once more, on the model that a plan of the first round would "
+            "leave, and takes the mean: better ranks and factors for twice the time. Default: 2, "
+            "or 1 with --until-stable, --layers-at-a-time or --device-map."
         ),
-    ] = 1,
+    ] = None,
     round_keep: Annotated[
         float,
         typer.Option(
@@ -110,12 +111,14 @@ def profile(
         ),
     ] = 0.8,
     cross_fit: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             help="Value factors on data that did not make them, too: better ranks and predictions, "
-            "for twice the memory and three times the decomposing."
+            "for twice the memory and three times the decomposing. Default: yes, but with "
+            "--no-moments.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     layers_at_a_time: Annotated[
         int | None,
         typer.Option(help="Several passes over the data, so many layers each: less memory."),
@@ -137,21 +140,24 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what every rank of every layer retains."""
-    partial = output.with_name(f"{output.name}.partial")
+    partials = [output.with_name(f"{output.name}.{kind}") for kind in ("partial", "partial.again")]
     resumable = checkpoint_every > 0 and layers_at_a_time is None
     read = (model, *asked.data)
     require_file(output, is_format(PROFILE), overwrite=force, apart_from=read)
     if resumable:
-        require_file(partial, is_format(CHECKPOINT), apart_from=read)
+        for partial in partials:
+            require_file(partial, is_format(CHECKPOINT), apart_from=read)
     if estimator != "sampled" and (unit == "example" or estimator == "expected"):
         require_with(ctx, ["draws", "seed"], "--estimator sampled or --unit token")
     if not until_stable:
         require_with(ctx, ["stable_keep", "stable_tolerance"], "--until-stable")
-    if rounds not in (1, 2):
+    once = until_stable or layers_at_a_time is not None
+    twice = not once and device_map is None if rounds is None else rounds == 2
+    if rounds not in (None, 1, 2):
         raise RankoptError(f"--rounds is 1 or 2, not {rounds}")
-    if rounds == 1:
+    if not twice:
         require_with(ctx, ["round_keep"], "--rounds 2")
-    if rounds == 2 and (until_stable or layers_at_a_time is not None):
+    elif once:
         raise RankoptError(
             "--rounds 2 sees all data and layers twice: it does not go with --until-stable or "
             "--layers-at-a-time"
@@ -184,20 +190,20 @@ def profile(
             draws=draws,
             seed=seed,
             stop=Stability(stable_keep, stable_tolerance) if until_stable else None,
-            again=Compressed(round_keep) if rounds == 2 else None,
-            cross_fit=cross_fit,
+            again=Compressed(round_keep, needed=rounds is not None) if twice else None,
+            cross_fit=moments if cross_fit is None else cross_fit,
             form=cast("Form", form),
             keep_bases=bases,
             store=store,
             layers_at_a_time=layers_at_a_time,
-            checkpoint=partial if resumable else None,
+            checkpoint=partials[0] if resumable else None,
             checkpoint_every=max(checkpoint_every, 1),
             workers=workers,
             progress=None if processes.rank == 0 else False,
         )
         if processes.rank == 0:
             found.save(output)
-    if resumable:
+    for partial in partials if resumable else ():
         with contextlib.suppress(FileNotFoundError):
             # Measured and written: nothing to go on with.
             os.unlink(partial if processes.count == 1 else f"{partial}.{processes.rank}")
