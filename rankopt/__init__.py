@@ -25,6 +25,8 @@ from rankopt.plan.budget import Budget as Budget
 from rankopt.plan.compare import ComparedPlan as ComparedPlan
 from rankopt.plan.compare import Strategy as Strategy
 from rankopt.plan.compare import compare as compare
+from rankopt.plan.exchange import export_ranks as export_ranks
+from rankopt.plan.exchange import imported_plan as imported_plan
 from rankopt.plan.plan import Plan as Plan
 from rankopt.plan.planner import make_plan as make_plan
 from rankopt.plan.stability import Stability as Stability
@@ -108,6 +110,8 @@ __all__ = [
     "apply_plan",
     "compare",
     "evaluate",
+    "export_ranks",
+    "imported_plan",
     "load_batches",
     "make_plan",
     "measure_comparison",

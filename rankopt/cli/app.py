@@ -20,6 +20,8 @@ from rankopt.cli.commands import (
     demo,
     doctor,
     evaluate,
+    export,
+    import_,
     plan,
     profile,
     refine,
@@ -46,6 +48,8 @@ app.command(cls=Command, epilog=refine.EXAMPLES)(refine.refine)
 app.command(cls=Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(cls=Command, epilog=report.EXAMPLES)(report.report)
 app.command(cls=Command, epilog=demo.EXAMPLES)(demo.demo)
+app.command(cls=Command, epilog=export.EXAMPLES)(export.export)
+app.command("import", cls=Command, epilog=import_.EXAMPLES)(import_.import_)
 app.command(cls=Command, epilog=doctor.EXAMPLES)(doctor.doctor)
 
 

@@ -193,7 +193,7 @@ def profile_model(
             how: Any = {"store": arrays, "stored": stored, "progress": progress}
             if again is not None:
                 heard = dataclasses.replace(subject, selection=selection.without(lost))
-                curves = decomposed(layers, gathered, backends[:1], crossed=False, **how)
+                curves = decomposed(layers, gathered, backends[:1], **how)
                 same: Any = {"needs": needs, "halves": cross_fit, "progress": progress}
                 if saved is not None:
                     same["checkpoint"] = saved.again(_asked_for(again))
@@ -315,8 +315,6 @@ def _decomposed(
     layers: Sequence[Layer],
     gathered: Gathered,
     backends: Sequence[str],
-    *,
-    crossed: bool = True,
     **how: Any,
 ) -> dict[str, dict[str, ScaledCurve]]:
     """Each process decomposes its share of the layers; all get all curves."""
@@ -326,7 +324,7 @@ def _decomposed(
         lambda name: weight_of(subject.selection.modules[name]),
         gathered.statistics,
         backends,
-        halves_of=gathered.halves if crossed else None,
+        halves_of=gathered.halves,
         form=subject.form,
         moments=moments,
         workers=workers,

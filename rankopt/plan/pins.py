@@ -51,15 +51,21 @@ def pinned(offered: Allocation, pins: Pins) -> Allocation:
 def _chosen(layers: Sequence[Layer], pins: Pins) -> dict[int, tuple[str, int]]:
     """Place of a layer -> the pin that decides, and its rank."""
     found: dict[int, tuple[str, int]] = {}
+    places = {name: index for index, layer in enumerate(layers) for name in layer.members}
     for pattern, wanted in pins.items():
         whole = isinstance(wanted, int) and not isinstance(wanted, bool)
         if wanted != "dense" and not (whole and int(wanted) >= 1):
             raise OptionError(f"pin {pattern!r}: a rank of 1 or more, or dense, not {wanted!r}")
-        hits = [
-            index
-            for index, layer in enumerate(layers)
-            if any(fnmatch.fnmatchcase(name, pattern) for name in layer.members)
-        ]
+        # A name is itself: of thousands of pins none is compared with every layer.
+        hits = (
+            [places[pattern]]
+            if pattern in places
+            else [
+                index
+                for index, layer in enumerate(layers)
+                if any(fnmatch.fnmatchcase(name, pattern) for name in layer.members)
+            ]
+        )
         if not hits:
             raise OptionError(
                 f"pin {pattern!r} names no planned layer; the first is {layers[0].name}"
