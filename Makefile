@@ -3,6 +3,7 @@
 # make experiments   every table and picture again, in hours; stopped, it goes on from .experiments/
 PYTHON ?= python3
 VENV ?= .venv
+DIST ?= dist
 RUN := HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 # One thread a process, as many processes as cores.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) $(VENV)/bin/python -m pytest -n auto --dist worksteal
@@ -12,7 +13,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 ONLY ?= $(notdir $(patsubst %/run.py,%,$(sort $(wildcard experiments/*/run.py))))
 WITHOUT_FOLDER := 01_exactness 02_profile_cost 08_faults
 
-.PHONY: demo test test-slow test-all lint experiments clean
+.PHONY: demo test test-slow test-all lint dist experiments clean
 
 demo: $(VENV)/.demo
 	$(RUN) $(VENV)/bin/rankopt demo --output demo
@@ -39,6 +40,15 @@ lint: $(VENV)/.test
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+# A wheel and an sdist that an index would take, and the wheel where nothing else is installed.
+dist: $(VENV)/.dist
+	rm -rf $(VENV)/clean $(DIST)/rankopt-*
+	$(VENV)/bin/python -m build --outdir $(DIST) .
+	$(VENV)/bin/twine check --strict $(DIST)/rankopt-*
+	$(PYTHON) -m venv $(VENV)/clean
+	$(VENV)/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(DIST)/rankopt-*.whl
+	cd $(VENV)/clean && bin/rankopt --version && bin/rankopt doctor --json > /dev/null
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -51,6 +61,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing rankopt[all,dev] into $(VENV) (a minute or two)"
 	@$(PIP) --editable ".[all,dev]"
+	@touch $@
+
+$(VENV)/.dist: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(PIP) build twine
 	@touch $@
 
 $(VENV)/.experiments: $(VENV)/.test $(VENV)/.demo
