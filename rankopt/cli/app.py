@@ -8,6 +8,7 @@ that no ranks fit, 130 and 143 stopped by Ctrl-C and by SIGTERM.
 import os
 import signal
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -27,8 +28,9 @@ from rankopt.cli.commands import (
     refine,
     report,
 )
-from rankopt.cli.options import note
+from rankopt.cli.options import tell
 from rankopt.errors import RankoptError
+from rankopt.progress import Quiet
 
 app = typer.Typer(
     help="Decide how many ranks each layer of a neural network deserves.\n\n"
@@ -67,12 +69,27 @@ def _options(
             "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("-q", "--quiet", help="Results, warnings and errors only; no bars or notes."),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Show where an error comes from.")
+    ] = False,
 ) -> None:
-    pass
+    Quiet.on, _Verbose.on = quiet, verbose
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+class _Verbose:
+    """What ``rankopt -v`` sets: for the report of a fault."""
+
+    on = False
 
 
 def _terminated(number: int, _: object) -> None:
-    note("stopped")
+    tell("stopped")
     sys.exit(128 + number)
 
 
@@ -86,8 +103,10 @@ def main() -> None:
     try:
         app()
     except RankoptError as error:
-        note(f"error: {error}")
+        if _Verbose.on:
+            traceback.print_exc()
+        tell(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        note("stopped")
+        tell("stopped")
         sys.exit(130)

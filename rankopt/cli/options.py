@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from rankopt.errors import NotFiniteError, OptionError, RankoptError, printable
+from rankopt.progress import Quiet
 from rankopt.schema import finite
 
 ModelArgument = Annotated[str, typer.Argument(help="A model folder or a hub name.")]
@@ -37,7 +38,13 @@ MultipleOption = Annotated[int, typer.Option(help="Offer only multiples of this 
 
 
 def note(text: str) -> None:
-    """A line on stderr."""
+    """A line on stderr that says what was done, unless it is to be quiet."""
+    if not Quiet.on:
+        tell(text)
+
+
+def tell(text: str) -> None:
+    """A line on stderr in any case."""
     typer.echo(printable(text), err=True)
 
 

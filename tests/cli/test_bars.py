@@ -8,9 +8,9 @@ import pytest
 from rankopt.cli.workers import copies
 from rankopt.errors import RankoptError
 from tests.cli.terminal import ESCAPES, in_terminal, screen
-from tests.cli.test_cli import files, profile_file
+from tests.cli.test_cli import Run, files, profile_file, run
 
-__all__ = ["files", "profile_file"]
+__all__ = ["files", "profile_file", "run"]
 MEASURE = ("--model", "model", "--data", "heldout.txt", "--max-length", 16, "--examples", 4)
 FOREIGN = ("Loading weights", "Writing model shards")
 
@@ -69,3 +69,30 @@ def test_workers_are_silent_unless_they_fail(capfd: pytest.CaptureFixture[str]) 
     ):
         pass
     assert capfd.readouterr() == ("", "")
+
+
+def test_quiet_shows_results_only(run: Run, files: Path, tmp_path: Path) -> None:
+    data = ("--data", files / "train.txt", "--max-length", 16)
+    path = tmp_path / "p.st"
+    code, out, err = run("-q", "profile", files / "model", *data, "-o", path)
+    assert (code, err) == (0, "") and "planned " in out
+    code, out, err = run("profile", files / "model", *data, "-o", path, "--force")
+    assert code == 0 and "profile written to" in err, "the next call is not quiet"
+    code, out, err = run("--quiet", "plan", path, "--keep", 7)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_verbose_shows_where_an_error_comes_from(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("-v", "plan", tmp_path / "missing", "--keep", 0.5)
+    assert code == 2 and err.startswith("Traceback") and err.splitlines()[-1].startswith("error: ")
+    code, _, err = run("plan", tmp_path / "missing", "--keep", 0.5)
+    assert code == 2 and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_quiet_shows_no_bar_in_a_terminal(files: Path, tmp_path: Path) -> None:
+    data = ("--data", "train.txt", "--max-length", 16)
+    code, written = in_terminal(100, files, "-q", "profile", "model", *data, "-o", tmp_path / "p")
+    ever, left = bars(written)
+    assert code == 0, written
+    assert not ever and not left and "profile written" not in written
