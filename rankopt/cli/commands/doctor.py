@@ -75,7 +75,7 @@ def _extras(problems: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in asked:
         match = re.match(r"([\w.-]+)(?:\[.*?\])?(?:>=([\w.]+))?.*extra == ['\"](\w+)['\"]", text)
-        if match is None or match[3] == "dev":
+        if match is None or match[3] in ("dev", "docs"):
             continue
         name, least, extra = match.groups()
         told = found.setdefault(extra, {"packages": [], "lacks": []})
