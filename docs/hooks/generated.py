@@ -155,18 +155,18 @@ def _commands() -> str:
 def _command(command: Any, context: Any) -> str:
     usage = " ".join(command.collect_usage_pieces(context))
     lines = [f"## {context.info_name}", "", command.help.strip(), ""]
-    lines += ["```text", f"{context.command_path} {usage}", "```", "", "| | |", "|---|---|"]
+    lines += ["```text", f"{context.command_path} {usage}", "```", ""]
     for param in command.get_params(context):
         record = param.get_help_record(context)
         if record is not None:
-            names, said = (html.escape(part, quote=False).replace("|", "&#124;") for part in record)
-            lines.append(f"| <code>{names}</code> | {_plain(said)} |")
+            names, said = record
+            lines.append(f"- `{names}`: {_plain(said)}")
     return "\n".join([*lines, "", *_epilog(command.epilog or "")])
 
 
 def _plain(text: str) -> str:
-    """Text in which stars and brackets are no Markdown."""
-    return re.sub(r"([*_\[\]])", r"\\\1", " ".join(text.split()))
+    """Text in which stars and brackets are neither Markdown nor HTML."""
+    return re.sub(r"([*_\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _epilog(text: str) -> list[str]:
