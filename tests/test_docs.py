@@ -112,7 +112,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.llama(max_position_embeddings=256).save_pretrained(folder / "model")
     tiny.tokenizer(folder / "model")
     generator = torch.Generator().manual_seed(0)
-    for name, size in (("train", 2800), ("validation", 1100), ("heldout", 1400)):
+    for name, size in (("train", 2100), ("validation", 600), ("heldout", 800)):
         picked = torch.randint(len(tiny.WORDS), (size,), generator=generator).tolist()
         text = " ".join(tiny.WORDS[n] for n in picked)
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
