@@ -2,7 +2,7 @@
 
 A page is read from its top. Its blocks of Python share one namespace; those with a title are files,
 and are written. Its shell blocks are rankopt's command line, run in this process. A block below
-``<!-- run: slow -->`` is what starts processes of its own: a slow test runs the page with it.
+``<!-- run: slow -->`` starts processes of its own, or takes seconds: a slow test runs it, too.
 """
 
 import contextlib
@@ -184,7 +184,7 @@ def test_the_readmes_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_page_that_is_wrong_fails(
     text: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with contextlib.redirect_stdout(io.StringIO()), pytest.raises((AssertionError, Exception)):
+    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(AssertionError):
         run_page(blocks(text), monkeypatch, slow=True)
 
 
