@@ -50,7 +50,7 @@ dist: $(VENV)/.dist
 	$(VENV)/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(DIST)/rankopt-*.whl
 	cd $(VENV)/clean && bin/rankopt --version && bin/rankopt doctor --json > /dev/null
 
-# The variable silences the theme's advertisement for its successor, which is no warning of ours.
+# The variable silences the theme's notice that it ends in May 2027: it is no warning of this site.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
