@@ -60,8 +60,6 @@ def read(page: str) -> list[Block]:
     return [Block("bash", re.sub(r"^    ", "", section.strip("\n"), flags=re.MULTILINE))]
 
 
-#: Several seconds each, run by `make test-slow`.
-LONG = ("getting-started.md", "how-to/several-machines.md", "how-to/compare-strategies.md")
 RUN = [page for page in PAGES if any(block.language not in SHOWN for block in read(page))]
 
 
@@ -143,9 +141,7 @@ def forgotten() -> Any:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize(
-    "page", [pytest.param(each, marks=pytest.mark.slow if each in LONG else ()) for each in RUN]
-)
+@pytest.mark.parametrize("page", RUN)
 def test_every_block_of_a_page_runs(
     page: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
