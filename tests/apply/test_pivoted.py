@@ -68,7 +68,10 @@ def test_it_has_the_planned_size_and_comes_back_to_the_bit(kind: str, tmp_path: 
     assert (logits(merged) - before).abs().max() < 1e-3 * before.abs().max()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=() if k in ("llama", "gpt2") else pytest.mark.slow) for k in KINDS],
+)
 def test_the_loss_curve_is_that_of_the_layers_at_every_rank_up_to_full(kind: str) -> None:
     model = tiny.MODELS[kind]().double()
     batches, found = tiny.batches(model), find_layers(model)

@@ -202,6 +202,7 @@ def test_in_the_end_the_gradient_vanishes() -> None:
     assert slope(found.up, found.down) < 1e-6 * slope(*start)
 
 
+@pytest.mark.slow
 def test_close_to_the_best_of_many_starts() -> None:
     """The problem is NP-hard: a local minimum is all that is promised, but not a bad one."""
     optimize = pytest.importorskip("scipy.optimize")
