@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from rankopt.apply.apply import applied
 from rankopt.errors import InfeasibleBudgetError
+from rankopt.model.weights import is_conv1d
 from rankopt.plan.planner import make_plan
 from rankopt.profile.profile import Profile
 
@@ -43,9 +44,11 @@ class Compressed:
             tqdm.write(f"note: no second round: {error}", file=sys.stderr)
             return {}
         low = [e.layer.name for e in plan.layers if e.rank is not None and not e.layer.partners]
+        turned = {name for name in low if is_conv1d(model.get_submodule(name))}
         with applied(model, plan, profile, progress=False) as compressed:
             # Formed by an operation: until then it is kept as its factors.
-            return {name: _formed(compressed.get_submodule(name)) for name in low}
+            formed = {name: _formed(compressed.get_submodule(name)) for name in low}
+        return {name: w.T.contiguous() if name in turned else w for name, w in formed.items()}
 
 
 def _formed(module: nn.Module) -> Tensor:

@@ -190,6 +190,20 @@ def test_where_no_ranks_fit_a_round_that_is_not_needed_is_left_out(
     assert "note: no second round: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert-classification", "t5"])
+def test_a_layer_computes_with_what_applying_would_leave_of_it(kind: str) -> None:
+    """Whichever way round its module keeps the weight: of square ones the shape does not tell."""
+    model = tiny.MODELS[kind]()
+    batches = tiny.batches(model)
+    profile = profile_model(model, batches)
+    weights = Compressed(0.5)(model, profile)
+    assert weights
+    with computing_with({model.get_submodule(name): w for name, w in weights.items()}):
+        replaced = evaluate(model, batches).loss
+    wanted = evaluate(apply_plan(model, make_plan(profile, keep=0.5), profile), batches).loss
+    assert replaced == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_second_round_goes_on_where_it_was_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
