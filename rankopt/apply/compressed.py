@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from rankopt.apply.apply import applied
 from rankopt.errors import InfeasibleBudgetError
-from rankopt.model.weights import is_conv1d
+from rankopt.model.lowrank import LowRank
+from rankopt.model.surgery import merged_weight
 from rankopt.plan.planner import make_plan
 from rankopt.profile.profile import Profile
 
@@ -44,14 +45,16 @@ class Compressed:
             tqdm.write(f"note: no second round: {error}", file=sys.stderr)
             return {}
         low = [e.layer.name for e in plan.layers if e.rank is not None and not e.layer.partners]
-        turned = {name for name in low if is_conv1d(model.get_submodule(name))}
+        dense = {name: model.get_submodule(name) for name in low}
         with applied(model, plan, profile, progress=False) as compressed:
             # Formed by an operation: until then it is kept as its factors.
-            formed = {name: _formed(compressed.get_submodule(name)) for name in low}
-        return {name: w.T.contiguous() if name in turned else w for name, w in formed.items()}
+            return {
+                name: merged_weight(_low_rank(compressed, name), module) * 1.0
+                for name, module in dense.items()
+            }
 
 
-def _formed(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach() * 1.0
+def _low_rank(model: nn.Module, name: str) -> LowRank:
+    found = model.get_submodule(name)
+    assert isinstance(found, LowRank)
+    return found

@@ -36,8 +36,8 @@ from rankopt.apply.refined import read
 from rankopt.errors import ModelError, few
 from rankopt.layers import FORMS, Form
 from rankopt.model.lowrank import LowRank
-from rankopt.model.surgery import kind_of, replace
-from rankopt.model.weights import is_conv1d, shown_shape, tensor_of, weight_shape
+from rankopt.model.surgery import kind_of, merged_weight, replace
+from rankopt.model.weights import shown_shape, tensor_of, weight_shape
 from rankopt.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -319,8 +319,7 @@ def _empty(dense: nn.Module, rank: int, form: Form) -> LowRank:
 
 def _merged(low: LowRank, empty: nn.Module) -> nn.Module:
     """The product in the dense module that the architecture has there."""
-    weight = low.weight.detach()
-    empty.weight = nn.Parameter(weight.T.contiguous() if is_conv1d(empty) else weight)
+    empty.weight = nn.Parameter(merged_weight(low, empty))
     bias: Tensor | None = getattr(low, "bias", None)
     if bias is not None:
         # A copy: a dense model that ties no more would not save a bias that is another's too.

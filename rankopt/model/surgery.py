@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from rankopt.layers import Form
 from rankopt.model.lowrank import LowRank, LowRankEmbedding, LowRankLinear
 from rankopt.model.pivoted import PivotedColumns, PivotedEmbedding, PivotedRows
+from rankopt.model.weights import is_conv1d
 
 
 def kind_of(dense_is_embedding: bool, shape: tuple[int, int], form: Form) -> type[LowRank]:
@@ -44,6 +45,12 @@ def low_rank(
         factor.weight = nn.Parameter(own, requires_grad=weight.requires_grad)
     low.train(dense.training)
     return low
+
+
+def merged_weight(low: LowRank, dense: nn.Module) -> Tensor:
+    """The product of the factors, as a dense module in their place keeps its weight."""
+    weight = low.weight.detach()
+    return weight.T.contiguous() if is_conv1d(dense) else weight
 
 
 def replace(model: nn.Module, new: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

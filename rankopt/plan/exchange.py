@@ -259,7 +259,8 @@ def _from_palu(content: Mapping[str, Any], members: Mapping[str, Layer]) -> Rank
     for name, ranks in _mapping(content["head_wise_ranks"]).items():
         if not isinstance(ranks, list) or not ranks:
             raise PlanError(f"layer {name}: Palu has a list of ranks, not {ranks!s:.60}")
-        whole = sum(rank or 0 for rank in _whole(dict(enumerate(ranks))).values())
+        groups = {f"{name}, group {number}": rank for number, rank in enumerate(ranks)}
+        whole = sum(rank or 0 for rank in _whole(groups).values())
         layer = members.get(_inner(name, members))
         if layer is None or len(ranks) == 1:
             found[name] = whole

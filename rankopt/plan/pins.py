@@ -57,15 +57,7 @@ def _chosen(layers: Sequence[Layer], pins: Pins) -> dict[int, tuple[str, int]]:
         if wanted != "dense" and not (whole and int(wanted) >= 1):
             raise OptionError(f"pin {pattern!r}: a rank of 1 or more, or dense, not {wanted!r}")
         # A name is itself: of thousands of pins none is compared with every layer.
-        hits = (
-            [places[pattern]]
-            if pattern in places
-            else [
-                index
-                for index, layer in enumerate(layers)
-                if any(fnmatch.fnmatchcase(name, pattern) for name in layer.members)
-            ]
-        )
+        hits = [places[pattern]] if pattern in places else _matching(layers, pattern)
         if not hits:
             raise OptionError(
                 f"pin {pattern!r} names no planned layer; the first is {layers[0].name}"
@@ -73,6 +65,15 @@ def _chosen(layers: Sequence[Layer], pins: Pins) -> dict[int, tuple[str, int]]:
         rank = DENSE if wanted == "dense" else int(wanted)
         found |= dict.fromkeys(hits, (pattern, rank))
     return found
+
+
+def _matching(layers: Sequence[Layer], pattern: str) -> list[int]:
+    """Places of the layers that a glob names."""
+    return [
+        index
+        for index, layer in enumerate(layers)
+        if any(fnmatch.fnmatchcase(name, pattern) for name in layer.members)
+    ]
 
 
 def _option(offered: Allocation, index: int, pattern: str, rank: int) -> int:
