@@ -94,12 +94,12 @@ class ExactSolver:
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
+def installed(solver: type = ExactSolver) -> Iterator[None]:
     """AutoQuantize solves with it inside the ``with``."""
     from modelopt.torch.quantization import algorithms
 
     before = algorithms.LPS
-    algorithms.LPS = ExactSolver
+    algorithms.LPS = solver
     try:
         yield
     finally:

@@ -30,6 +30,8 @@ SEEDS = (0, 1, 2)
 BITS = tuple(np.round(np.arange(4.2, 12.01, 0.3), 2).tolist())
 #: The largest score of a layer, where all are multiplied.
 SCALE = 1e6
+#: What a solution is beside ours.
+FOUND = ("equal", "worse", "over its limit")
 FORMATS = ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT8_DEFAULT_CFG")
 
 
@@ -74,16 +76,9 @@ def instance(layers: int, hidden: int, seed: int) -> dict[str, Any]:
         )
         return state["best"]
 
-    own = algorithms.LPS
-    algorithms.LPS = Recorded
-    try:
-        theirs = search()
-    finally:
-        algorithms.LPS = own
-    with installed():
-        ours = search()
-    assert ours["is_satisfied"], "AutoQuantize takes the answer"
-    assert theirs["is_satisfied"]
+    for solver in (Recorded, ExactSolver):
+        with installed(solver):
+            assert search()["is_satisfied"], f"AutoQuantize takes the answer of {solver.__name__}"
     return asked[0]
 
 
@@ -148,18 +143,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for size in dict.fromkeys(row["layers"] for row in rows):
         some = [row for row in rows if row["layers"] == size]
-        counts = {name: sum(row["found"] == name for row in some) for name in
-                  ("equal", "worse", "over its limit")}  # fmt: skip
+        counts = {
+            key: [sum(row[key] == name for row in some) for name in FOUND]
+            for key in ("found", "found_scaled")
+        }
         excess = [
             row["modelopt"]["score"] / row["rankopt"]["score"] - 1.0
             for row in some
             if row["found"] == "worse" and row["rankopt"]["score"] > 0.0
         ]
         over = f"{np.median(excess):.1%}, {max(excess):.1%}" if excess else "-"
-        scaled = [
-            sum(row["found_scaled"] == name for row in some)
-            for name in ("equal", "worse", "over its limit")
-        ]
         used = [
             float(np.mean([row[who]["size"] / row["limit"] for row in some]))
             for who in ("modelopt", "rankopt")
@@ -171,9 +164,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [
             str(size),
             str(len(some)),
-            *map(str, counts.values()),
+            *map(str, counts["found"]),
             over,
-            ", ".join(map(str, scaled)),
+            ", ".join(map(str, counts["found_scaled"])),
             f"{used[0]:.1%}, {used[1]:.1%}",
             f"{took[0]:.0f}, {took[1]:.1f}",
         ]
