@@ -5,7 +5,6 @@ A change of that file is a change of the interface, and belongs in CHANGELOG.md.
 
 import importlib
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,27 +54,8 @@ def _signature(what: Callable[..., object]) -> str:
         found = inspect.signature(what)
     except (TypeError, ValueError):
         return ""
-    plain = [
-        each.replace(annotation=inspect.Parameter.empty, default=_shown(each.default))
-        for each in found.parameters.values()
-    ]
-    text = str(found.replace(parameters=plain, return_annotation=inspect.Signature.empty))
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
-
-
-def _shown(default: object) -> object:
-    """Objects of ours print what they hold; of others their name is enough."""
-    if inspect.isclass(default) or inspect.isfunction(default):
-        return _Name(default.__name__) if default is not inspect.Parameter.empty else default
-    return default
-
-
-class _Name:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
+    plain = [each.replace(annotation=inspect.Parameter.empty) for each in found.parameters.values()]
+    return str(found.replace(parameters=plain, return_annotation=inspect.Signature.empty))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ import torch
 
 import rankopt
 import rankopt_solvers
-from rankopt import cli
 from tests import tiny
+from tests.cli.test_cli import exit_code
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -69,14 +69,6 @@ def commands(text: str) -> list[list[str]]:
     return [found for line in joined if (found := shlex.split(line, comments=True))]
 
 
-def in_process(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``rankopt ARGUMENTS``, which must end with 0."""
-    monkeypatch.setattr(sys, "argv", ["rankopt", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code, f"exit code {end.value.code}: rankopt {shlex.join(arguments)}"
-
-
 def run_page(found: list[Block], monkeypatch: pytest.MonkeyPatch, *, slow: bool) -> None:
     """All blocks of a page, in its order, in the working folder."""
     names: dict[str, Any] = {"__name__": "__main__"}
@@ -102,20 +94,19 @@ def run_command(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert done.returncode == 0, done.stderr
         return
     assert command[0] == "rankopt", f"{command[0]} is no command of ours"
-    in_process(command[1:], monkeypatch)
+    code = exit_code(monkeypatch, *command[1:])
+    assert code == 0, f"exit code {code}: {shlex.join(command)}"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages start from: ``model``, ``train.txt``, ``validation.txt``, ``heldout.txt``."""
     folder = tmp_path_factory.mktemp("docs")
-    tiny.llama(max_position_embeddings=256).save_pretrained(folder / "model")
-    tiny.tokenizer(folder / "model")
+    tiny.saved(tiny.llama(max_position_embeddings=256), folder / "model")
     generator = torch.Generator().manual_seed(0)
     for name, size in (("train", 2100), ("validation", 600), ("heldout", 800)):
         picked = torch.randint(len(tiny.WORDS), (size,), generator=generator).tolist()
-        text = " ".join(tiny.WORDS[n] for n in picked)
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        (folder / f"{name}.txt").write_text(tiny.text(picked), encoding="utf-8")
     return folder
 
 

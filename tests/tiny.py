@@ -1,5 +1,6 @@
 """Tiny models and a tiny tokenizer from configs: no hub, no downloads, milliseconds."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ def tokenizer(folder: Path | None = None) -> Any:
     if folder is not None:
         made.save_pretrained(folder)
     return made
+
+
+def text(numbers: Iterable[int]) -> str:
+    """The words of some numbers."""
+    return " ".join(WORDS[n] for n in numbers)
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """The folder, with the model and the tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer(folder)
+    return folder
 
 
 def _decoder(name: str, seed: int, changes: dict[str, Any]) -> Any:

@@ -20,7 +20,18 @@ from tests.synthetic import synthetic_profile
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = ("profile", "plan", "compare", "apply", "refine", "evaluate", "report", "demo", "doctor")
+COMMANDS = (
+    *("profile", "plan", "compare", "apply", "refine", "evaluate", "report", "demo"),
+    *("export", "import", "doctor"),
+)
+
+
+def exit_code(patch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Of ``rankopt ARGUMENTS`` in this process."""
+    patch.setattr(sys, "argv", ["rankopt", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
 
 
 @pytest.fixture
@@ -30,11 +41,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["rankopt", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
+        code = exit_code(monkeypatch, *arguments)
         out, err = capfd.readouterr()
-        return int(end.value.code or 0), out, err
+        return code, out, err
 
     return call
 
@@ -50,14 +59,12 @@ def done(result: tuple[int, str, str]) -> str:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with its tokenizer, texts, and what the commands before have made of them."""
     folder = tmp_path_factory.mktemp("cli")
-    tiny.llama(max_position_embeddings=128).save_pretrained(folder / "model")
-    tiny.tokenizer(folder / "model")
+    tiny.saved(tiny.llama(max_position_embeddings=128), folder / "model")
     generator = torch.Generator().manual_seed(0)
     picked = torch.randint(len(tiny.WORDS), (2, 300), generator=generator).tolist()
     for name, numbers in zip(("train.txt", "heldout.txt"), picked, strict=True):
-        (folder / name).write_text(" ".join(tiny.WORDS[n] for n in numbers), encoding="utf-8")
-    tiny.bert().save_pretrained(folder / "bert")
-    tiny.tokenizer(folder / "bert")
+        (folder / name).write_text(tiny.text(numbers), encoding="utf-8")
+    tiny.saved(tiny.bert(), folder / "bert")
     pairs = zip(tiny.WORDS, tiny.WORDS[::-1], strict=True)
     rows = [f"{a} {b}\t{n % 2}" for n, (a, b) in enumerate(pairs)]
     (folder / "labelled.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n", encoding="utf-8")
@@ -68,12 +75,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def profile_file(files: Path) -> Path:
     """A profile of the model, made by the command line."""
     path = files / "made.safetensors"
-    arguments = ["profile", files / "model", "--data", files / "train.txt", "-o", path]
+    data = ("--data", files / "train.txt", "--max-length", 16)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(sys, "argv", ["rankopt", *map(str, arguments), "--max-length", "16"])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    assert not end.value.code
+        assert exit_code(patch, "profile", files / "model", *data, "-o", path) == 0
     return path
 
 
