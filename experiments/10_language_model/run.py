@@ -99,8 +99,8 @@ class Work:
     folder: Path
 
     def profile(self, sample: int) -> Any:
-        """Of the calibration text; the first sample has all backends."""
-        from rankopt import Profile, profile_model
+        """Of the calibration text, as the command does it; the first sample has all backends."""
+        from rankopt import Compressed, Profile, profile_model
         from rankopt.data.batches import batched
         from rankopt.data.examples import windows_of
 
@@ -111,7 +111,9 @@ class Work:
             taken = found.take(cut.calibration, sample or None)
             backends = cut.backends if not sample else SAMPLED
             batches = batched(self.tokenizer, "causal-lm", taken, 4)
-            profile_model(self.model, batches, backends=backends, form="pivoted").save(path)
+            how: Any = {"cross_fit": True, "again": Compressed(needed=False)}
+            how |= {"backends": backends, "form": "pivoted"}
+            profile_model(self.model, batches, **how).save(path)
         return Profile.load(path)
 
     def measured(self) -> Any:

@@ -27,6 +27,7 @@ from rankopt.cli.commands import (
     profile,
     refine,
     report,
+    schema,
 )
 from rankopt.cli.options import tell
 from rankopt.errors import RankoptError
@@ -53,6 +54,7 @@ app.command(cls=Command, epilog=demo.EXAMPLES)(demo.demo)
 app.command(cls=Command, epilog=export.EXAMPLES)(export.export)
 app.command("import", cls=Command, epilog=import_.EXAMPLES)(import_.import_)
 app.command(cls=Command, epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command(cls=Command, epilog=schema.EXAMPLES)(schema.schema)
 
 
 def _print_version(wanted: bool) -> None:

@@ -19,6 +19,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 WideOption = Annotated[
     bool, typer.Option("--wide", help="All columns of the table, however narrow the terminal.")
 ]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Read everything, run one batch, say what would be done; write nothing."
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 BackendOption = Annotated[str | None, typer.Option(help="Whose spectra; the profile's first.")]
 ScaleOption = Annotated[

@@ -251,8 +251,6 @@ def evaluation(found: "Evaluation") -> Table:
 def profile_summary(profile: Profile) -> str:
     """What was measured, how sure it is, and what no plan will touch."""
     info = profile.info
-    share = info.planned_parameters / info.model_parameters
-    rest = info.model_parameters - info.planned_parameters
     lines = [
         f"{info.architecture}, {info.task}: {info.estimator} Fisher per {info.unit} from "
         f"{info.examples:,} examples, {info.targets:,} targets"
@@ -274,22 +272,43 @@ def profile_summary(profile: Profile) -> str:
         scales = ", ".join(f"{scale.name} ({scale.unit})" for scale in backend.scales)
         lines.append(f"  backend     {backend.name}, {backend.source}; scales: {scales}")
     lines += _certainty(profile)
-    lines.append(
-        f"  planned     {len(info.layers)} layers, {info.planned_parameters:,} of "
-        f"{info.model_parameters:,} parameters ({share:.1%}), form {info.form}"
+    lines += coverage(
+        len(info.layers),
+        info.planned_parameters,
+        info.model_parameters,
+        info.left_alone,
+        info.form,
     )
-    inside = [x for x in info.left_alone if _block_free(x.name) != x.name]
+    return "\n".join(map(printable, lines))
+
+
+def coverage(
+    layers: int, planned: int, whole: int, left_alone: Sequence[LeftAlone], form: str
+) -> list[str]:
+    """Lines of how much of a model can be planned, and what cannot.
+
+    Args:
+        layers: that are planned.
+        planned: their parameters, dense.
+        whole: those of the model.
+        left_alone: other matrices.
+        form: of plans.
+    """
+    lines = [
+        f"  planned     {layers} layers, {planned:,} of {whole:,} parameters "
+        f"({planned / whole:.1%}), form {form}"
+    ]
+    inside = [x for x in left_alone if _block_free(x.name) != x.name]
     missed = sum(x.parameters for x in inside)
     if missed:
         lines.append(
             f"  NOT COVERED {missed:,} parameters inside the blocks "
-            f"({missed / (missed + info.planned_parameters):.1%} of the matrices there):"
+            f"({missed / (missed + planned):.1%} of the matrices there):"
         )
         lines += _grouped(inside)
-    outside = [x for x in info.left_alone if x not in inside]
-    lines.append(f"  left alone  {rest:,} parameters in all; outside the blocks:")
-    lines += _grouped(outside)
-    return "\n".join(map(printable, lines))
+    outside = [x for x in left_alone if x not in inside]
+    lines.append(f"  left alone  {whole - planned:,} parameters in all; outside the blocks:")
+    return lines + _grouped(outside)
 
 
 #: Above this standard error of a layer's Fisher information, more data is advised. Where losses

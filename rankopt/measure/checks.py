@@ -1,4 +1,4 @@
-"""Checks of the first batch: that the loss and the layers are what the sums take them for."""
+"""Checks of what is asked, and of the first batch: loss and layers are what sums take them for."""
 
 import contextlib
 import sys
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rankopt.errors import ModelError, few
+from rankopt.errors import ModelError, OptionError, few
+from rankopt.layers import FORMS
 from rankopt.measure.collector import Collector
 from rankopt.measure.fisher import bytes_of_sums
 from rankopt.measure.layout import Layout, widened
@@ -41,6 +42,20 @@ _SINGLY = 8
 #: is found more likely, the loss is 0.76 of the entropy if that is 0.6 sure, 0.32 if it is 0.9,
 #: and 0.18 if it is 0.99.
 _FITTED = 2 / 3
+
+
+def check_options(form: str, moments: bool, cross_fit: bool, layers_at_a_time: int | None) -> None:
+    """Refuse what no model can make good; see profile_model.
+
+    Raises:
+        OptionError: an unknown form, a number below 1, or options that do not go together.
+    """
+    if form not in FORMS:
+        raise OptionError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    if layers_at_a_time is not None and layers_at_a_time < 1:
+        raise OptionError(f"layers_at_a_time must be at least 1, got {layers_at_a_time}")
+    if cross_fit and not moments:
+        raise OptionError("cross_fit values factors by second moments: not with moments=False")
 
 
 def check_apart(
@@ -283,8 +298,7 @@ def warn_of_memory(
         times: that the same sums are kept: of halves of the data, of rounds.
     """
     memory = memory_for(model)
-    members = [weight_shape(module) for module in selection.modules.values()]
-    sums = times * bytes_of_sums(members, needs) * part / len(selection.layers)
+    sums = bytes_of_pass(selection, needs, times) * part / len(selection.layers)
     if memory is None or model_size(model).model_bytes + sums <= memory:
         return
     tqdm.write(
@@ -295,3 +309,15 @@ def warn_of_memory(
         "backends that need no moments do with less without them (moments=False, --no-moments)",
         file=sys.stderr,
     )
+
+
+def bytes_of_pass(selection: Selection, needs: Collection[str], times: int) -> int:
+    """Memory that the sums of all planned layers take at most.
+
+    Args:
+        selection: the planned layers.
+        needs: statistics beyond the rows.
+        times: that the same sums are kept: of halves of the data, of rounds.
+    """
+    shapes = (weight_shape(module) for module in selection.modules.values())
+    return times * bytes_of_sums(shapes, needs)

@@ -18,10 +18,10 @@ from rankopt.backends import find_backends, valued
 from rankopt.backends.base import Backend, recomputable
 from rankopt.data.mixtures import Mixture
 from rankopt.errors import OptionError, few
-from rankopt.layers import FORMS, Form, Layer
+from rankopt.layers import Form, Layer
 from rankopt.measure.accumulate import Gathered, eager, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
-from rankopt.measure.checks import warn_of_fitted, warn_of_memory, warn_of_zeros
+from rankopt.measure.checks import check_options, warn_of_fitted, warn_of_memory, warn_of_zeros
 from rankopt.measure.decompose import ScaledCurve, Store, decompose_layers
 from rankopt.measure.estimators import Estimator, Kind, Unit
 from rankopt.measure.loss import find_loss, name_of
@@ -135,8 +135,7 @@ def profile_model(
     """
     if not backends:
         raise OptionError("at least one backend is needed")
-    if form not in FORMS:
-        raise OptionError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    check_options(form, moments, cross_fit, layers_at_a_time)
     if checkpoint_every < 1:
         raise OptionError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     mixed = batches if isinstance(batches, Mixture) else None
@@ -149,8 +148,6 @@ def profile_model(
     _passes(selection.layers, layers_at_a_time, stop, checkpoint)
     if again is not None and (stop is not None or layers_at_a_time is not None):
         raise OptionError("again sees all data and layers twice: not with stop or layers_at_a_time")
-    if cross_fit and not moments:
-        raise OptionError("cross_fit values factors by second moments: not with moments=False")
     # What a backend computes again from a few numbers for each row does not fit the data.
     cross_fit = cross_fit and not all(map(recomputable, chosen.values()))
     workers = _workers(model, workers)
@@ -346,8 +343,6 @@ def _passes(
     """The layers of each pass over the data; silent ones need no memory, and come with others."""
     if part is None or part >= len(layers):
         part = len(layers)
-    if part < 1:
-        raise OptionError(f"layers_at_a_time must be at least 1, got {part}")
     if part < len(layers) and stop is not None:
         raise OptionError(
             "a stop (--until-stable) is asked about all layers: it does not go with "

@@ -118,7 +118,7 @@ def refine(
         OptionError: an unknown method, or a number out of range.
         NotFiniteError: a loss or a gradient is NaN or infinite.
     """
-    recipe = _recipe(method, learning_rate, passes, warm_up, clip, seed)
+    recipe = recipe_of(method, learning_rate, passes, warm_up, clip, seed)
     if checkpoint_every < 1:
         raise OptionError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     model, dense = unwrapped(model), unwrapped(dense)
@@ -156,14 +156,19 @@ def refine(
     return refined
 
 
-def _recipe(
+def recipe_of(
     method: str,
-    learning_rate: float | None,
-    passes: int | None,
-    warm_up: float,
-    clip: float,
-    seed: int,
+    learning_rate: float | None = None,
+    passes: int | None = None,
+    warm_up: float = 0.1,
+    clip: float = 1.0,
+    seed: int = 0,
 ) -> Recipe:
+    """The method's usual recipe, but for what is given; see refine.
+
+    Raises:
+        OptionError: an unknown method, or a number out of range.
+    """
     if method not in get_args(Method):
         raise OptionError(f"unknown method {method!r}; known: {', '.join(get_args(Method))}")
     usual = DEFAULTS[method]

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 Run = Callable[..., tuple[int, str, str]]
 COMMANDS = (
     *("profile", "plan", "compare", "apply", "refine", "evaluate", "report", "demo"),
-    *("export", "import", "doctor"),
+    *("export", "import", "doctor", "schema"),
 )
 
 

@@ -3,13 +3,14 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, Any
 
 import typer
 
 from rankopt.cli.data import DataOptions, with_data
 from rankopt.cli.given import refuse_with, require_with
 from rankopt.cli.options import (
+    DryRunOption,
     DtypeOption,
     ForceOption,
     JsonOption,
@@ -20,10 +21,6 @@ from rankopt.cli.options import (
 )
 from rankopt.errors import RankoptError
 from rankopt.files import CHECKPOINT, PROFILE, is_format, require_file
-
-if TYPE_CHECKING:
-    from rankopt.layers import Form
-    from rankopt.measure.estimators import Kind, Unit
 
 EXAMPLES = """\b
 Examples:
@@ -137,6 +134,7 @@ def profile(
         bool, typer.Option(help="Keep singular vectors: a larger file, a faster apply.")
     ] = True,
     force: ForceOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what every rank of every layer retains."""
@@ -151,6 +149,8 @@ def profile(
         require_with(ctx, ["draws", "seed"], "--estimator sampled or --unit token")
     if not until_stable:
         require_with(ctx, ["stable_keep", "stable_tolerance"], "--until-stable")
+    if dry_run:
+        refuse_with(ctx, "as_json", "--dry-run", "which has no figures yet")
     once = until_stable or layers_at_a_time is not None
     twice = not once and device_map is None if rounds is None else rounds == 2
     if rounds not in (None, 1, 2):
@@ -176,26 +176,36 @@ def profile(
         raise RankoptError("--stable-keep and --stable-tolerance are shares between 0 and 1")
     processes = Processes.join()
     loaded, batches = source.load(dtype, device_map)
+    options: dict[str, Any] = {
+        "backends": tuple(backend or ["kronecker"]),
+        "moments": moments,
+        "include": tuple(include or ()),
+        "exclude": tuple(exclude or ()),
+        "untie": untie,
+        "estimator": estimator,
+        "unit": unit,
+        "draws": draws,
+        "seed": seed,
+        "again": Compressed(round_keep, needed=rounds is not None) if twice else None,
+        "cross_fit": moments if cross_fit is None else cross_fit,
+        "form": form,
+        "layers_at_a_time": layers_at_a_time,
+    }
+    if dry_run:
+        from rankopt.cli.preview import profile_preview
+
+        text = profile_preview(loaded, batches, options)
+        if processes.rank == 0:
+            show(text)
+        return
     with SpilledArrays(output.absolute().parent) as store:
         found = profile_model(
             loaded,
             batches,
-            backends=tuple(backend or ["kronecker"]),
-            moments=moments,
-            include=tuple(include or ()),
-            exclude=tuple(exclude or ()),
-            untie=untie,
-            estimator=cast("Kind", estimator),
-            unit=cast("Unit", unit),
-            draws=draws,
-            seed=seed,
+            **options,
             stop=Stability(stable_keep, stable_tolerance) if until_stable else None,
-            again=Compressed(round_keep, needed=rounds is not None) if twice else None,
-            cross_fit=moments if cross_fit is None else cross_fit,
-            form=cast("Form", form),
             keep_bases=bases,
             store=store,
-            layers_at_a_time=layers_at_a_time,
             checkpoint=partials[0] if resumable else None,
             checkpoint_every=max(checkpoint_every, 1),
             workers=workers,

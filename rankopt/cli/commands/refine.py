@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from rankopt.cli.data import DataOptions, with_data
-from rankopt.cli.options import DtypeOption, ForceOption, JsonOption, note, show, show_json
+from rankopt.cli.given import refuse_with
+from rankopt.cli.options import (
+    DryRunOption,
+    DtypeOption,
+    ForceOption,
+    JsonOption,
+    note,
+    show,
+    show_json,
+)
 from rankopt.files import REFINEMENT, is_format, require_file, require_free
 from rankopt.plan.plan import Plan
 
@@ -31,6 +40,7 @@ A refinement that was interrupted goes on where it was when the same command is 
 
 @with_data(examples=256, batch_size=1, mixed=True)
 def refine(
+    ctx: typer.Context,
     compressed: Annotated[str, typer.Argument(help="A folder that rankopt apply wrote.")],
     dense: Annotated[str, typer.Option(help="The model that it was compressed from.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Model folder to write.")],
@@ -58,11 +68,14 @@ def refine(
     ] = None,
     dtype: DtypeOption = "auto",
     force: ForceOption = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Let the factors of a smaller model learn from the dense one."""
     from rankopt.model.loading import require_model
 
+    if dry_run:
+        refuse_with(ctx, "as_json", "--dry-run", "which has no figures yet")
     partial = output.with_name(f"{output.name}.partial")
     read = (compressed, dense, *asked.data)
     require_free(output, force, apart_from=read)
@@ -77,9 +90,15 @@ def refine(
     from rankopt.refinement.refinement import refine as refined
 
     model, batches = source.load(dtype)
+    teacher = load_model(dense, dtype, device_map)
+    if dry_run:
+        from rankopt.cli.preview import refine_preview
+
+        show(refine_preview(model, teacher, batches, method, passes, vectors))
+        return
     found = refined(
         model,
-        load_model(dense, dtype, device_map),
+        teacher,
         batches,
         method=cast("Method", method),
         vectors=vectors,
