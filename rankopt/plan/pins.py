@@ -53,7 +53,7 @@ def _chosen(layers: Sequence[Layer], pins: Pins) -> dict[int, tuple[str, int]]:
     found: dict[int, tuple[str, int]] = {}
     places = {name: index for index, layer in enumerate(layers) for name in layer.members}
     for pattern, wanted in pins.items():
-        whole = isinstance(wanted, int) and not isinstance(wanted, bool)
+        whole = isinstance(wanted, int | np.integer) and not isinstance(wanted, bool)
         if wanted != "dense" and not (whole and int(wanted) >= 1):
             raise OptionError(f"pin {pattern!r}: a rank of 1 or more, or dense, not {wanted!r}")
         # A name is itself: of thousands of pins none is compared with every layer.

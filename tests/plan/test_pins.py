@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rankopt.errors import InfeasibleBudgetError, OptionError, PlanError
@@ -105,6 +106,8 @@ def test_the_last_decides_and_globs_reach_all(profile: Profile) -> None:
     assert plan.ranks[first] == 3 and set(plan.pinned) == {*names(profile)}
     assert all(rank is None for name, rank in plan.ranks.items() if name != first)
     assert make_plan(profile, keep=0.7, pins={}) == make_plan(profile, keep=0.7)
+    of_numpy = make_plan(profile, keep=1.0, pins={"*": "dense", first: np.int64(3)})
+    assert of_numpy == plan and Plan.from_json(of_numpy.to_json()) == plan
 
 
 @pytest.mark.parametrize(
