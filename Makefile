@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 ONLY ?= $(notdir $(patsubst %/run.py,%,$(sort $(wildcard experiments/*/run.py))))
 WITHOUT_FOLDER := 01_exactness 02_profile_cost 08_faults 16_other_solvers
 
-.PHONY: demo test test-slow test-all lint docs dist experiments clean
+.PHONY: demo test test-slow test-all lint docs notebooks dist experiments clean
 
 demo: $(VENV)/.demo
 	$(RUN) $(VENV)/bin/rankopt demo --output demo
@@ -49,6 +49,10 @@ dist: $(VENV)/.dist
 	$(PYTHON) -m venv $(VENV)/clean
 	$(VENV)/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(DIST)/rankopt-*.whl
 	cd $(VENV)/clean && bin/rankopt --version && bin/rankopt doctor --json > /dev/null
+
+# Runs the notebooks and keeps what they show; after `make demo`, whose model they take.
+notebooks: $(VENV)/.test
+	HF_HUB_OFFLINE=1 $(VENV)/bin/jupyter-execute --inplace --NotebookClient.record_timing=False docs/notebooks/*.ipynb
 
 # The variable silences the theme's notice that it ends in May 2027: it is no warning of this site.
 docs: $(VENV)/.docs

@@ -48,7 +48,6 @@ STRATEGIES = (
     "threshold/pairs@fwsvd",
     "exact/pairs@fwsvd",
     "exact/pairs@kronecker",
-    "uniform@kronecker",
     "exact@kronecker",
 )
 RESULTS, COMPARISON, REPORT = "results.json", "comparison.json", "report.html"
@@ -227,8 +226,8 @@ def run_demo(
         folder: for everything that is written; what lies there from an earlier run is used.
         model_folder: another causal language model; SmolLM2-135M-Instruct if not given.
         keeps: budgets, as shares of the planned layers' parameters. At the last one all strategies
-            are measured, and the last is applied; at the others the two ends of the ladder.
-        calibration: windows for the profile and the refinement.
+            are measured, and the last is applied; at the others the last alone.
+        calibration: windows for the profile; the refinement has half of them.
         held_out: windows for the measured loss.
         max_length: tokens of a window.
 
@@ -248,7 +247,7 @@ def run_demo(
     planned = [
         row
         for keep in keeps
-        for text in (STRATEGIES if keep == keeps[-1] else (STRATEGIES[0], STRATEGIES[-1]))
+        for text in (STRATEGIES if keep == keeps[-1] else STRATEGIES[-1:])
         for row in compare(profile, [keep], [Strategy.parse(text)])
     ]
     results = measure_comparison(model, profile, planned, held_batches)
@@ -258,7 +257,9 @@ def run_demo(
     plan.save(folder / "plan.json")
     teacher = copy.deepcopy(model)
     apply_plan(model, plan, profile)
-    refined = refine(model, teacher, text_batches(texts, tokenizer, max_length, 1, calibration))
+    # Sixteen windows take a minute of two cores, and the demo is to take few.
+    few = text_batches(texts, tokenizer, max_length, 1, max(calibration // 2, 2))
+    refined = refine(model, teacher, few)
     del teacher
     save_model(model, folder / "compressed", plan=plan, tokenizer=tokenizer, overwrite=True)
     reloaded = load_model(str(folder / "compressed"))

@@ -1,4 +1,4 @@
-"""Pages that have their text elsewhere: the manual, results, the command line; and all links.
+"""Pages that have their text elsewhere: manuals, results, notebooks, commands; and all links.
 
 Links in pages are relative to the repository, so that they work there and in an editor, too. Here
 they are led to the page that a file became, and what is no page is copied into the site: nothing
@@ -7,6 +7,7 @@ error.
 """
 
 import html
+import json
 import logging
 import posixpath
 import re
@@ -64,13 +65,40 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages whose text lies elsewhere in the repository."""
     for source, page in {**PAGES, **_experiments()}.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for source, page in _notebooks().items():
+        files.append(File.generated(config, page, content=_shown(ROOT / source)))
     return files
+
+
+def _notebooks() -> dict[str, str]:
+    found = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+    return {_name(path): f"notebooks/{path.stem}.md" for path in found}
+
+
+def _shown(path: Path) -> str:
+    """A notebook as Markdown: its texts, code, and what the code showed when it was run."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(text)
+            continue
+        parts.append(f"```python\n{text}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in data:
+                picture = "".join(data["image/png"].split())
+                parts.append(f'<img alt="chart" src="data:image/png;base64,{picture}">')
+            else:
+                parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in what is generated, and lead links to where their targets are in the site."""
     uri = page.file.src_uri
-    sources = {target: source for source, target in {**PAGES, **_experiments()}.items()}
+    pages = {**PAGES, **_experiments(), **_notebooks()}
+    sources = {target: source for source, target in pages.items()}
     source = sources.get(uri, f"docs/{uri}")
     table = ROOT / posixpath.dirname(source) / "table.md"
     if uri in _experiments().values() and table.exists():
@@ -99,7 +127,7 @@ def _linked(link: str, source: str, uri: str, config: MkDocsConfig, files: Files
         return link
     wanted = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
     if wanted.startswith("docs/"):
-        found = wanted.removeprefix("docs/")
+        found = _notebooks().get(wanted, wanted.removeprefix("docs/"))
     else:
         found = _page_of(wanted)
         if found is None:

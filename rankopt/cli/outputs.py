@@ -16,10 +16,11 @@ from rankopt.profile.info import ProfileInfo
 from rankopt.refinement.refinement import Refined
 from rankopt.results.paired import Difference
 from rankopt.results.results import MeasuredPlan
+from rankopt.schema import NAMES
 
-CLOSED = ConfigDict(extra="forbid")
+CLOSED = ConfigDict(extra="forbid", protected_namespaces=NAMES)
 #: What has no fixed name is a number, or null where it is not defined.
-OPEN = ConfigDict(extra="allow")
+OPEN = ConfigDict(extra="allow", protected_namespaces=NAMES)
 
 
 class Figures(BaseModel):
