@@ -207,18 +207,30 @@ def require_free(
 
 @contextmanager
 def whole_folder(
-    path: str | os.PathLike[str], overwrite: bool = False, kind: str = MODEL
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    kind: str = MODEL,
+    partial: Path | None = None,
 ) -> Iterator[Path]:
     """Yield a temporary folder near ``path``; on success it takes the place of ``path``.
+
+    Args:
+        path: of the folder.
+        overwrite: see require_free.
+        kind: likewise.
+        partial: the folder to yield instead, which is there, beside ``path``; it stays if what is
+            inside the ``with`` fails, to go on with.
 
     Raises:
         RankoptError, WriteError: see require_free.
     """
     target = require_free(path, overwrite, kind=kind).absolute()
     with told(target), temporary_folder(target.parent) as folder:
-        fresh, old = folder / "new" / target.name, folder / "old" / target.name
-        fresh.mkdir(parents=True)
+        gone, old = folder / "new" / target.name, folder / "old" / target.name
+        gone.parent.mkdir()
         old.parent.mkdir()
+        fresh = gone if partial is None else partial
+        fresh.mkdir(exist_ok=partial is not None)
         yield fresh
         sizes = _sizes(fresh)
         about = {"format": kind, "rankopt": __version__, "files": sizes}
@@ -236,7 +248,7 @@ def whole_folder(
         except BaseException:
             os.replace(old, target)
             raise
-        os.replace(old, fresh)  # half removed, it is not to be given back
+        os.replace(old, gone)  # half removed, it is not to be given back
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -43,7 +43,7 @@ def make_temporary_folder(parent: Path) -> tuple[Path, Callable[[], None]]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
         try:
-            lock = _hold(folder)
+            lock = hold(folder)
         except OSError:
             return folder, functools.partial(_remove, folder, None)  # no locks: nobody sweeps
         except BaseException:
@@ -58,7 +58,7 @@ def _prefix() -> str:
     return f"{MARK}{hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]}."
 
 
-def _hold(folder: Path) -> int | None:
+def hold(folder: Path) -> int | None:
     """The lock of a temporary folder; None if a process has it, or if the folder is gone.
 
     Raises:
@@ -103,7 +103,7 @@ def _sweep(parent: Path) -> None:
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
                 continue
-            lock = _hold(folder)
+            lock = hold(folder)
         except (OSError, AttributeError):  # swept by another, or not on this system
             continue
         if lock is None:

@@ -1,5 +1,6 @@
 """Apply a plan: replace layers by low-rank ones, all or nothing."""
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, recomputable
 from rankopt.backends.statistics import Statistics
 from rankopt.errors import ModelError, OptionError, PlanError, few
+from rankopt.model.lowrank import LowRank
 from rankopt.model.matrices import NOT_SELECTED
 from rankopt.model.selection import Selection, find_planned
 from rankopt.model.surgery import low_rank, replace
@@ -103,42 +105,102 @@ def _replacements(
     cache: FactorCache | None,
     progress: bool | None,
 ) -> dict[str, nn.Module]:
-    if plan.profile_digest != profile.digest():
-        raise PlanError(
-            "the plan was made from another profile: give the profile that it was made from, or "
-            "plan again"
-        )
-    found = find_planned(model, [entry.layer for entry in plan.layers])
-    require_unquantised(model)
-    known = {entry.name for entry in profile.info.left_alone}
-    _require_same(found, plan, allow_other_weights, known)
-    layers = {layer.name: layer for layer in found.layers}
-    same = all(e.layer.digest == layers[e.layer.name].digest for e in plan.layers)
-    members = [
-        (member, entry.layer.largest_rank(profile.info.form), entry.rank)
-        for entry in plan.layers
-        if entry.rank is not None
-        for member in entry.layer.members
-    ]
-    backend = backend_of(plan, profile)
+    subject = Planned.of(model, plan, profile, allow_other_weights)
     replacements: dict[str, nn.Module] = {}
     made: FactorCache = {} if cache is None else cache
-    for name, full, rank in bar(members, "Factors", "layer", progress):
-        module, key = found.modules[name], (plan.backend, name)
-        weight = weight_of(module)
-        if key in made:
-            kept = made[key]
-        else:
-            kept = _kept(name, weight, plan.backend, backend, profile, full, same)
+    for name in bar(subject.ranks, "Factors", "layer", progress):
+        key = (plan.backend, name)
+        kept = made[key] if key in made else subject.kept(name)
         if cache is not None:
             cache[key] = kept
+        replacements[name] = subject.low_rank(name, kept)
+    return replacements
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A plan and the model that it is for, which has been held against each other.
+
+    Attributes:
+        plan: that is applied.
+        profile: that it was made from.
+        modules: layer or partner -> the dense module.
+        ranks: likewise -> its rank, of those that do not stay dense.
+        largest: likewise -> the largest rank that its profile offers.
+        backend: the plan's.
+        same: whether the weights are those that were profiled.
+    """
+
+    plan: Plan
+    profile: Profile
+    modules: Mapping[str, nn.Module]
+    ranks: Mapping[str, int]
+    largest: Mapping[str, int]
+    backend: Backend
+    same: bool
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, plan: Plan, profile: Profile, allow_other_weights: bool
+    ) -> "Planned":
+        """Of a model that is as apply_plan wants it; see there for the errors."""
+        if plan.profile_digest != profile.digest():
+            raise PlanError(
+                "the plan was made from another profile: give the profile that it was made from, "
+                "or plan again"
+            )
+        found = find_planned(model, [entry.layer for entry in plan.layers])
+        require_unquantised(model)
+        known = {entry.name for entry in profile.info.left_alone}
+        _require_same(found, plan, allow_other_weights, known)
+        layers = {layer.name: layer for layer in found.layers}
+        low = [entry for entry in plan.layers if entry.rank is not None]
+        return cls(
+            plan,
+            profile,
+            found.modules,
+            {member: entry.rank or 0 for entry in low for member in entry.layer.members},
+            {
+                member: entry.layer.largest_rank(profile.info.form)
+                for entry in low
+                for member in entry.layer.members
+            },
+            backend_of(plan, profile),
+            all(e.layer.digest == layers[e.layer.name].digest for e in plan.layers),
+        )
+
+    @torch.no_grad()
+    def kept(self, member: str) -> Mapping[str, Tensor]:
+        """What the backend's factors need: from the profile, or decomposed again."""
+        weight = weight_of(self.modules[member])
+        name, backend, profile = self.plan.backend, self.backend, self.profile
+        stored = profile.kept(name, member)
+        if len(stored) and (self.same or not recomputable(backend)):
+            # Arrays that are mapped from disk cannot be written, which torch does not know.
+            own = {k: a if a.flags.writeable else a.copy() for k, a in stored.items()}
+            return {kind: torch.from_numpy(array).to(weight.device) for kind, array in own.items()}
+        if not recomputable(backend):
+            raise PlanError(
+                f"layer {member}: the profile was saved without what it needs, and {name} cannot "
+                "decompose it again without the data: profile this model"
+            )
+        columns = profile.fisher_columns.get(member)
+        statistics = Statistics(
+            profile.units,
+            torch.from_numpy(profile.fisher_rows[member]).to(weight.device),
+            None if columns is None else torch.from_numpy(columns).to(weight.device),
+        )
+        return backend.decompose(weight, statistics, self.largest[member]).kept
+
+    @torch.no_grad()
+    def low_rank(self, member: str, kept: Mapping[str, Tensor]) -> LowRank:
+        """The module to stand in a dense one's place, from what its factors need."""
+        module = self.modules[member]
         bias = getattr(module, "bias", None)
         if bias is not None and bias.is_meta:
             bias = tensor_of(module, "bias")
-        with torch.no_grad():
-            up, down = backend.factors(weight, kept, rank)
-            replacements[name] = low_rank(module, down, up, bias, plan.form)
-    return replacements
+        up, down = self.backend.factors(weight_of(module), kept, self.ranks[member])
+        return low_rank(module, down, up, bias, self.plan.form)
 
 
 def backend_of(plan: Plan, profile: Profile) -> Backend:
@@ -161,36 +223,6 @@ def backend_of(plan: Plan, profile: Profile) -> Backend:
             f"{where} on the command line; or install it under the entry point group "
             f"rankopt.backends ({error})"
         ) from error
-
-
-@torch.no_grad()
-def _kept(
-    member: str,
-    weight: Tensor,
-    name: str,
-    backend: Backend,
-    profile: Profile,
-    largest: int,
-    same: bool,
-) -> Mapping[str, Tensor]:
-    """What the backend's factors need: from the profile, or decomposed again."""
-    stored = profile.kept(name, member)
-    if len(stored) and (same or not recomputable(backend)):
-        # Arrays that are mapped from disk cannot be written, which torch does not know.
-        own = {k: a if a.flags.writeable else a.copy() for k, a in stored.items()}
-        return {kind: torch.from_numpy(array).to(weight.device) for kind, array in own.items()}
-    if not recomputable(backend):
-        raise PlanError(
-            f"layer {member}: the profile was saved without what it needs, and {name} cannot "
-            "decompose it again without the data: profile this model"
-        )
-    columns = profile.fisher_columns.get(member)
-    statistics = Statistics(
-        profile.units,
-        torch.from_numpy(profile.fisher_rows[member]).to(weight.device),
-        None if columns is None else torch.from_numpy(columns).to(weight.device),
-    )
-    return backend.decompose(weight, statistics, largest).kept
 
 
 def _require_same(

@@ -153,7 +153,7 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue  # The layer belongs to a head that this class has not.
             if name is None:
                 raise ValueError(f"{type(model).__name__} has no layer {saved_name} to be low rank")
-            replace(model, {name: _empty(modules[name], rank, self.quantization_config.form)})
+            replace(model, {name: empty_low_rank(modules[name], rank, self.quantization_config.form)})
             ranks[name] = rank
             guards.append(re.escape(name.removeprefix(prefix)))
         if guards:
@@ -306,7 +306,8 @@ def _skeleton(model: "PreTrainedModel") -> "PreTrainedModel":
         return type(model)(config)
 
 
-def _empty(dense: nn.Module, rank: int, form: Form) -> LowRank:
+def empty_low_rank(dense: nn.Module, rank: int, form: Form) -> LowRank:
+    """The low-rank module for a dense one's place, of its dtype and on its device."""
     out_features, in_features = weight_shape(dense)
     weight = dense.get_parameter("weight")
     options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}

@@ -5,6 +5,7 @@ How they are loaded again: see quantizer.
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -62,11 +63,35 @@ def save_model(
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ModelError(f"transformers cannot save this model: {first_line(error)}") from error
         require_reloadable(inner, folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if plan is not None:
-            plan.save(folder / "rankopt_plan.json")
-        quantizer = getattr(inner, "hf_quantizer", None)
-        if isinstance(quantizer, RankoptQuantizer) and quantizer.quantization_config.ranks:
-            text = model_card(inner, plan or quantizer.plan, measured, command)
-            (folder / CARD).write_text(text, encoding="utf-8")
+        write_about(
+            inner, folder, plan=plan, tokenizer=tokenizer, measured=measured, command=command
+        )
+
+
+def write_about(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    plan: Plan | None = None,
+    tokenizer: Any = None,
+    measured: Mapping[str, float] | None = None,
+    command: Sequence[str] = (),
+) -> None:
+    """What a folder has beside configs and weights: tokenizer, plan, and card; see save_model."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if plan is not None:
+        plan.save(folder / "rankopt_plan.json")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, RankoptQuantizer) and quantizer.quantization_config.ranks:
+        text = model_card(model, plan or quantizer.plan, measured, command)
+        (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """The configs, as ``save_pretrained`` writes them with the weights."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

@@ -6,6 +6,7 @@ time with what lies in the files. Dense models whose checkpoints transformers co
 names there, and without accelerate there is no meta device: those are loaded whole, on the CPU.
 """
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
@@ -24,7 +25,9 @@ from rankopt.errors import ModelError, few, first_line
 from rankopt.model.weights import tensor_of
 
 
-def require_reloadable(model: PreTrainedModel, folder: Path) -> None:
+def require_reloadable(
+    model: PreTrainedModel, folder: Path, same: Callable[[str, Tensor], bool] | None = None
+) -> None:
     """Refuse a folder that does not give back the model, to the bit.
 
     Only a dtype may come back wider, where the class asks for that (T5 keeps some layers in
@@ -33,6 +36,8 @@ def require_reloadable(model: PreTrainedModel, folder: Path) -> None:
     Args:
         model: what was saved; models that others have quantised are not looked at.
         folder: a transformers folder.
+        same: (name, tensor of the loaded model, which may be a meta tensor) -> whether the files
+            have the model's values; by default the model in memory is compared.
 
     Raises:
         ModelError: names the first weights that would not come back, or says why none would.
@@ -48,8 +53,9 @@ def require_reloadable(model: PreTrainedModel, folder: Path) -> None:
     lost = {str(name) for kind in kinds for name in report.get(kind, ())}
     lost |= wanted ^ got.keys()
     if not lost:
-        values = _values(found, folder)
-        lost = {name for name, tensor in got.items() if not _same(model, name, tensor, values)}
+        if same is None:
+            same = functools.partial(_same, model, _values(found, folder))
+        lost = {name for name, tensor in got.items() if not same(name, tensor)}
     if lost:
         raise ModelError(
             f"the saved model would come back with other weights: {few(sorted(lost))}: move it to "
@@ -59,7 +65,7 @@ def require_reloadable(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _same(
-    model: PreTrainedModel, name: str, loaded: Tensor, values: Callable[[str], Tensor | None]
+    model: PreTrainedModel, values: Callable[[str], Tensor | None], name: str, loaded: Tensor
 ) -> bool:
     module, _, own = name.rpartition(".")
     ours = tensor_of(model.get_submodule(module), own)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rankopt.errors import ModelError, OptionError, RankoptError, few
 from rankopt.model.checkpoint import what_is_wrong
-from rankopt.model.weights import embedding_of
+from rankopt.model.weights import embedding_of, files_of_weights
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,14 +34,22 @@ def hide_bars() -> None:
         enable_progress_bars()
 
 
-def load_model(name: str, dtype: str = "auto", device_map: str | None = None) -> Any:
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
+) -> Any:
     """The model with its head, as the checkpoint's ``architectures`` says.
 
     Args:
         name: a folder or a hub name.
         dtype: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
         device_map: for models larger than a GPU, as ``from_pretrained`` takes it; ``auto`` spreads
-            them over GPUs, memory and disk. Needs accelerate.
+            them over GPUs, memory and disk, ``disk`` leaves all weights in their files and reads
+            each when it is needed. Needs accelerate.
+        offload_folder: for weights on disk that transformers converts while it loads them; without
+            one such a model is not loaded so.
 
     Raises:
         ModelError: not found, damaged, without a head whose loss is known, or without all of its
@@ -55,7 +63,11 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
 
     from rankopt.model.tasks import task_of_architecture
 
-    spread = {} if device_map is None else {"device_map": device_map}
+    spread: dict[str, Any] = {}
+    if device_map is not None:
+        # A string is a device, or a way to spread: the disk is neither.
+        spread["device_map"] = {"": "disk"} if device_map == "disk" else device_map
+        spread["offload_folder"] = offload_folder
     try:
         # Without an answer in advance transformers would ask on the terminal.
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -86,8 +98,30 @@ def load_model(name: str, dtype: str = "auto", device_map: str | None = None) ->
         if "gated repo" in why:
             why += " Ask for access on its page, then log in with `hf auth login`."
         raise ModelError(f"cannot load the model {name!r}{local}: {why}") from error
+    if device_map == "disk":
+        # There transformers has looked at no shape.
+        report["mismatched_keys"] = _of_other_shapes(loaded)
     _require_complete(name, loaded, report)
     return loaded
+
+
+def _of_other_shapes(model: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Weights that are of other shapes in their files: name, shape there, shape in the model."""
+    from safetensors import safe_open
+
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    of_file: dict[str, list[tuple[str, str]]] = {}
+    for name, place in files_of_weights(model).items():
+        if "safetensors_file" in place and name in wanted:
+            of_file.setdefault(place["safetensors_file"], []).append((name, place["weight_name"]))
+    found = []
+    for path, names in of_file.items():
+        with safe_open(path, framework="numpy") as file:
+            for name, stored in names:
+                shape = tuple(file.get_slice(stored).get_shape())
+                if shape != wanted[name]:
+                    found.append((name, shape, wanted[name]))
+    return found
 
 
 def _first_class(name: str, architectures: Any) -> str:
@@ -131,18 +165,25 @@ def _require_complete(name: str, model: Any, report: dict[str, Any]) -> None:
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Hide transformers' table of missing weights: they are an error of one line here."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    """Hide transformers' table of missing weights: they are an error of one line here.
+
+    And that weights are on disk, which was asked for.
+    """
+    names = ("transformers.modeling_utils", "accelerate.big_modeling")
+    loggers = [logging.getLogger(name) for name in names]
 
     def other(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        return not ("LOAD REPORT" in text and ("MISSING" in text or "MISMATCH" in text))
+        table = "LOAD REPORT" in text and ("MISSING" in text or "MISMATCH" in text)
+        return not table and "parameters are on the meta device" not in text
 
-    logger.addFilter(other)
+    for logger in loggers:
+        logger.addFilter(other)
     try:
         yield
     finally:
-        logger.removeFilter(other)
+        for logger in loggers:
+            logger.removeFilter(other)
 
 
 def require_model(name: str) -> None:

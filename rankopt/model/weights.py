@@ -60,6 +60,22 @@ def _offload_hook(module: nn.Module) -> Any:
     return None
 
 
+def files_of_weights(model: nn.Module) -> dict[str, dict[str, str]]:
+    """The table from which accelerate reads weights on disk, which may be changed.
+
+    Returns:
+        Name -> ``safetensors_file``, ``weight_name`` in it, and ``dtype`` to be read as; empty
+        where none is on disk.
+    """
+    for module in model.modules():
+        hook = _offload_hook(module)
+        index = None if hook is None else getattr(hook.weights_map, "dataset", hook.weights_map)
+        found: dict[str, dict[str, str]] | None = getattr(index, "index", None)
+        if found:
+            return found
+    return {}
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, out of ``torch.compile`` and DistributedDataParallel, however nested.
 

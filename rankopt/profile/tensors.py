@@ -161,6 +161,33 @@ class LazyArray:
     read: Callable[[], Array]
 
 
+def header_of(
+    described: Mapping[str, tuple[str, int, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[bytes, dict[str, int]]:
+    """What stands before the arrays of a safetensors file, and where in the file each one starts.
+
+    Args:
+        described: name -> the format's name of the dtype, bytes of an element, shape.
+        metadata: text only.
+
+    Returns:
+        The bytes with their length; and name -> place, in the order of the places.
+    """
+    # Wide types first: with the header padded to 8 bytes, every array is aligned.
+    order = sorted(described, key=lambda name: -described[name][1])
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts, end = dict[str, int](), 0
+    for name in order:
+        code, itemsize, shape = described[name]
+        starts[name], end = end, end + itemsize * int(np.prod(shape, dtype=object))
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": (starts[name], end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    before = len(text).to_bytes(8, "little") + text
+    return before, {name: len(before) + start for name, start in starts.items()}
+
+
 def write_safetensors(
     path: str | os.PathLike[str],
     entries: Mapping[str, Array | LazyArray],
@@ -192,23 +219,16 @@ def write_safetensors(
             raise ValueError(f"{name}: this name belongs to the header")
         described[name] = dtype, tuple(map(int, entry.shape))
         del entry
-    # Wide types first: with the header padded to 8 bytes, every array is aligned.
-    order = sorted(described, key=lambda name: -described[name][0].itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in order:
-        dtype, shape = described[name]
-        start, end = end, end + dtype.itemsize * int(np.prod(shape, dtype=object))
-        header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text, starts = header_of(
+        {name: (codes[dtype], dtype.itemsize, shape) for name, (dtype, shape) in described.items()},
+        metadata,
+    )
     if len(text) > _LONGEST_HEADER:
-        raise ValueError(f"{path}: {len(order):,} arrays: the header takes {len(text):,} bytes")
+        raise ValueError(f"{path}: {len(starts):,} arrays: the header takes {len(text):,} bytes")
     ours = is_format(metadata["format"]) if metadata and "format" in metadata else None
     with whole_file(path, ours) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for name in order:
+        for name in starts:
             entry = entries[name]
             array = entry.read() if isinstance(entry, LazyArray) else entry
             dtype, shape = described[name]

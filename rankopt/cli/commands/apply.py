@@ -1,8 +1,9 @@
 """The command ``rankopt apply``."""
 
+import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +15,7 @@ from rankopt.cli.options import (
     show,
 )
 from rankopt.errors import OptionError, RankoptError
-from rankopt.files import require_free
+from rankopt.files import require_free, told
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 
@@ -49,8 +50,11 @@ def apply(
     loaded_plan, loaded_profile = Plan.load(plan), Profile.load(profile)
     from rankopt.apply.apply import apply_plan, backend_of
     from rankopt.apply.saving import save_model
+    from rankopt.apply.streaming import apply_streamed, partial_of
+    from rankopt.apply.shards import require_partial
     from rankopt.backends import find_backend
     from rankopt.model.loading import hide_bars, load_model, load_tokenizer
+    from rankopt.temporary import temporary_folder
 
     if backend is not None and find_backend(backend).name != loaded_plan.backend:
         raise OptionError(
@@ -59,20 +63,25 @@ def apply(
         )
     backend_of(loaded_plan, loaded_profile)
     hide_bars()
-    loaded = load_model(model, dtype)
-    apply_plan(loaded, loaded_plan, loaded_profile, allow_other_weights=allow_other_weights)
     try:
         tokenizer = load_tokenizer(model)
     except RankoptError as error:
         tokenizer = None
         note(f"no tokenizer is saved: {error}")
-    save_model(
-        loaded,
-        output,
-        plan=loaded_plan,
-        tokenizer=tokenizer,
-        overwrite=force,
-        command=["rankopt", *sys.argv[1:]],
-    )
+    how: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "overwrite": force,
+        "command": ["rankopt", *sys.argv[1:]],
+    }
+    if Path(model).is_dir() and importlib.util.find_spec("accelerate") is not None:
+        require_partial(partial_of(output))
+        with told(output), temporary_folder(output.absolute().parent) as converted:
+            loaded = load_model(model, dtype, "disk", converted)
+            how["allow_other_weights"] = allow_other_weights
+            apply_streamed(loaded, loaded_plan, loaded_profile, output, **how)
+    else:
+        loaded = load_model(model, dtype)
+        apply_plan(loaded, loaded_plan, loaded_profile, allow_other_weights=allow_other_weights)
+        save_model(loaded, output, plan=loaded_plan, **how)
     show(str(loaded_plan))
     note(f"model written to {output}: load it with transformers after `import rankopt`")
