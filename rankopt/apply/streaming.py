@@ -30,9 +30,10 @@ from rankopt.apply.verify import require_reloadable
 from rankopt.errors import ModelError
 from rankopt.files import require_free, whole_folder
 from rankopt.model.lowrank import LowRank
+from rankopt.model.offloaded import files_of_weights
 from rankopt.model.size import model_size
 from rankopt.model.surgery import replace
-from rankopt.model.weights import files_of_weights, tensor_of
+from rankopt.model.weights import tensor_of
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 from rankopt.progress import bar

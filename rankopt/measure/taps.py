@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from rankopt.errors import DataError, ModelError
 from rankopt.measure.layout import widened
 from rankopt.model.matrices import is_output, is_subclass
+from rankopt.model.offloaded import read_again
 from rankopt.model.tasks import in_eval
 from rankopt.model.weights import device_of, is_conv1d
 
@@ -117,8 +118,12 @@ def require_gradients(model: nn.Module, caller: str) -> None:
 
 @contextlib.contextmanager
 def differentiable(model: nn.Module) -> Iterator[contextlib.ExitStack]:
-    """Gradients on and autocast off, whatever the caller has switched; and what is added to it."""
+    """Gradients on and autocast off, whatever the caller has switched; and what is added to it.
+
+    Offloaded weights are not kept for the backward pass.
+    """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(read_again(model))
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", device_of(model).type}:
             if torch.is_autocast_enabled(kind):

@@ -9,7 +9,8 @@ from typing import Any
 
 from rankopt.errors import ModelError, OptionError, RankoptError, few
 from rankopt.model.checkpoint import what_is_wrong
-from rankopt.model.weights import embedding_of, files_of_weights
+from rankopt.model.offloaded import files_of_weights
+from rankopt.model.weights import embedding_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from rankopt.errors import ModelError
+from rankopt.model.offloaded import offload_hook
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -35,7 +36,7 @@ def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     parameter: Tensor | None = getattr(module, name, None)
     if parameter is None or not parameter.is_meta:
         return None if parameter is None else parameter.detach()
-    hook = _offload_hook(module)
+    hook = offload_hook(module)
     if hook is None:
         return parameter.detach()
     stored: Tensor = hook.weights_map[name]
@@ -47,33 +48,8 @@ def device_of(model: nn.Module) -> torch.device:
     for parameter in model.parameters():
         if not parameter.is_meta:
             return parameter.device
-    hooks = (_offload_hook(module) for module in model.modules())
+    hooks = (offload_hook(module) for module in model.modules())
     return next((torch.device(x.execution_device) for x in hooks if x), torch.device("cpu"))
-
-
-def _offload_hook(module: nn.Module) -> Any:
-    """The hook of accelerate's that keeps a module's weights while they are on the meta device."""
-    hook = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", (hook,)):
-        if getattr(each, "weights_map", None) is not None:
-            return each
-    return None
-
-
-def files_of_weights(model: nn.Module) -> dict[str, dict[str, str]]:
-    """The table from which accelerate reads weights on disk, which may be changed.
-
-    Returns:
-        Name -> ``safetensors_file``, ``weight_name`` in it, and ``dtype`` to be read as; empty
-        where none is on disk.
-    """
-    for module in model.modules():
-        hook = _offload_hook(module)
-        index = None if hook is None else getattr(hook.weights_map, "dataset", hook.weights_map)
-        found: dict[str, dict[str, str]] | None = getattr(index, "index", None)
-        if found:
-            return found
-    return {}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

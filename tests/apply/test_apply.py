@@ -200,8 +200,9 @@ def test_a_cache_changes_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) -
     for plan in (tight, loose):
         with applied(model, plan, profile):
             wanted.append(logits(model))
-    calls, compute = [], surgery._kept
-    monkeypatch.setattr(surgery, "_kept", lambda *a: (calls.append(a[0]), compute(*a))[1])
+    calls, compute = [], surgery.Planned.kept
+    counted = lambda *a: (calls.append(a[1]), compute(*a))[1]  # noqa: E731
+    monkeypatch.setattr(surgery.Planned, "kept", counted)
     cache: FactorCache = {}
     for plan, expected in zip((tight, loose), wanted, strict=True):
         with applied(model, plan, profile, cache):
@@ -213,7 +214,7 @@ def test_a_cache_changes_nothing_but_the_work(monkeypatch: pytest.MonkeyPatch) -
 def test_an_error_on_the_way_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, profile, plan = prepared()
     before, config = snapshot(model), model.config.to_dict()
-    calls, compute = [], surgery._kept
+    calls, compute = [], surgery.Planned.kept
 
     def fails_at_third(*args: Any) -> Any:
         calls.append(args)
@@ -221,7 +222,7 @@ def test_an_error_on_the_way_leaves_the_model_whole(monkeypatch: pytest.MonkeyPa
             raise MemoryError
         return compute(*args)
 
-    monkeypatch.setattr(surgery, "_kept", fails_at_third)
+    monkeypatch.setattr(surgery.Planned, "kept", fails_at_third)
     with pytest.raises(MemoryError):
         apply_plan(model, plan, profile)
     require_unchanged(model, before, config)
