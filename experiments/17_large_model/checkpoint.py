@@ -61,9 +61,8 @@ def write_checkpoint(sizes: Sizes, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(sizes)
     with torch.device("meta"):
-        shapes = {
-            name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()
-        }
+        state = LlamaForCausalLM(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     parts: dict[int, list[str]] = {}
     for name in shapes:
         block = int(name.split(".")[2]) if name.startswith("model.layers.") else sizes.blocks
@@ -134,8 +133,6 @@ class Stored:
             found: Tensor = opened.get_tensor(name).clone()
         return found
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._place
-
     def names(self) -> set[str]:
+        """Of all."""
         return set(self._place)

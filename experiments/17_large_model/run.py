@@ -121,7 +121,7 @@ def experiment(sizes: Sizes, folder: Path) -> dict[str, Any]:
         # Every planned matrix is to be factorised; where the rank is best left dense tells nothing.
         asked += " --solver uniform"
         note("plan", command([*asked.split(), "-o", "plan.json"], folder, "plan.log"))
-    apply = "apply dense plan.json --profile profile.safetensors -o smaller".split()
+    apply = ["apply", "dense", "plan.json", "--profile", "profile.safetensors", "-o", "smaller"]
     if "apply, killed" not in stages:
         entry = command(apply, folder, "killed.log", kill_at=3 * sizes.planned)
         note("apply, killed", entry | {"pieces": pieces(folder)})
@@ -165,9 +165,9 @@ def went_on_after(log: Path) -> int:
 def compared(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """The smaller folder against the checkpoint, the plan and the profile.
 
-    The first block is loaded by ``from_pretrained`` from either folder. Its low-rank layers' errors,
-    by the definition, are held against what the plan counted on; all that is not planned must be
-    the checkpoint's to the bit.
+    The first block is loaded by ``from_pretrained`` from either folder. Its low-rank layers'
+    errors, by the definition, are held against what the plan counted on; all that is not planned
+    must be the checkpoint's to the bit.
     """
     plan = Plan.load(folder / "plan.json")
     profile = Profile.load(folder / "profile.safetensors")
@@ -244,8 +244,8 @@ def table(found: dict[str, Any]) -> str:
     stages, plan, block = found["stages"], found["plan"], found["block"]
     size = stages["checkpoint"]["bytes"]
     lines = [
-        f"A checkpoint of {size / 1e9:.2f} GB in bfloat16; {plan['low_rank']} of its matrices planned "
-        f"and made low rank: {plan['parameters']:,} of {plan['dense']:,} parameters, "
+        f"A checkpoint of {size / 1e9:.2f} GB in bfloat16; {plan['low_rank']} of its matrices "
+        f"planned and made low rank: {plan['parameters']:,} of {plan['dense']:,} parameters, "
         f"{found['smaller_bytes'] / 1e9:.2f} GB; {found['settings']['threads']} thread.",
         "",
         "| stage | seconds | peak memory, GB | of the checkpoint |",
@@ -255,9 +255,7 @@ def table(found: dict[str, Any]) -> str:
         entry = stages[name]
         peak = entry["peak_bytes"]
         what = "apply, gone on with" if name == "apply" else name
-        lines.append(
-            f"| {what} | {entry['seconds']:,.0f} | {peak / 1e9:.2f} | {peak / size:.2f} |"
-        )
+        lines.append(f"| {what} | {entry['seconds']:,.0f} | {peak / 1e9:.2f} | {peak / size:.2f} |")
     lines += [
         "",
         f"The second `apply` found {found['went_on_after']} pieces whole. {block['untouched']} "

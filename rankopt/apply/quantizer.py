@@ -153,7 +153,9 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue  # The layer belongs to a head that this class has not.
             if name is None:
                 raise ValueError(f"{type(model).__name__} has no layer {saved_name} to be low rank")
-            replace(model, {name: empty_low_rank(modules[name], rank, self.quantization_config.form)})
+            replace(
+                model, {name: empty_low_rank(modules[name], rank, self.quantization_config.form)}
+            )
             ranks[name] = rank
             guards.append(re.escape(name.removeprefix(prefix)))
         if guards:

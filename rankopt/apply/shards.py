@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -76,15 +77,28 @@ class Shards:
             self._starts |= starts
         self._digests: dict[str, str] = {}
         self._whole: set[str] = set()
+        self._begun = False
         self._open: dict[str, BinaryIO] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Shards":
-        with told(self.folder, looking=True):
-            self._begin()
+        require_partial(self.folder)
+        try:
+            with told(self.folder, looking=True):
+                self.folder.mkdir(exist_ok=True)
+                self._begin()
+        except BaseException:
+            self._abandon(True)
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._abandon(kind is not None)
+
+    def _abandon(self, failed: bool) -> None:
+        """Close the files; of what was begun here and has nothing to go on with, nothing stays."""
+        if failed and self._begun and not self._whole:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._stack.close()
 
     @property
@@ -164,18 +178,19 @@ class Shards:
         return code, tensor.element_size(), tuple(tensor.shape)
 
     def _begin(self) -> None:
-        require_partial(self.folder)
-        self.folder.mkdir(exist_ok=True)
         try:
             lock = hold(self.folder)
         except OSError:  # no locks here
             lock = None
         else:
             if lock is None:
-                raise RankoptError(f"{self.folder} is being written by another process: wait for it")
+                raise RankoptError(
+                    f"{self.folder} is being written by another process: wait for it"
+                )
             self._stack.callback(os.close, lock)
         noted = self._journal()
         if noted is None:
+            self._begun = True
             self._note({"format": PARTIAL, "settings": self._settings}, mode="w")
         needed = sum(self._size(file) for file in self._headers)
         needed -= sum(_blocks(self.folder / file) for file in self._headers)

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -118,6 +119,7 @@ def gather(
     first_check: int = 4,
     weights: Mapping[str, Tensor] | None = None,
     halves: bool = False,
+    in_step: bool = False,
     progress: bool | None = None,
 ) -> Gathered:
     """Run the model over the data and add up.
@@ -134,6 +136,8 @@ def gather(
         first_check: see stop.
         weights: see Collector.
         halves: sum batches of even and of odd numbers apart.
+        in_step: every pass over the model needs all processes: a sharded one; without checkpoint
+            and stop.
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
@@ -143,6 +147,11 @@ def gather(
     seen, check, device = Seen(), first_check, device_of(model)
     checkpoint = None if checkpoint is None else checkpoint.of(processes)
     with eager(model), Collector(model, modules, needs, weights, halves=halves) as collector:
+        if in_step:
+            assert checkpoint is None and stop is None
+            _gather_in_step(collector, model, batches, loss, seen, processes, progress)
+            _require_enough(seen, processes)
+            return _added_up(collector, seen, processes)
         if checkpoint is not None:
             seen = _resumed(checkpoint, collector)
         resumed, checked, chain, number = seen.batches, 0, "", -1
@@ -182,10 +191,58 @@ def gather(
             _save(checkpoint, collector, seen)
     if number + 1 < resumed:
         raise _other_data(checkpoint)
+    _require_enough(seen, processes)
+    return _added_up(collector, seen, processes)
+
+
+def _require_enough(seen: Seen, processes: Processes) -> None:
     if seen.batches < processes.count or not seen.batches:
         given = f"{seen.batches} batches for {processes.count} processes"
         raise DataError("no batches were given" if not seen.batches else given)
-    return _added_up(collector, seen, processes)
+
+
+def _gather_in_step(
+    collector: Collector,
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    seen: Seen,
+    processes: Processes,
+    progress: bool | None,
+) -> None:
+    """Each process runs its own of as many batches as there are processes, all at the same time.
+
+    What any batch needs besides, all run on that batch; who has none of the last ones runs
+    another's, of which nothing is added.
+    """
+    device, modules, chain = device_of(model), collector.modules, ""
+    numbered = enumerate(bar(batches, "Fisher", "batch", progress))
+    while group := list(itertools.islice(numbered, processes.count)):
+        readies = {}
+        for number, batch in group:
+            loss = loss if number else loss.settled(model, batch)
+            readies[number] = loss.ready(batch, device, number)
+            seen.chain = chain = chained(chain, readies[number])
+            seen.batches = number + 1
+        for ready in readies.values():
+            loss.look(collector, model, ready)
+        mine = next((number for number in readies if processes.takes(number)), None)
+        number = min(readies) if mine is None else mine
+        with contextlib.ExitStack() as stack:
+            into = collector
+            if mine is None:
+                into = stack.enter_context(Collector(model, modules, collector.needs))
+                into.sides = collector.sides
+            into.banks.turn(number)
+            try:
+                found = loss.backward(into, model, readies[number], number)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"batch {number + 1}: {error}") from error
+        if mine is not None:
+            units = loss.estimator.units(found.examples, found.targets)
+            seen.add(number, found, units, collector.totals)
+        if 0 in readies:
+            loss.check(model, modules, readies[0])
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ dictionary or a folder: no more than the layers in hand are in memory.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
 from rankopt.backends import find_backend, kronecker
 from rankopt.backends.base import Backend, Decomposition, recomputable
@@ -21,6 +22,7 @@ from rankopt.backends.statistics import Statistics, together
 from rankopt.backends.valued import cross_fitted, valued
 from rankopt.errors import ModelError, RankoptError
 from rankopt.layers import FloatArray, Form, Layer
+from rankopt.model.weights import weight_of as whole_weight_of
 from rankopt.profile.curves import LossCurve
 from rankopt.progress import bar
 
@@ -111,6 +113,20 @@ def decompose_layers(
             pool.shutdown(cancel_futures=True)
             raise
     return {name: {x.name: found[name][x.name] for x in layers} for name in backends}
+
+
+def put_together(
+    modules: Mapping[str, nn.Module], layers: Sequence[Layer], own: Sequence[Layer]
+) -> dict[str, Tensor]:
+    """Weights of this process's layers, on the CPU; all processes must put all of them together."""
+    kept = {member for layer in own for member in layer.members}
+    found = {}
+    for member in (member for layer in layers for member in layer.members):
+        weight = whole_weight_of(modules[member])
+        if member in kept:
+            found[member] = weight.cpu()
+        del weight
+    return found
 
 
 def _work(layer: Layer) -> float:

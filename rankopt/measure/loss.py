@@ -21,7 +21,7 @@ from rankopt.measure.checks import (
 )
 from rankopt.measure.collector import Collector
 from rankopt.measure.estimators import EMPIRICAL, Estimator
-from rankopt.measure.layout import Layout
+from rankopt.measure.layout import Frames, Layout
 from rankopt.measure.padding import (
     Run,
     any_padding,
@@ -155,6 +155,11 @@ class ModelLoss:
         check_loss(model, self._counted, ready)
         check_examples(model, modules, self._counted, ready)
 
+    def look(self, collector: Collector, model: nn.Module, ready: Batch) -> None:
+        """Run what ``backward`` runs on the first batch with padding, if this is one."""
+        run = lambda each: mean_loss(model, each)  # noqa: E731
+        _look(collector, model, self._counted, run, ready)
+
     def backward(self, collector: Collector, model: nn.Module, ready: Batch, number: int) -> Summed:
         """Run a batch forward and backward; its loss, and the entropy where labels are given."""
         task, labels = self._counted, ready["labels"]
@@ -233,6 +238,12 @@ class GivenLoss:
         """
         check_apart(model, modules, 1, lambda: losses_of(self.function, model, ready))
 
+    def look(self, collector: Collector, model: nn.Module, ready: Any) -> None:
+        """Run what ``backward`` runs on the first batch with padding, if this is one."""
+        if isinstance(ready, Mapping):
+            run = lambda each: self.function(model, each)  # noqa: E731
+            _look(collector, model, self.task, run, ready)
+
     def backward(self, collector: Collector, model: nn.Module, ready: Any, number: int) -> Summed:
         """Run a batch forward and backward; its loss."""
         # How many examples there are is known only afterwards; taps need it in backward.
@@ -266,6 +277,14 @@ def _begin(
     collector: Collector, model: nn.Module, task: str, run: Run, ready: Batch, examples: int
 ) -> None:
     """Announce a batch to the collector, with its padding; look for whose it is if need be."""
+    masks, frames, tokens = _look(collector, model, task, run, ready)
+    collector.begin(examples, tokens, masks, frames)
+
+
+def _look(
+    collector: Collector, model: nn.Module, task: str, run: Run, ready: Batch
+) -> tuple[tuple[Tensor | None, ...], Frames | None, int]:
+    """Padding masks of a batch, their frames, its positions; on the first batch whose they are."""
     masks = masks_of(model, task, ready)
     frames = frames_of(model, masks[0]) if any_padding(masks[:1]) else None
     tokens = 1 if task == "custom" else positions_of(ready)
@@ -275,7 +294,7 @@ def _begin(
         rows = next(len(mask) for mask in masks if mask is not None)
         layout = Layout.of(rows, tokens, masks, collector.sides, frames)
         warn_of_unmasked(collector.modules, layout, run, ready)
-    collector.begin(examples, tokens, masks, frames)
+    return masks, frames, tokens
 
 
 def find_loss(

@@ -22,7 +22,7 @@ from rankopt.layers import Form, Layer
 from rankopt.measure.accumulate import Gathered, eager, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
 from rankopt.measure.checks import check_options, warn_of_fitted, warn_of_memory, warn_of_zeros
-from rankopt.measure.decompose import ScaledCurve, Store, decompose_layers
+from rankopt.measure.decompose import ScaledCurve, Store, decompose_layers, put_together
 from rankopt.measure.estimators import Estimator, Kind, Unit
 from rankopt.measure.loss import find_loss, name_of
 from rankopt.measure.processes import Processes
@@ -31,6 +31,7 @@ from rankopt.measure.rounds import Compress, second_round
 from rankopt.measure.taps import copied_inputs, differentiable, probe, require_gradients
 from rankopt.model.inputs import listed
 from rankopt.model.selection import find_layers
+from rankopt.model.sharded import as_itself, has_shards
 from rankopt.model.tasks import LossFunction
 from rankopt.model.weights import device_of, unwrapped, weight_of
 from rankopt.profile.profile import Profile
@@ -78,7 +79,8 @@ def profile_model(
     The first batch is run once more before, with the gradients of the planned layers' weights one
     at a time: layers whose weight is used where no hook sees it are left alone, and so are, in the
     end, those that no gradient reached. Started by ``torchrun``, every process measures its share
-    of the batches and returns the same profile.
+    of the batches and returns the same profile; the model may be sharded over all of them
+    (``fully_shard``), each weight is put together once to be decomposed.
 
     Args:
         model: a transformers model with a head and its own loss, or any module with ``loss_fn``;
@@ -141,20 +143,24 @@ def profile_model(
     mixed = batches if isinstance(batches, Mixture) else None
     chosen = find_backends(backends)
     backends = tuple(chosen)
-    model = unwrapped(model)
+    model = unwrapped(model, sharded=True)
     require_gradients(model, "profile_model")
-    selection = find_layers(model, include=include, exclude=exclude, untie=untie)
-    loss = find_loss(model, loss_fn, Estimator(estimator, unit, draws, seed))
-    _passes(selection.layers, layers_at_a_time, stop, checkpoint)
-    if again is not None and (stop is not None or layers_at_a_time is not None):
-        raise OptionError("again sees all data and layers twice: not with stop or layers_at_a_time")
-    # What a backend computes again from a few numbers for each row does not fit the data.
-    cross_fit = cross_fit and not all(map(recomputable, chosen.values()))
-    workers = _workers(model, workers)
-    needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
-    needs |= valued.NEEDS if moments else frozenset()
-    subject = Subject(model, selection, loss, Processes.join(), form)
     with differentiable(model) as around:
+        processes = Processes.join()
+        sharded = around.enter_context(as_itself(model, processes.count))
+        selection = find_layers(model, include=include, exclude=exclude, untie=untie)
+        loss = find_loss(model, loss_fn, Estimator(estimator, unit, draws, seed))
+        _passes(selection.layers, layers_at_a_time, stop, checkpoint)
+        if again is not None and (stop is not None or layers_at_a_time is not None):
+            raise OptionError("again sees all data and layers twice: no stop, no layers_at_a_time")
+        if sharded and not (again is None and stop is None and checkpoint is None):
+            raise OptionError("a sharded model takes no stop, no checkpoint, and no second round")
+        # What a backend computes again from a few numbers for each row does not fit the data.
+        cross_fit = cross_fit and not all(map(recomputable, chosen.values()))
+        workers = _workers(model, workers)
+        needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
+        needs |= valued.NEEDS if moments else frozenset()
+        subject = Subject(model, selection, loss, processes, form)
         subject, silent, batches = _examined(subject, batches, around)
         selection = subject.selection
         passes = _passes(selection.layers, layers_at_a_time, stop, checkpoint, silent)
@@ -183,6 +189,7 @@ def profile_model(
                 checkpoint=saved,
                 stop=None if stop is None else _asked(stop, subject, decomposed, backends[0]),
                 halves=cross_fit,
+                in_step=sharded,
                 progress=progress,
             )
             lost |= _unheard(layers, gathered, silent)
@@ -199,9 +206,9 @@ def profile_model(
                 again = None if gathered is first else again
             curves = decomposed(layers, gathered, backends, **how)
             whole.add(layers, gathered, curves)
-    if lost:
-        subject = dataclasses.replace(subject, selection=selection.without(lost))
-    profile = assembled(subject, whole, arrays)
+        if lost:
+            subject = dataclasses.replace(subject, selection=selection.without(lost))
+        profile = assembled(subject, whole, arrays)
     about: dict[str, Any] = {"again": None if again is None else _asked_for(again)}
     halved = whole.gathered is not None and whole.gathered.seen.batches > 1
     about["cross_fit"] = cross_fit and halved
@@ -315,10 +322,12 @@ def _decomposed(
     **how: Any,
 ) -> dict[str, dict[str, ScaledCurve]]:
     """Each process decomposes its share of the layers; all get all curves."""
-    processes = subject.processes
+    processes, modules = subject.processes, subject.selection.modules
+    own = layers[processes.rank :: processes.count]
+    together = put_together(modules, layers, own) if has_shards(subject.model) else None
     mine = decompose_layers(
-        layers[processes.rank :: processes.count],
-        lambda name: weight_of(subject.selection.modules[name]),
+        own,
+        together.__getitem__ if together else lambda name: weight_of(modules[name]),
         gathered.statistics,
         backends,
         halves_of=gathered.halves,

@@ -20,6 +20,7 @@ from rankopt.errors import DataError, ModelError
 from rankopt.measure.layout import widened
 from rankopt.model.matrices import is_output, is_subclass
 from rankopt.model.offloaded import read_again
+from rankopt.model.sharded import is_distributed
 from rankopt.model.tasks import in_eval
 from rankopt.model.weights import device_of, is_conv1d
 
@@ -214,8 +215,10 @@ class Probe(Hooked):
         super().__enter__()
         names: dict[nn.Parameter, list[str]] = {}
         for name, module in self.modules.items():
-            if not module.get_parameter("weight").is_meta:
-                names.setdefault(module.get_parameter("weight"), []).append(name)
+            weight = module.get_parameter("weight")
+            # What is elsewhere for the most of the time gets no gradient to compare with.
+            if not weight.is_meta and not is_distributed(weight):
+                names.setdefault(weight, []).append(name)
         for weight, sharing in names.items():
             self._stack.callback(setattr, weight, "grad", weight.grad)
             weight.grad = None
@@ -280,7 +283,7 @@ class Probe(Hooked):
                 f"not each example has an input {shape}: plan it with batch size 1"
             )
         weight = module.get_parameter("weight")
-        if weight.is_meta:
+        if weight.is_meta or not weight.requires_grad:
             return
         flat = widened(g).reshape(-1, g.shape[-1])
         if isinstance(module, nn.Embedding):

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from rankopt.layers import largest_rank
 from rankopt.model.lowrank import LowRank
+from rankopt.model.sharded import is_distributed
 from rankopt.model.weights import (
     computed,
     device_of,
@@ -275,6 +276,8 @@ def _unsupported(module: nn.Module, members: int) -> str | None:
 def _unreadable(weight: nn.Parameter) -> str | None:
     """Why a weight is no matrix of plain floats, or None."""
     kind, data = type(weight).__name__, type(weight.data).__name__
+    if is_distributed(weight):
+        kind = data = "Tensor"
     if data != "Tensor" or kind not in ("Parameter", "Tensor"):
         held = data if data != "Tensor" else kind
         return f"its weight is a {held} of {weight.dtype}, not plain floats: dequantise it first"

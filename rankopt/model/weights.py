@@ -5,7 +5,6 @@ module; torch.compile and data parallelism wrap the model in one of their own.
 """
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from rankopt.errors import ModelError
 from rankopt.model.offloaded import offload_hook
+from rankopt.model.sharded import has_shards, whole_of
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -32,10 +32,13 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
-    """A module's own parameter, detached, wherever accelerate keeps it; None if it has none."""
+    """A module's own parameter, detached, wherever accelerate keeps it; None if it has none.
+
+    Of a sharded one all processes must ask.
+    """
     parameter: Tensor | None = getattr(module, name, None)
     if parameter is None or not parameter.is_meta:
-        return None if parameter is None else parameter.detach()
+        return None if parameter is None else whole_of(parameter.detach())
     hook = offload_hook(module)
     if hook is None:
         return parameter.detach()
@@ -52,23 +55,33 @@ def device_of(model: nn.Module) -> torch.device:
     return next((torch.device(x.execution_device) for x in hooks if x), torch.device("cpu"))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module, *, sharded: bool = False) -> nn.Module:
     """The model itself, out of ``torch.compile`` and DistributedDataParallel, however nested.
 
     DDP only averages gradients of weights, and those are never computed here.
 
+    Args:
+        model: maybe wrapped.
+        sharded: take a model of which FSDP2 keeps a part here.
+
     Raises:
-        ModelError: DataParallel and FSDP, whose modules are not the model's own.
+        ModelError: DataParallel and FSDP, whose modules are not the model's own; and a sharded
+            model, if those are not taken.
     """
     inner = model
     while True:
         if isinstance(inner, nn.DataParallel):
             raise ModelError("DataParallel replicas race in hooks: profile model.module")
-        if any(_is_sharded(module) for module in inner.modules()):
+        if any(_is_flat(module) for module in inner.modules()):
             raise ModelError(
-                "FSDP keeps only a part of each weight here: profile the model before it is "
-                "sharded (one that is too large for a device: with accelerate's cpu_offload or "
-                "device_map)"
+                "FullyShardedDataParallel keeps a part of all weights in one row: shard the model "
+                "with torch.distributed.fsdp.fully_shard instead, or profile it before"
+            )
+        if not sharded and has_shards(inner):
+            raise ModelError(
+                "FSDP keeps only a part of each weight here: take the model before it is sharded "
+                "(one that is too large for a device: with accelerate's cpu_offload or "
+                "device_map); profile_model alone takes it sharded"
             )
         if isinstance(inner, nn.parallel.DistributedDataParallel):
             inner = inner.module
@@ -162,11 +175,9 @@ def memory_for(model: nn.Module) -> int | None:
     return None
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP, the first or the second, has it in parts; told by name: it may be missing."""
-    return any(
-        x.__name__ in ("FullyShardedDataParallel", "FSDPModule") for x in type(module).__mro__
-    )
+def _is_flat(module: nn.Module) -> bool:
+    """Whether the first FSDP has it in parts; told by name: it may be missing."""
+    return any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:

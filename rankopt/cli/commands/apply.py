@@ -50,8 +50,8 @@ def apply(
     loaded_plan, loaded_profile = Plan.load(plan), Profile.load(profile)
     from rankopt.apply.apply import apply_plan, backend_of
     from rankopt.apply.saving import save_model
-    from rankopt.apply.streaming import apply_streamed, partial_of
     from rankopt.apply.shards import require_partial
+    from rankopt.apply.streaming import apply_streamed, partial_of
     from rankopt.backends import find_backend
     from rankopt.model.loading import hide_bars, load_model, load_tokenizer
     from rankopt.temporary import temporary_folder

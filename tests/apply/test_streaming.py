@@ -1,0 +1,380 @@
+"""A checkpoint that is compressed a tensor at a time: the same files, in little memory, resumable."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rankopt import (
+    ModelError,
+    Plan,
+    Profile,
+    RankoptError,
+    WriteError,
+    apply_plan,
+    make_plan,
+    profile_model,
+    save_model,
+)
+from rankopt.apply import streaming
+from rankopt.apply.apply import Planned
+from rankopt.apply.shards import JOURNAL, Shards
+from rankopt.apply.streaming import apply_streamed
+from rankopt.model.loading import load_model
+from tests import tiny
+from tests.cli.test_cli import Run, done
+from tests.cli.test_cli import run as run
+
+pytest.importorskip("accelerate")
+
+COMMAND = ["rankopt", "apply"]
+
+
+def loaded(folder: Path, converted: Path | None = None) -> Any:
+    """With its weights left in the files."""
+    return load_model(str(folder / "dense"), "auto", "disk", converted)
+
+
+def prepared(
+    folder: Path,
+    model: Any,
+    *,
+    form: str = "pivoted",
+    bases: bool = True,
+    shards: str = "50GB",
+    **options: Any,
+) -> tuple[Plan, Profile]:
+    """``dense`` in the folder, a plan for it, and its profile as it is read from a file."""
+    model.save_pretrained(folder / "dense", max_shard_size=shards)
+    tiny.tokenizer(folder / "dense")
+    how: dict[str, Any] = {"form": form, "keep_bases": bases, **options}
+    measured = load_model(str(folder / "dense"))
+    profile_model(measured, tiny.batches(measured), **how).save(folder / "p.safetensors")
+    profile = Profile.load(folder / "p.safetensors")
+    return make_plan(profile, keep=0.6), profile
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def whole(folder: Path, plan: Plan, profile: Profile) -> dict[str, bytes]:
+    """What is written by way of a model in memory."""
+    model = apply_plan(load_model(str(folder / "dense")), plan, profile)
+    save_model(model, folder / "whole", plan=plan, tokenizer=tiny.tokenizer(), command=COMMAND)
+    return files_of(folder / "whole")
+
+
+def streamed(folder: Path, plan: Plan, profile: Profile, name: str = "small") -> dict[str, bytes]:
+    (folder / "converted").mkdir(exist_ok=True)
+    model = loaded(folder, folder / "converted")
+    how: dict[str, Any] = {"tokenizer": tiny.tokenizer(), "command": COMMAND}
+    apply_streamed(model, plan, profile, folder / name, **how)
+    return files_of(folder / name)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[Path, Plan, Profile]:
+    """A folder with a tiny Llama in several files, its plan and its profile."""
+    return tmp_path, *prepared(tmp_path, tiny.llama(), shards="20KB")
+
+
+BUILT: dict[str, Any] = {
+    "llama": (tiny.llama, {}),
+    "llama-untied": (tiny.llama, {"include": ["lm_head", "*.up_proj"], "untie": True}),
+    "bert": (tiny.bert, {"bases": False}),
+    "bert-mlm": (lambda: tiny.bert("MaskedLM"), {"form": "pairs"}),
+    "gpt2": (tiny.gpt2, {"form": "pairs", "bases": False}),
+    "t5": (tiny.t5, {}),
+    "mixtral": (tiny.mixtral, {}),  # transformers converts it while it loads
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", BUILT)
+def test_the_files_are_those_of_the_whole_model(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    build, options = BUILT[kind]
+    half = dtype == torch.bfloat16
+    plan, profile = prepared(
+        tmp_path, build().to(dtype), shards="20KB" if half else "50GB", **options
+    )
+    assert any(rank is not None for rank in plan.ranks.values())
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1 or not half
+    wanted, found = whole(tmp_path, plan, profile), streamed(tmp_path, plan, profile)
+    assert found.keys() == wanted.keys() >= {"README.md", "rankopt_plan.json", "config.json"}
+    assert [name for name in wanted if found[name] != wanted[name]] == []
+    assert not (tmp_path / "small.partial").exists()
+
+
+def test_several_files_have_the_index_of_the_whole_model(
+    llama: tuple[Path, Plan, Profile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel
+
+    save = PreTrainedModel.save_pretrained
+
+    def in_parts(self: Any, folder: Any, max_shard_size: str = "9KB", **how: Any) -> None:
+        save(self, folder, max_shard_size=max_shard_size, **how)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", in_parts)
+    wanted, found = whole(*llama), streamed(*llama)
+    assert len([name for name in wanted if name.endswith(".safetensors")]) > 2
+    assert found == wanted
+
+
+def test_no_more_than_a_layer_is_in_memory(
+    llama: tuple[Path, Plan, Profile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all tensors that were read or made, those of the piece in hand alone are alive."""
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def put(self: Shards, piece: str, tensors: dict[str, Tensor]) -> None:
+        nonlocal most
+        alive[:] = [each for each in alive if each() is not None]
+        alive.extend(weakref.ref(tensor) for tensor in tensors.values())
+        most = max(most, len(alive))
+        monkeypatch.undo()
+        self.put(piece, tensors)
+        monkeypatch.setattr(Shards, "put", put)
+
+    monkeypatch.setattr(Shards, "put", put)
+    streamed(*llama)
+    # Factors, their guard and the order of the pivots, and those of the piece before.
+    assert 0 < most <= 8
+
+
+class Killed(BaseException):
+    pass
+
+
+def stopped(folder: Path, plan: Plan, profile: Profile, after: int) -> int:
+    """Stop after so many layers have been factorised; how many pieces are written."""
+    calls, compute = 0, Planned.low_rank
+
+    def some(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise Killed
+        return compute(*given)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Planned, "low_rank", some)
+        streamed(folder, plan, profile)
+    return (folder / "small.partial" / JOURNAL).read_text().count("\n")
+
+
+def test_what_is_whole_is_not_made_again(
+    llama: tuple[Path, Plan, Profile],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, plan, profile = llama
+    pieces = stopped(*llama, after=3)
+    assert pieces >= 3 and not (folder / "small").exists()
+    low = [name for name, rank in plan.ranks.items() if rank is not None]
+    made, compute = [], Planned.low_rank
+    monkeypatch.setattr(Planned, "low_rank", lambda *a: (made.append(a[1]), compute(*a))[1])
+    assert streamed(*llama) == whole(*llama)
+    assert len(low) > 4 and sorted([*low[3:], *low]) == sorted(made)  # `whole` makes all
+    assert f"going on after {pieces} pieces" in capsys.readouterr().err
+    assert not (folder / "small.partial").exists()
+
+
+def test_what_was_damaged_meanwhile_is_made_again(llama: tuple[Path, Plan, Profile]) -> None:
+    folder, plan, _ = llama
+    stopped(*llama, after=3)
+    partial = folder / "small.partial"
+    first = next(name for name, rank in plan.ranks.items() if rank is not None)
+    with safe_open(partial / "model.safetensors", framework="pt") as file:
+        up = file.get_tensor(f"{first}.up.weight")
+    content = (partial / "model.safetensors").read_bytes()
+    place = content.index(up.contiguous().numpy().tobytes())
+    (partial / "model.safetensors").write_bytes(content[:place] + b"\x42" + content[place + 1 :])
+    journal = (partial / JOURNAL).read_text()
+    (partial / JOURNAL).write_text(journal + '\n{"piece": "model.no')
+    assert streamed(*llama) == whole(*llama)
+
+
+@pytest.mark.parametrize("what", ["plan", "model", "allow_other_weights"])
+def test_a_partial_folder_of_something_else_is_not_gone_on_with(
+    what: str, llama: tuple[Path, Plan, Profile]
+) -> None:
+    folder, plan, profile = llama
+    stopped(*llama, after=2)
+    before = files_of(folder / "small.partial")
+    how: dict[str, Any] = {}
+    if what == "plan":
+        plan = make_plan(profile, keep=0.5)
+    elif what == "model":
+        os.utime(next((folder / "dense").glob("*.safetensors")))
+    else:
+        how[what] = True
+    with pytest.raises(RankoptError, match=rf"small\.partial was begun with another {what}"):
+        apply_streamed(loaded(folder), plan, profile, folder / "small", **how)
+    assert files_of(folder / "small.partial") == before
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "link", "begun"])
+def test_a_partial_of_somebody_elses_stays(what: str, llama: tuple[Path, Plan, Profile]) -> None:
+    folder, plan, profile = llama
+    partial = folder / "small.partial"
+    if what == "file":
+        partial.write_text("half a letter")
+    elif what == "link":
+        partial.symlink_to(folder / "dense")
+    else:
+        partial.mkdir()
+        name = JOURNAL if what == "begun" else "letter.txt"
+        (partial / name).write_text('{"format": "other", "settings": {}}')
+    with pytest.raises(RankoptError, match=r"small\.partial exists and is no model that rankopt"):
+        apply_streamed(loaded(folder), plan, profile, folder / "small")
+    left = partial if what == "file" else folder / "dense" if what == "link" else partial
+    assert left.exists() and not (folder / "small").exists()
+
+
+def test_two_at_a_time_are_refused(llama: tuple[Path, Plan, Profile]) -> None:
+    folder, plan, profile = llama
+    tensors = {"a": torch.zeros(2)}
+    with (
+        Shards(folder / "small.partial", tensors, {}),
+        pytest.raises(RankoptError, match="is being written by another process"),
+    ):
+        Shards(folder / "small.partial", tensors, {}).__enter__()
+    shutil.rmtree(folder / "small.partial")
+    streamed(folder, plan, profile)
+
+
+def test_too_little_room_is_said_before(
+    llama: tuple[Path, Plan, Profile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, plan, profile = llama
+    free = os.statvfs(folder)
+    fields = list(free)
+    fields[4] = 0  # f_bavail
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(fields))
+    with pytest.raises(WriteError, match=r"the weights need .* GB, and 0\.0 GB are free"):
+        apply_streamed(loaded(folder), plan, profile, folder / "small")
+    assert not (folder / "small").exists()
+
+
+def test_a_checkpoint_that_is_not_the_plans_leaves_nothing(
+    llama: tuple[Path, Plan, Profile], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, plan, profile = llama
+    other = tmp_path_factory.mktemp("other")
+    prepared(other, tiny.llama(intermediate_size=32))
+    with pytest.raises(RankoptError, match="the plan is for another model"):
+        apply_streamed(loaded(other), plan, profile, other / "small")
+    assert sorted(path.name for path in other.iterdir()) == ["dense", "p.safetensors"]
+
+
+def changed(folder: Path, change: Any) -> None:
+    """Change the tensors of a checkpoint of one file."""
+    path = folder / "dense" / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    prepared(tmp_path, tiny.llama())
+    name = "model.layers.1.input_layernorm.weight"
+    changed(tmp_path, lambda tensors: tensors.update({name: torch.ones(7)}))
+    with pytest.raises(ModelError, match=r"layers\.1\.input_layernorm\.weight is 7, not 24"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_head_that_is_stored_twice_is_tied_if_it_is_one(alike: bool, tmp_path: Path) -> None:
+    plan, profile = prepared(tmp_path, tiny.llama())
+
+    def twice(tensors: dict[str, Tensor]) -> None:
+        head = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"] = head if alike else head + 1.0
+
+    changed(tmp_path, twice)
+    assert streamed(tmp_path, plan, profile) == whole(tmp_path, plan, profile)
+
+
+def test_a_head_alone_stands_for_both(tmp_path: Path) -> None:
+    plan, profile = prepared(tmp_path, tiny.llama())
+
+    def renamed(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    changed(tmp_path, renamed)
+    assert streamed(tmp_path, plan, profile) == whole(tmp_path, plan, profile)
+
+
+@pytest.fixture
+def project(llama: tuple[Path, Plan, Profile], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder, plan, _ = llama
+    plan.save(folder / "plan.json")
+    monkeypatch.chdir(folder)
+    yield folder
+
+
+APPLY = "apply dense plan.json --profile p.safetensors -o"
+
+
+def test_the_command_line_streams_folders(
+    project: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rankopt", "apply"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rankopt.apply.apply.apply_plan", lambda *_, **__: pytest.fail("in memory"))
+        done(run(*f"{APPLY} small".split()))
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "apply_streamed", lambda *_, **__: pytest.fail("streamed"))
+        done(run(*f"{APPLY} whole".split()))
+    assert files_of(project / "small") == files_of(project / "whole")
+    code, _, err = run(*f"{APPLY} small".split())
+    assert code == 2 and "exists and is not empty" in err
+    done(run(*f"{APPLY} small --force".split()))
+    assert not list(project.glob("*.partial")) and not list(project.glob(".rankopt*"))
+
+
+def test_weights_that_are_not_safetensors_are_refused(project: Path, run: Run) -> None:
+    for path in (project / "dense").glob("*.safetensors*"):
+        path.unlink()
+    torch.save({}, project / "dense" / "pytorch_model.bin")
+    code, _, err = run(*f"{APPLY} small".split())
+    assert code == 2 and "has its weights in pytorch_model.bin only" in err
+    assert not (project / "small").exists() and not (project / "small.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(project: Path) -> None:
+    command = [sys.executable, "-m", "rankopt", *f"{APPLY} small".split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    journal = project / "small.partial" / JOURNAL
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        if journal.exists() and journal.read_text().count("\n") >= 2:
+            process.kill()
+        time.sleep(0.001)
+    if process.wait() == 0:
+        pytest.skip("it was done before it could be killed")
+    assert not (project / "small").exists()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "going on after" in again.stderr
+    files = json.loads((project / "small" / "rankopt_files.json").read_text())["files"]
+    assert {name: (project / "small" / name).stat().st_size for name in files} == files
+    assert not list(project.glob("*.partial")) and not list(project.glob(".rankopt*"))
