@@ -283,7 +283,7 @@ def _begin(
 
 def _look(
     collector: Collector, model: nn.Module, task: str, run: Run, ready: Batch
-) -> tuple[tuple[Tensor | None, ...], Frames | None, int]:
+) -> tuple[list[Tensor | None], Frames | None, int]:
     """Padding masks of a batch, their frames, its positions; on the first batch whose they are."""
     masks = masks_of(model, task, ready)
     frames = frames_of(model, masks[0]) if any_padding(masks[:1]) else None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rankopt.errors import ModelError
@@ -66,7 +67,7 @@ def as_itself(model: nn.Module, processes: int) -> Iterator[bool]:
                 f"parameter {name} is sharded over {mesh.size()} of {processes} processes: shard "
                 "the model over all of them"
             )
-        if parameter.dtype.itemsize < 4 and str(parameter.dtype).split(".")[1] == "float16":
+        if parameter.dtype == torch.float16:
             raise ModelError(
                 f"parameter {name} is in float16, where each process tries for itself how often "
                 "it must run: shard the model in bfloat16 or float32"

@@ -1,4 +1,4 @@
-"""A checkpoint that is compressed a tensor at a time: the same files, in little memory, resumable."""
+"""A checkpoint that is compressed a tensor at a time: the same files, resumable."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from rankopt import (
     Plan,
     Profile,
     RankoptError,
-    WriteError,
     apply_plan,
     make_plan,
     profile_model,
@@ -32,6 +30,7 @@ from rankopt.apply import streaming
 from rankopt.apply.apply import Planned
 from rankopt.apply.shards import JOURNAL, Shards
 from rankopt.apply.streaming import apply_streamed
+from rankopt.errors import WriteError
 from rankopt.model.loading import load_model
 from tests import tiny
 from tests.cli.test_cli import Run, done
@@ -173,9 +172,10 @@ def stopped(folder: Path, plan: Plan, profile: Profile, after: int) -> int:
             raise Killed
         return compute(*given)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Planned, "low_rank", some)
-        streamed(folder, plan, profile)
+        with pytest.raises(Killed):
+            streamed(folder, plan, profile)
     return (folder / "small.partial" / JOURNAL).read_text().count("\n")
 
 
@@ -184,7 +184,7 @@ def test_what_is_whole_is_not_made_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    folder, plan, profile = llama
+    folder, plan, _ = llama
     pieces = stopped(*llama, after=3)
     assert pieces >= 3 and not (folder / "small").exists()
     low = [name for name, rank in plan.ranks.items() if rank is not None]
@@ -276,7 +276,7 @@ def test_too_little_room_is_said_before(
 def test_a_checkpoint_that_is_not_the_plans_leaves_nothing(
     llama: tuple[Path, Plan, Profile], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder, plan, profile = llama
+    _, plan, profile = llama
     other = tmp_path_factory.mktemp("other")
     prepared(other, tiny.llama(intermediate_size=32))
     with pytest.raises(RankoptError, match="the plan is for another model"):
@@ -323,11 +323,11 @@ def test_a_head_alone_stands_for_both(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def project(llama: tuple[Path, Plan, Profile], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def project(llama: tuple[Path, Plan, Profile], monkeypatch: pytest.MonkeyPatch) -> Path:
     folder, plan, _ = llama
     plan.save(folder / "plan.json")
     monkeypatch.chdir(folder)
-    yield folder
+    return folder
 
 
 APPLY = "apply dense plan.json --profile p.safetensors -o"
