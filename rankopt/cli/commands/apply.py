@@ -42,7 +42,11 @@ def apply(
     ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Factorise the planned layers and save the smaller model."""
+    """Factorise the planned layers and save the smaller model.
+
+    That of a local folder is never in memory: one tensor is read and written after the other, into
+    OUTPUT.partial, which becomes OUTPUT when it is whole. The same command goes on with it.
+    """
     from rankopt.model.loading import require_model
 
     require_free(output, force, apart_from=(model, plan, profile))

@@ -127,7 +127,11 @@ def profile(
         int | None, typer.Option(help="Layers to decompose at a time; as many as cores.")
     ] = None,
     device_map: Annotated[
-        str | None, typer.Option(help="For models larger than a GPU: auto (needs accelerate).")
+        str | None,
+        typer.Option(
+            help="For models larger than a GPU: auto; than the memory: disk, which reads each "
+            "weight when it is needed. Both need accelerate."
+        ),
     ] = None,
     dtype: DtypeOption = "float32",
     bases: Annotated[
