@@ -27,10 +27,11 @@ class Sizes:
     wide: int = 11008
     heads: int = 32
     vocabulary: int = 32000
-    planned: int = 4
-    windows: int = 2
+    planned: tuple[str, ...] = ("0.self_attn.q_proj", "0.mlp.up_proj", "0.mlp.down_proj")
+    windows: int = 1
     tokens: int = 32
     rank_multiple: int = 64
+    killed_after: int = 60
 
 
 def config_of(sizes: Sizes) -> LlamaConfig:

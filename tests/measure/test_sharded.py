@@ -86,13 +86,13 @@ def data(kind: str) -> list[dict[str, Any]]:
 
 
 def sharded(kind: str, *, half: bool = False) -> Any:
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = plain(kind)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    if half:
-        mesh = DeviceMesh("cpu", [dist.get_rank()])
+    count = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (count, 1), mesh_dim_names=("all", "one"))
+    mesh = mesh["one" if half else "all"]
     # Inner ones first: what is sharded already belongs to no other unit.
     for blocks in [x for x in model.modules() if isinstance(x, torch.nn.ModuleList)][::-1]:
         for block in blocks:
