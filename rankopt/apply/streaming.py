@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from rankopt._version import __version__
 from rankopt.apply.apply import Planned
@@ -166,7 +167,9 @@ def _to_write(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
     ties = {a: b for a, b in model.all_tied_weights_keys.items() if b in state}
-    return {name: tensor for name, tensor in state.items() if name not in ties}, ties
+    kept = {name: tensor for name, tensor in state.items() if name not in ties}
+    # There is nothing to revert, but this is what puts names into the order of save_pretrained.
+    return revert_weight_conversion(model, kept), ties
 
 
 def _pieces(tensors: Mapping[str, Tensor], low_rank: Mapping[str, LowRank]) -> dict[str, list[str]]:
