@@ -211,6 +211,7 @@ def whole_folder(
     overwrite: bool = False,
     kind: str = MODEL,
     partial: Path | None = None,
+    journal: str = "",
 ) -> Iterator[Path]:
     """Yield a temporary folder near ``path``; on success it takes the place of ``path``.
 
@@ -220,6 +221,7 @@ def whole_folder(
         kind: likewise.
         partial: the folder to yield instead, which is there, beside ``path``; it stays if what is
             inside the ``with`` fails, to go on with.
+        journal: a file in it that says how far it is, and is removed at the very end.
 
     Raises:
         RankoptError, WriteError: see require_free.
@@ -233,12 +235,15 @@ def whole_folder(
         fresh.mkdir(exist_ok=partial is not None)
         yield fresh
         sizes = _sizes(fresh)
+        sizes.pop(journal, None)
         about = {"format": kind, "rankopt": __version__, "files": sizes}
         (fresh / LIST_OF_FILES).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for name in (*sizes, LIST_OF_FILES):
             _sync(fresh / name)
         fresh.chmod(0o755)
         require_free(path, overwrite, kind=kind)
+        if journal:
+            (fresh / journal).unlink(missing_ok=True)
         if not target.exists():
             os.replace(fresh, target)
             return

@@ -124,8 +124,8 @@ def _run(work: Callable[[], None], place: Path, said: Path, found: dict[str, Any
     if lost:
         note(f"changed: {lost[:2]}")
     # What was measured before the disk was full is kept, to go on with.
-    kept = ("plan.json.journal", "p.st.partial")
-    new = [name for name in after if name not in before and name not in kept]
-    left = [name for name in leftovers(place) if name not in kept]
+    kept = ("plan.json.journal", "p.st.partial", "out.partial")
+    new = [n for n in after if n not in before and n.split("/")[0] not in kept]
+    left = [name for name in leftovers(place) if name.split("/")[0] not in kept]
     if new or left:
         note(f"left: {(new + left)[:2]}")

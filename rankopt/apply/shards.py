@@ -27,9 +27,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rankopt.errors import ModelError, RankoptError, WriteError
-from rankopt.files import told
+from rankopt.files import LIST_OF_FILES, MODEL, format_of, told, whole_file
 from rankopt.profile.tensors import DTYPES, header_of
-from rankopt.temporary import hold
+from rankopt.temporary import MARK, hold
 
 PARTIAL = "rankopt-partial-model"
 #: In the folder until all is written.
@@ -166,10 +166,6 @@ class Shards:
             for file in self._open.values():
                 os.fsync(file.fileno())
 
-    def close(self) -> None:
-        """Remove the journal: the folder is what it is to be."""
-        (self.folder / JOURNAL).unlink()
-
     def _described(self, name: str) -> tuple[str, int, tuple[int, ...]]:
         tensor = self._tensors[name]
         code = _CODES.get(tensor.dtype)
@@ -189,9 +185,13 @@ class Shards:
                 )
             self._stack.callback(os.close, lock)
         noted = self._journal()
+        # Of a run that was killed when all was done.
+        (self.folder / LIST_OF_FILES).unlink(missing_ok=True)
         if noted is None:
             self._begun = True
-            self._note({"format": PARTIAL, "settings": self._settings}, mode="w")
+            with whole_file(self.folder / JOURNAL) as temporary:
+                about = {"format": PARTIAL, "settings": self._settings}
+                temporary.write_text(json.dumps(about), encoding="utf-8")
         needed = sum(self._size(file) for file in self._headers)
         needed -= sum(_blocks(self.folder / file) for file in self._headers)
         free = os.statvfs(self.folder)
@@ -236,10 +236,10 @@ class Shards:
                     found[entry["piece"]] = entry["sha256"]
         return found
 
-    def _note(self, entry: Mapping[str, Any], mode: str = "a") -> None:
-        with open(self.folder / JOURNAL, mode, encoding="utf-8") as file:
+    def _note(self, entry: Mapping[str, Any]) -> None:
+        with open(self.folder / JOURNAL, "a", encoding="utf-8") as file:
             # A line that a kill has cut short ends here.
-            file.write(("\n" if mode == "a" else "") + json.dumps(entry))
+            file.write("\n" + json.dumps(entry))
 
     def _size(self, file: str) -> int:
         ends = [
@@ -273,7 +273,10 @@ def require_partial(folder: Path) -> None:
         if not os.path.lexists(folder):
             return
         ours = folder.is_dir() and not folder.is_symlink()
-        if ours and any(folder.iterdir()):
+        names = {path.name for path in folder.iterdir()} if ours else set()
+        # Killed before there was a journal, or when there was one no more.
+        early = all(name.startswith(MARK) for name in names)
+        if ours and not early and format_of(folder / LIST_OF_FILES) != MODEL:
             try:
                 first = (folder / JOURNAL).read_text(encoding="utf-8").split("\n")[0]
                 about = json.loads(first)

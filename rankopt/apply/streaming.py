@@ -26,7 +26,7 @@ from rankopt.apply.apply import Planned
 from rankopt.apply.marking import attach
 from rankopt.apply.quantizer import empty_low_rank
 from rankopt.apply.saving import write_about, write_config
-from rankopt.apply.shards import Shards, require_partial
+from rankopt.apply.shards import JOURNAL, Shards, require_partial
 from rankopt.apply.verify import require_reloadable
 from rankopt.errors import ModelError
 from rankopt.files import require_free, whole_folder
@@ -103,7 +103,7 @@ def apply_streamed(
     pieces = _pieces(tensors, hollow)
     with Shards(partial.absolute(), tensors, settings) as shards:
         left = [piece for piece in pieces if not shards.has(piece)]
-        with whole_folder(directory, overwrite, partial=shards.folder):
+        with whole_folder(directory, overwrite, partial=shards.folder, journal=JOURNAL):
             for piece in bar(left, "Weights", "piece", progress):
                 names = pieces[piece]
                 made = _factors(planned, piece) if piece in hollow else _read(model, piece)
@@ -123,7 +123,6 @@ def apply_streamed(
             shards.finish(size.model)
             require_reloadable(model, shards.folder, intact)
             write_about(model, shards.folder, plan=plan, tokenizer=tokenizer, command=command)
-            shards.close()
 
 
 def _settings(

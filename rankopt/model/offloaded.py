@@ -50,7 +50,7 @@ def read_again(model: nn.Module) -> Iterator[None]:
     running: list[nn.Module] = []
 
     def pack(tensor: Tensor) -> Any:
-        for module in reversed(running):
+        for module in reversed(running if tensor.layout is torch.strided else ()):
             for name, own in module._parameters.items():
                 if own is None or own.is_meta or own.dtype != tensor.dtype:
                     continue

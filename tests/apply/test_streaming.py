@@ -33,6 +33,7 @@ from rankopt.apply.shards import JOURNAL, Shards
 from rankopt.apply.streaming import apply_streamed
 from rankopt.errors import WriteError
 from rankopt.model.loading import load_model
+from rankopt.temporary import MARK
 from tests import tiny
 from tests.cli.test_cli import Run, done
 from tests.cli.test_cli import run as run
@@ -240,6 +241,18 @@ def test_what_was_damaged_meanwhile_is_made_again(
     (partial / "model.safetensors").write_bytes(content[:place] + b"\x42" + content[place + 1 :])
     journal = (partial / JOURNAL).read_text()
     (partial / JOURNAL).write_text(journal + '\n{"piece": "model.no')
+    assert streamed(*llama) == wanted
+
+
+@pytest.mark.parametrize("when", ["before the journal", "after it"])
+def test_a_kill_at_either_end_is_gone_on_from(
+    when: str, llama: tuple[Path, Plan, Profile], wanted: dict[str, bytes], made: Any
+) -> None:
+    partial = llama[0] / "small.partial"
+    if when == "after it":
+        shutil.copytree(made[0] / "whole", partial)
+    else:
+        (partial / f"{MARK}0.killed").mkdir(parents=True)
     assert streamed(*llama) == wanted
 
 

@@ -1,5 +1,6 @@
 """Offloaded, compiled and wrapped models give the profile and the logits of the plain model."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rankopt import (
     profile_model,
     save_model,
 )
+from rankopt.model.offloaded import offload_hook, read_again
 from rankopt.model.selection import find_layers
 from rankopt.model.size import model_size
 from rankopt.model.weights import device_of, unwrapped
@@ -90,6 +92,67 @@ def test_an_offloaded_model_is_measured_and_compressed_like_the_plain_one(
     found, report = type(model).from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(report.values()), report
     assert torch.allclose(logits(found), wanted, atol=1e-5)
+
+
+class Lent:
+    """What a hook of accelerate's reads from: copies, of which is known how many are in memory."""
+
+    def __init__(self, weights: Any, alive: "list[weakref.ref[Any]]") -> None:
+        self.weights, self.alive = weights, alive
+
+    def __getitem__(self, name: str) -> Tensor:
+        # A tensor's memory keeps the array that it is from.
+        array = self.weights[name].numpy().copy()
+        self.alive.append(weakref.ref(array))
+        return torch.from_numpy(array)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.weights
+
+
+def lent(model: Any) -> "list[weakref.ref[Any]]":
+    alive: list[weakref.ref[Any]] = []
+    for module in model.modules():
+        hook = offload_hook(module)
+        if hook is not None:
+            hook.weights_map = Lent(hook.weights_map, alive)
+    return alive
+
+
+def gradient(model: Any, alive: "list[weakref.ref[Any]]") -> tuple[Tensor, int]:
+    """Of a loss with respect to the embedded tokens; and weights in memory before backward."""
+    states = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    loss = model(inputs_embeds=states).logits.square().sum()
+    kept = sum(each() is not None for each in alive)
+    loss.backward()
+    assert states.grad is not None
+    return states.grad, kept
+
+
+def test_weights_that_are_elsewhere_are_not_kept_for_the_backward_pass() -> None:
+    wanted, _ = gradient(tiny.llama(), [])
+    away = offloaded(tiny.llama(), None)
+    alive = lent(away)
+    found, kept = gradient(away, alive)
+    assert torch.equal(found, wanted) and kept >= 14  # what autograd does by itself
+    alive.clear()
+    with read_again(away):
+        found, kept = gradient(away, alive)
+    assert torch.equal(found, wanted) and kept == 0
+    assert not away._forward_hooks and len(alive) > 14
+
+
+def test_changes_in_place_are_noticed_though_weights_are_read_again() -> None:
+    away = offloaded(nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()), None)
+    with read_again(away):
+        x = torch.ones(2, 4, requires_grad=True)
+        y = x * 2.0
+        z = (y * y).sum()
+        y.mul_(3.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            z.backward()
 
 
 def test_an_offloaded_head_is_untied_like_the_plain_one() -> None:
@@ -181,7 +244,7 @@ def test_a_model_in_ddp_is_measured_like_the_plain_one(wrap: Wrap, plain: Any) -
 
 @pytest.mark.usefixtures("process")
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_sharded_model_is_refused(whole: bool) -> None:
+def test_a_sharded_model_is_not_evaluated(whole: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -189,7 +252,7 @@ def test_a_sharded_model_is_refused(whole: bool) -> None:
     for module in [model] if whole else model.model.layers:
         fully_shard(module, mesh=mesh)
     with pytest.raises(ModelError, match="FSDP keeps only a part of each weight"):
-        profile_model(model, tiny.batches(tiny.llama()))
+        evaluate(model, tiny.batches(tiny.llama()))
 
 
 def test_a_block_is_compiled_in_place_or_not_at_all() -> None:
