@@ -215,7 +215,7 @@ def _gather_in_step(
     What any batch needs besides, all run on that batch; who has none of the last ones runs
     another's, of which nothing is added.
     """
-    device, modules, chain = device_of(model), collector.modules, ""
+    device, modules, chain, checked = device_of(model), collector.modules, "", 0
     numbered = enumerate(bar(batches, "Fisher", "batch", progress))
     while group := list(itertools.islice(numbered, processes.count)):
         readies = {}
@@ -224,6 +224,8 @@ def _gather_in_step(
             readies[number] = loss.ready(batch, device, number)
             seen.chain = chain = chained(chain, readies[number])
             seen.batches = number + 1
+        # At once: whose number is another would wait for ever.
+        _require_same_batches(seen, processes)
         for ready in readies.values():
             loss.look(collector, model, ready)
         mine = next((number for number in readies if processes.takes(number)), None)
@@ -241,8 +243,13 @@ def _gather_in_step(
         if mine is not None:
             units = loss.estimator.units(found.examples, found.targets)
             seen.add(number, found, units, collector.totals)
-        if 0 in readies:
-            loss.check(model, modules, readies[0])
+        if checked < 2:
+            examples = {} if mine is None else {str(number): found.examples}
+            examples = processes.together(examples)
+            for number, ready in readies.items():
+                if checked < min(2, examples[str(number)]):
+                    loss.check(model, modules, ready)
+                    checked = examples[str(number)]
 
 
 @contextlib.contextmanager
@@ -295,6 +302,15 @@ def _save(checkpoint: Checkpoint, collector: Collector, seen: Seen) -> None:
     resume.save(checkpoint.path, seen, banks.tensors(), layers, checkpoint.settings)
 
 
+def _require_same_batches(seen: Seen, processes: Processes) -> None:
+    chains = processes.together({str(processes.rank): f"{seen.batches} {seen.chain}"})
+    if len(set(chains.values())) > 1:
+        raise DataError(
+            "the processes were given different batches: give all of them the same, each takes "
+            "its share itself"
+        )
+
+
 def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathered:
     """The sums of all processes; the collector's own stay what they were.
 
@@ -305,12 +321,7 @@ def _added_up(collector: Collector, seen: Seen, processes: Processes) -> Gathere
     if processes.count == 1:
         sums, *odd = collector.banks.found()
         return Gathered(sums, collector.owners, seen, sum(seen.units), names, *odd)
-    chains = processes.together({str(processes.rank): f"{seen.batches} {seen.chain}"})
-    if len(set(chains.values())) > 1:
-        raise DataError(
-            "the processes were given different batches: give all of them the same, each takes "
-            "its share itself"
-        )
+    _require_same_batches(seen, processes)
     sums, *odd = copy.deepcopy(collector.banks.complete())
     every = [held for bank in (sums, *odd) for held in bank.values()]
     counts = torch.zeros(len(every), dtype=torch.float64)

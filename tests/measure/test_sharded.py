@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from rankopt import (
     Compressed,
+    DataError,
     ModelError,
     OptionError,
     Profile,
@@ -56,6 +57,8 @@ WORK = """
     profile_model(model, data("llama"), progress=False)
     model(**data("llama")[0]).loss.backward()
     said["trains"] = all(p.grad is not None for p in model.parameters())
+    for name, given in (("more", 3 + processes.rank), ("few", 1)):
+        said[name] = refused(lambda: profile_model(sharded("llama"), data("llama")[:given]))
     said["half mesh"] = refused(lambda: profile_model(sharded("llama", half=True), data("llama")))
     (out / f"{processes.rank}.json").write_text(json.dumps(said))
 """
@@ -104,7 +107,7 @@ def sharded(kind: str, *, half: bool = False) -> Any:
 def refused(call: Any) -> str:
     try:
         call()
-    except ModelError as error:
+    except (DataError, ModelError) as error:
         return str(error)
     return "nothing"
 
@@ -183,6 +186,14 @@ def test_a_model_on_a_part_of_the_processes_is_refused(of_two: Path) -> None:
     for rank in range(2):
         said = json.loads((of_two / f"{rank}.json").read_text())["half mesh"]
         assert "is sharded over 1 of 2 processes: shard the model over all of them" in said
+
+
+@pytest.mark.slow
+def test_batches_that_processes_cannot_share_are_refused_by_all(of_two: Path) -> None:
+    for rank in range(2):
+        said = json.loads((of_two / f"{rank}.json").read_text())
+        assert "the processes were given different batches" in said["more"]
+        assert "1 batches for 2 processes" in said["few"]
 
 
 @pytest.fixture
