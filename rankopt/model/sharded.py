@@ -44,8 +44,8 @@ def has_shards(model: nn.Module) -> bool:
 def as_itself(model: nn.Module, processes: int) -> Iterator[bool]:
     """The modules of a sharded model under the classes that they had before; as it was afterwards.
 
-    Weights that processes put together for a pass want no gradient inside, either: FSDP would
-    compute and average it.
+    No weight wants a gradient inside, be it in parts or put together for a pass: FSDP would compute
+    and average it.
 
     Args:
         model: any; nothing changes for one that is not sharded.
@@ -72,27 +72,36 @@ def as_itself(model: nn.Module, processes: int) -> Iterator[bool]:
                 f"parameter {name} is in float16, where each process tries for itself how often "
                 "it must run: shard the model in bfloat16 or float32"
             )
-    wanting: list[nn.Parameter] = []
+    units: dict[Any, Any] = {x: type(x) for x in model.modules() if is_sharded(x)}
+    for unit in units:
+        # After a forward pass alone the outermost one is whole still.
+        unit.reshard()
+    parts = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    #: Whole parameters that have been seen, and where.
+    seen: dict[nn.Parameter, tuple[nn.Module, str]] = {}
 
     def freeze(module: nn.Module, _: Any) -> None:
-        for parameter in module._parameters.values():
-            together = parameter is not None and not is_distributed(parameter)
-            if parameter is not None and together and parameter.requires_grad:
-                wanting.append(parameter)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not is_distributed(parameter):
+                seen[parameter] = module, name
                 parameter.requires_grad_(False)
 
-    theirs = {module: type(module) for module in model.modules() if is_sharded(module)}
     with ExitStack() as stack:
         for module in model.modules():
             if module._parameters:
                 stack.enter_context(module.register_forward_pre_hook(freeze))
         try:
-            for module, kind in theirs.items():
+            for parameter, _ in parts:
+                parameter.requires_grad_(False)
+            for unit, kind in units.items():
                 # (FSDPModule, the class that it had)
-                module.__class__ = kind.__bases__[1]
+                unit.__class__ = kind.__bases__[1]
             yield True
         finally:
-            for module, kind in theirs.items():
-                module.__class__ = kind
-            for parameter in wanting:
-                parameter.requires_grad_(True)
+            for unit, kind in units.items():
+                unit.__class__ = kind
+                unit.reshard()
+            for parameter, wanted in parts:
+                parameter.requires_grad_(wanted)
+            for parameter, (module, name) in seen.items():
+                parameter.requires_grad_(module.get_parameter(name).requires_grad)
