@@ -66,7 +66,8 @@ def _reason(error: Exception, looking: bool) -> str | None:
     """The system's words, if it is the system that refuses to write."""
     if isinstance(error, OSError) and error.errno is not None:
         # A file that is read meanwhile has another name.
-        ours = looking or error.filename is None or MARK in str(error.filename)
+        name = str(error.filename)
+        ours = looking or error.filename is None or MARK in name or ".partial" in name
         return os.strerror(error.errno) if ours else None
     # Of libraries in Rust (safetensors, tokenizers), each of which has its own type of error.
     if isinstance(error, RankoptError):

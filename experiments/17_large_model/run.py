@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rankopt import Plan, Profile
 from rankopt.files import whole_file
-from rankopt.model.loading import load_model
+from rankopt.model.loading import hide_bars, load_model
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 8 * 10**9
@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="kept; 30 GB free")
     given = parser.parse_args()
     sizes = QUICK if given.quick else Sizes()
+    hide_bars()
     with tempfile.TemporaryDirectory() as temporary:
         found = experiment(sizes, given.folder or Path(temporary))
     print(table(found))

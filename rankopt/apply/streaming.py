@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -28,7 +29,7 @@ from rankopt.apply.quantizer import empty_low_rank
 from rankopt.apply.saving import write_about, write_config
 from rankopt.apply.shards import JOURNAL, Shards, require_partial
 from rankopt.apply.verify import require_reloadable
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, few
 from rankopt.files import require_free, whole_folder
 from rankopt.model.lowrank import LowRank
 from rankopt.model.offloaded import files_of_weights
@@ -76,13 +77,14 @@ def apply_streamed(
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
-        PlanError, ModelError, OptionError: see apply_plan and save_model; and what is in the
-            checkpoint without being the model's.
+        PlanError, ModelError, OptionError: see apply_plan and save_model; or a tensor of the
+            checkpoint would be lost, or the parameters are not those that the plan counts.
         RankoptError: the folder is taken, or ``DIRECTORY.partial`` is of another model or plan.
     """
     partial = partial_of(directory)
     require_free(directory, overwrite)
     require_partial(partial)
+    _require_all_read(model)
     _settle_ties(model)
     settings = _settings(model, plan, profile, allow_other_weights)
     planned = Planned.of(model, plan, profile, allow_other_weights)
@@ -141,6 +143,22 @@ def _settings(
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
+
+
+def _require_all_read(model: PreTrainedModel) -> None:
+    """Refuse a checkpoint with tensors of the model's that are not read.
+
+    Of those that are not the model's, transformers has told when it was loaded.
+    """
+    read, state = files_of_weights(model), model.state_dict().keys()
+    used = {(each["safetensors_file"], each["weight_name"]) for each in read.values()}
+    lost = []
+    for path in {path for path, _ in used}:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+        lost += [name for name in names & state if (path, name) not in used]
+    if lost:
+        raise ModelError(f"weights of the checkpoint would be lost: {few(sorted(lost))}")
 
 
 def _settle_ties(model: PreTrainedModel) -> None:

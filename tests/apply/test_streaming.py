@@ -33,6 +33,7 @@ from rankopt.apply.shards import JOURNAL, Shards
 from rankopt.apply.streaming import apply_streamed
 from rankopt.errors import WriteError
 from rankopt.model.loading import load_model
+from rankopt.model.offloaded import files_of_weights
 from rankopt.temporary import make_temporary_folder
 from tests import tiny
 from tests.cli.test_cli import Run, done
@@ -330,6 +331,24 @@ def test_a_checkpoint_that_is_not_the_plans_leaves_nothing(
     with pytest.raises(RankoptError, match="the plan is for another model"):
         apply_streamed(loaded(other), plan, profile, other / "small")
     assert sorted(path.name for path in other.iterdir()) == ["dense", "p.safetensors"]
+
+
+def test_a_tensor_that_would_be_lost_is_named(llama: tuple[Path, Plan, Profile]) -> None:
+    folder, plan, profile = llama
+    model = loaded(folder)
+    del files_of_weights(model)["model.norm.weight"]
+    with pytest.raises(ModelError, match=r"would be lost: model\.norm\.weight"):
+        apply_streamed(model, plan, profile, folder / "small")
+    assert not (folder / "small.partial").exists()
+
+
+def test_a_plan_that_counts_otherwise_is_refused(llama: tuple[Path, Plan, Profile]) -> None:
+    folder, plan, profile = llama
+    more = {"model_dense": plan.size.model_dense + 1, "model": plan.size.model + 1}
+    plan = plan.model_copy(update={"size": plan.size.model_copy(update=more)})
+    with pytest.raises(ModelError, match="where the plan counts .*: profile this model again"):
+        apply_streamed(loaded(folder), plan, profile, folder / "small")
+    assert not (folder / "small.partial").exists()
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path) -> None:
