@@ -346,7 +346,7 @@ def test_a_plan_that_counts_otherwise_is_refused(llama: tuple[Path, Plan, Profil
     folder, plan, profile = llama
     more = {"model_dense": plan.size.model_dense + 1, "model": plan.size.model + 1}
     plan = plan.model_copy(update={"size": plan.size.model_copy(update=more)})
-    with pytest.raises(ModelError, match="where the plan counts .*: profile this model again"):
+    with pytest.raises(ModelError, match=r"where the plan counts .*: profile this model again"):
         apply_streamed(loaded(folder), plan, profile, folder / "small")
     assert not (folder / "small.partial").exists()
 
