@@ -20,7 +20,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
-#: Fields may begin with "model_", which is nothing of pydantic's here; before 2.10 it warns of them.
+#: Fields begin with "model_", which is nothing of pydantic here; before 2.10 it warns of them.
 NAMES: tuple[str, ...] = ()
 STRICT = ConfigDict(frozen=True, strict=True, extra="forbid", protected_namespaces=NAMES)
 
