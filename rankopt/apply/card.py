@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rankopt._version import __version__
 from rankopt.apply.refined import refined_on, refinements_of
+from rankopt.apply.remote import MODULE
 from rankopt.errors import printable
 from rankopt.model.lowrank import LowRank
 from rankopt.model.size import model_size
@@ -38,6 +39,7 @@ def model_card(
     plan: Plan | None = None,
     measured: Mapping[str, float] | None = None,
     command: Sequence[str] = (),
+    auto_class: str | None = None,
 ) -> str:
     """The text of a compressed model's ``README.md``.
 
@@ -47,6 +49,7 @@ def model_card(
         plan: that was applied to it.
         measured: what -> value, in the unit that its name says.
         command: that made it, with its arguments as typed.
+        auto_class: that loads it by the code in its folder, if it has any.
     """
     carried = _front_matter_of(Path(model.name_or_path)) if model.name_or_path else {}
     carried |= {"base_model": base} if (base := _hub_name(model)) else {}
@@ -64,6 +67,7 @@ def model_card(
         "of closed-form models do not belong in one column.",
         "## Load",
         _block(_loading(type(model)), "python"),
+        *(_without_rankopt(auto_class) if auto_class else ()),
         "`model.dequantize()` multiplies the factors, for what knows dense models only.",
         "## What was planned",
         "\n".join(_planned(model, plan)),
@@ -86,6 +90,19 @@ def _loading(kind: type[PreTrainedModel]) -> str:
         "import rankopt  # without it transformers stops with an error about sizes\n"
         f"from {module} import {kind.__name__}\n\n"
         f'model = {kind.__name__}.from_pretrained("FOLDER")'
+    )
+
+
+def _without_rankopt(auto_class: str) -> Iterator[str]:
+    yield (
+        f"Without rankopt transformers loads it by the code in this folder, `{MODULE}.py`, which "
+        "needs torch and transformers only. Read it before you trust it, and name the revision "
+        "that you have read (`revision=`) if the folder is on the hub:"
+    )
+    yield _block(
+        f"from transformers import {auto_class}\n\n"
+        f'model = {auto_class}.from_pretrained("FOLDER", trust_remote_code=True)',
+        "python",
     )
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
@@ -33,6 +34,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankopt.apply.refined import read
+from rankopt.apply.remote import taken_out
 from rankopt.errors import ModelError, few
 from rankopt.layers import FORMS, Form
 from rankopt.model.lowrank import LowRank
@@ -104,6 +106,8 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
         self.plan: Plan | None = None
         #: What transformers converts of the dense model; None: what it does by default.
         self.conversions: list[Any] | None = None
+        #: The model was loaded from a folder that has its code (see remote).
+        self.with_code = False
 
     def attach(self, model: "PreTrainedModel") -> None:
         """Mark a model that has its low-rank layers, so that it saves itself reloadably.
@@ -176,6 +180,7 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
         self.attach(model)
         # A dense model of these layers would be converted as one that was never loaded.
         self.conversions = None
+        self.with_code = taken_out(model.config)
         return model
 
     def get_state_dict_and_metadata(
@@ -330,6 +335,8 @@ def _merged(low: LowRank, empty: nn.Module) -> nn.Module:
     return empty.train(low.training)
 
 
-if METHOD not in AUTO_QUANTIZER_MAPPING:
-    register_quantization_config(METHOD)(RankoptConfig)
-    register_quantizer(METHOD)(RankoptQuantizer)
+for _table in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+    # The code of a folder, which may have been loaded before, gives way (see standalone).
+    _table.pop(METHOD, None)
+register_quantization_config(METHOD)(RankoptConfig)
+register_quantizer(METHOD)(RankoptQuantizer)

@@ -4,20 +4,23 @@ How they are loaded again: see quantizer.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rankopt.apply.card import CARD, model_card
 from rankopt.apply.quantizer import RankoptQuantizer
+from rankopt.apply.remote import alone, write_code
 from rankopt.apply.verify import require_reloadable
 from rankopt.errors import ModelError, first_line
 from rankopt.files import whole_folder
 from rankopt.model.weights import unwrapped
 from rankopt.plan.plan import Plan
+
+NO_CODE = "no layer of the model is low rank: transformers loads it without code in its folder"
 
 
 def save_model(
@@ -29,6 +32,7 @@ def save_model(
     overwrite: bool = False,
     measured: Mapping[str, float] | None = None,
     command: Sequence[str] = (),
+    remote_code: bool = False,
 ) -> None:
     """Write a model as a transformers folder; it appears whole or not at all.
 
@@ -44,9 +48,13 @@ def save_model(
         overwrite: replace a folder that has something in it.
         measured: for the card: what -> value, in the unit that its name says.
         command: for the card: the command line that made the model, word by word.
+        remote_code: also write ``modeling_rankopt.py``, by which ``from_pretrained(directory,
+            trust_remote_code=True)`` of an auto class loads the model where rankopt is not
+            installed. So does a model that was loaded from a folder that has it.
 
     Raises:
-        ModelError: not a transformers model, or one that would not come back as it is.
+        ModelError: not a transformers model, or one that would not come back as it is; with
+            ``remote_code`` a dense model, or one that transformers has no auto class for.
         RankoptError: the folder is taken.
     """
     inner = unwrapped(model)
@@ -57,34 +65,61 @@ def save_model(
         )
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"{type(inner).__name__} is not a transformers model: save its state_dict")
+    quantizer = getattr(inner, "hf_quantizer", None)
+    compressed = isinstance(quantizer, RankoptQuantizer) and bool(
+        quantizer.quantization_config.ranks
+    )
+    if remote_code and not compressed:
+        raise ModelError(NO_CODE)
+    remote_code = remote_code or (compressed and quantizer.with_code)
     with whole_folder(directory, overwrite) as folder:
         try:
             inner.save_pretrained(folder)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise ModelError(f"transformers cannot save this model: {first_line(error)}") from error
-        require_reloadable(inner, folder)
-        write_about(
-            inner, folder, plan=plan, tokenizer=tokenizer, measured=measured, command=command
-        )
+        about: dict[str, Any] = {"plan": plan, "tokenizer": tokenizer, "measured": measured}
+        complete(inner, folder, **about, command=command, remote_code=remote_code)
 
 
-def write_about(
+def complete(
     model: PreTrainedModel,
     folder: Path,
+    same: Callable[[str, Tensor], bool] | None = None,
     *,
     plan: Plan | None = None,
     tokenizer: Any = None,
     measured: Mapping[str, float] | None = None,
     command: Sequence[str] = (),
+    remote_code: bool = False,
 ) -> None:
-    """What a folder has beside configs and weights: tokenizer, plan, and card; see save_model."""
+    """Verify a folder that has configs and weights, and add what else belongs into it.
+
+    Args:
+        model: whose it is.
+        folder: not yet under its name.
+        same: see require_reloadable.
+        plan: this and what follows: see save_model.
+        tokenizer: see save_model.
+        measured: see save_model.
+        command: see save_model.
+        remote_code: see save_model.
+
+    Raises:
+        ModelError: see save_model.
+    """
+    auto_class = None
+    if remote_code:
+        auto_class = write_code(model, folder)
+        with alone():
+            require_reloadable(model, folder, same)
+    require_reloadable(model, folder, same)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if plan is not None:
         plan.save(folder / "rankopt_plan.json")
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, RankoptQuantizer) and quantizer.quantization_config.ranks:
-        text = model_card(model, plan or quantizer.plan, measured, command)
+        text = model_card(model, plan or quantizer.plan, measured, command, auto_class)
         (folder / CARD).write_text(text, encoding="utf-8")
 
 

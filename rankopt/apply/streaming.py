@@ -26,9 +26,8 @@ from rankopt._version import __version__
 from rankopt.apply.apply import Planned
 from rankopt.apply.marking import attach
 from rankopt.apply.quantizer import empty_low_rank
-from rankopt.apply.saving import write_about, write_config
+from rankopt.apply.saving import NO_CODE, complete, write_config
 from rankopt.apply.shards import JOURNAL, Shards, require_partial
-from rankopt.apply.verify import require_reloadable
 from rankopt.errors import ModelError, few
 from rankopt.files import require_free, whole_folder
 from rankopt.model.lowrank import LowRank
@@ -57,6 +56,7 @@ def apply_streamed(
     allow_other_weights: bool = False,
     overwrite: bool = False,
     command: Sequence[str] = (),
+    remote_code: bool = False,
     progress: bool | None = None,
 ) -> None:
     """Write the smaller model of a plan, one tensor at a time; it appears whole or not at all.
@@ -74,6 +74,7 @@ def apply_streamed(
         allow_other_weights: see apply_plan.
         overwrite: see save_model.
         command: see save_model.
+        remote_code: see save_model.
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
@@ -92,6 +93,8 @@ def apply_streamed(
         name: empty_low_rank(planned.modules[name], rank, plan.form)
         for name, rank in planned.ranks.items()
     }
+    if remote_code and not hollow:
+        raise ModelError(NO_CODE)
     replace(model, hollow)
     attach(model, plan)
     size = model_size(model, [entry.layer for entry in plan.layers])
@@ -123,8 +126,8 @@ def apply_streamed(
 
             write_config(model, shards.folder)
             shards.finish(size.model)
-            require_reloadable(model, shards.folder, intact)
-            write_about(model, shards.folder, plan=plan, tokenizer=tokenizer, command=command)
+            about: dict[str, Any] = {"plan": plan, "tokenizer": tokenizer, "command": command}
+            complete(model, shards.folder, intact, **about, remote_code=remote_code)
 
 
 def _settings(

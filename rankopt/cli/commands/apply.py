@@ -22,8 +22,9 @@ from rankopt.profile.profile import Profile
 EXAMPLES = """\b
 Examples:
   rankopt apply ./model plan.json --profile profile.safetensors -o ./smaller
+  rankopt apply ./model plan.json --profile profile.safetensors -o ./smaller --remote-code
 
-Load the result with transformers, after `import rankopt`.
+Load the result with transformers, after `import rankopt`; with --remote-code also without it.
 """
 
 
@@ -40,6 +41,14 @@ def apply(
         str | None,
         typer.Option(help="module:object of the plan's backend, if it is not an installed one."),
     ] = None,
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code",
+            help="Put the code that loads it into the folder, for trust_remote_code=True where "
+            "rankopt is not installed.",
+        ),
+    ] = False,
     force: ForceOption = False,
 ) -> None:
     """Factorise the planned layers and save the smaller model.
@@ -76,6 +85,7 @@ def apply(
         "tokenizer": tokenizer,
         "overwrite": force,
         "command": ["rankopt", *sys.argv[1:]],
+        "remote_code": remote_code,
     }
     if Path(model).is_dir() and importlib.util.find_spec("accelerate") is not None:
         require_partial(partial_of(output))
