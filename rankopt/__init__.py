@@ -27,6 +27,8 @@ from rankopt.plan.compare import Strategy as Strategy
 from rankopt.plan.compare import compare as compare
 from rankopt.plan.exchange import export_ranks as export_ranks
 from rankopt.plan.exchange import imported_plan as imported_plan
+from rankopt.plan.lora import LoraPlan as LoraPlan
+from rankopt.plan.lora import make_lora_plan as make_lora_plan
 from rankopt.plan.plan import Plan as Plan
 from rankopt.plan.planner import make_plan as make_plan
 from rankopt.plan.stability import Stability as Stability
@@ -89,6 +91,7 @@ __all__ = [
     "Evaluation",
     "InfeasibleBudgetError",
     "Layer",
+    "LoraPlan",
     "LossFunction",
     "LowRank",
     "LowRankLinear",
@@ -113,6 +116,7 @@ __all__ = [
     "export_ranks",
     "imported_plan",
     "load_batches",
+    "make_lora_plan",
     "make_plan",
     "measure_comparison",
     "measure_rows",

@@ -23,6 +23,7 @@ from rankopt.errors import RankoptError, WriteError, few
 from rankopt.temporary import MARK, temporary_folder
 
 PLAN, PROFILE, CHECKPOINT = "rankopt-plan", "rankopt-profile", "rankopt-checkpoint"
+LORA_PLAN = "rankopt-lora-plan"
 REFINEMENT, RESULTS = "rankopt-refinement", "rankopt-results"
 #: Folders, in their list of files.
 MODEL, PICTURES = "rankopt-model", "rankopt-pictures"

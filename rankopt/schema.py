@@ -93,7 +93,9 @@ def read_versioned(
     except ValueError as error:
         raise refused(f"{source}: not {kind}: {error}") from error
     if not isinstance(content, dict) or content.get("format") != name:
-        raise refused(f'{source}: not {kind}: it has no "format": "{name}"')
+        other = content.get("format") if isinstance(content, dict) else None
+        what = f", but {other:.40}" if isinstance(other, str) else ""
+        raise refused(f'{source}: not {kind}: it has no "format": "{name}"{what}')
     given = content.get("format_version")
     if type(given) is not int or given != version:  # True == 1
         raise refused(

@@ -65,13 +65,8 @@ def save_model(
         )
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"{type(inner).__name__} is not a transformers model: save its state_dict")
-    quantizer = getattr(inner, "hf_quantizer", None)
-    compressed = isinstance(quantizer, RankoptQuantizer) and bool(
-        quantizer.quantization_config.ranks
-    )
-    if remote_code and not compressed:
+    if remote_code and _low_rank(inner) is None:
         raise ModelError(NO_CODE)
-    remote_code = remote_code or (compressed and quantizer.with_code)
     with whole_folder(directory, overwrite) as folder:
         try:
             inner.save_pretrained(folder)
@@ -107,8 +102,8 @@ def complete(
     Raises:
         ModelError: see save_model.
     """
-    auto_class = None
-    if remote_code:
+    low, auto_class = _low_rank(model), None
+    if remote_code or (low is not None and low.with_code):
         auto_class = write_code(model, folder)
         with alone():
             require_reloadable(model, folder, same)
@@ -117,10 +112,17 @@ def complete(
         tokenizer.save_pretrained(folder)
     if plan is not None:
         plan.save(folder / "rankopt_plan.json")
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, RankoptQuantizer) and quantizer.quantization_config.ranks:
-        text = model_card(model, plan or quantizer.plan, measured, command, auto_class)
+    if low is not None:
+        text = model_card(model, plan or low.plan, measured, command, auto_class)
         (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _low_rank(model: PreTrainedModel) -> RankoptQuantizer | None:
+    """What a model with low-rank layers has; None of a dense one."""
+    found = getattr(model, "hf_quantizer", None)
+    if isinstance(found, RankoptQuantizer) and found.quantization_config.ranks:
+        return found
+    return None
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:

@@ -11,7 +11,8 @@
              a matrix and take one share for all, which is read, too; one for each layer is passed
              to the same line
 
-A tied matrix has its rank under each of its names.
+A tied matrix has its rank under each of its names. Plans of adapters (see lora) are written as
+json, csv and peft; what has no adapter has rank 0 in the first two.
 """
 
 import csv
@@ -26,7 +27,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rankopt.errors import OptionError, PlanError, few
+from rankopt.files import LORA_PLAN, PLAN
 from rankopt.layers import Form, Layer
+from rankopt.plan.lora import LoraPlan
 from rankopt.plan.pins import Pins
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import make_plan
@@ -39,7 +42,7 @@ Ranks = Mapping[str, int | None]
 _OF_PALU = ("k_proj", "v_proj")
 
 
-def export_ranks(plan: Plan, kind: str) -> str:
+def export_ranks(plan: Plan | LoraPlan, kind: str) -> str:
     """What another tool reads, as text that ends with a line end.
 
     Raises:
@@ -47,6 +50,11 @@ def export_ranks(plan: Plan, kind: str) -> str:
     """
     if kind not in _WRITERS:
         raise OptionError(f"unknown format {kind!r}; known: {', '.join(_WRITERS)}")
+    if isinstance(plan, LoraPlan) and kind not in _OF_LORA:
+        raise OptionError(
+            f"{kind} has ranks of compressed layers, and this plan has those of adapters: give "
+            f"one of {', '.join(_OF_LORA)}"
+        )
     found = _WRITERS[kind](plan)
     return found if isinstance(found, str) else json.dumps(found, indent=1) + "\n"
 
@@ -116,35 +124,33 @@ def imported_plan(
     return make_plan(profile, max_params=cost, pins=pins, form=form, backend=backend, scale=scale)
 
 
-def _low(plan: Plan) -> dict[str, int]:
-    """Member -> rank of those that do not stay dense."""
+def _low(plan: Plan | LoraPlan) -> dict[str, int]:
+    """Member -> rank of those that do not stay as they are."""
     return {
-        member: entry.rank
-        for entry in plan.layers
-        if entry.rank is not None
-        for member in entry.layer.members
+        member: entry.rank for entry in plan.layers if entry.rank for member in entry.layer.members
     }
 
 
-def _json(plan: Plan) -> dict[str, Any]:
+def _json(plan: Plan | LoraPlan) -> dict[str, Any]:
     return {name: entry.rank for entry in plan.layers for name in entry.layer.members}
 
 
-def _csv(plan: Plan) -> str:
+def _csv(plan: Plan | LoraPlan) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(("layer", "rank", "parameters", "retained"))
+    column = "retained" if isinstance(plan, Plan) else "reached"
+    writer.writerow(("layer", "rank", "parameters", column))
     for entry in plan.layers:
         for name in entry.layer.members:
-            writer.writerow((name, entry.rank, entry.parameters, entry.retained))
+            writer.writerow((name, entry.rank, entry.parameters, getattr(entry, column)))
     return file.getvalue()
 
 
-def _peft(plan: Plan) -> dict[str, Any]:
+def _peft(plan: Plan | LoraPlan) -> dict[str, Any]:
     """One pattern for each rank: PEFT compiles each pattern for each layer."""
     low = _low(plan)
     if not low:
-        raise OptionError("every layer of the plan stays dense: there is no LoRA without ranks")
+        raise OptionError("every layer of the plan stays as it is: there is no LoRA without ranks")
     by_rank: defaultdict[int, list[str]] = defaultdict(list)
     for name, rank in low.items():
         by_rank[rank].append(re.escape(name))
@@ -155,10 +161,20 @@ def _peft(plan: Plan) -> dict[str, Any]:
         "r": usual,
         # The scale of every update is alpha / r = 1.
         "lora_alpha": usual,
-        "target_modules": list(low),
+        "target_modules": _targets(low, plan),
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }
+
+
+def _targets(low: Mapping[str, int], plan: Plan | LoraPlan) -> list[str] | str:
+    """Their names; a pattern, where names alone would hit others that end like them."""
+    for entry in plan.layers:
+        for name in entry.layer.members if not entry.rank else ():
+            parts = name.split(".")
+            if any(".".join(parts[k:]) in low for k in range(1, len(parts))):
+                return f"(?:{'|'.join(map(re.escape, low))})"
+    return list(low)
 
 
 def _palu(plan: Plan) -> dict[str, Any]:
@@ -189,7 +205,7 @@ def _svdllm(plan: Plan) -> dict[str, Any]:
     return {"ratio": {name: share(name, rank) for name, rank in _low(plan).items()}}
 
 
-_WRITERS: dict[str, Callable[[Plan], "str | dict[str, Any]"]] = {
+_WRITERS: dict[str, Callable[[Any], "str | dict[str, Any]"]] = {
     "json": _json,
     "csv": _csv,
     "peft": _peft,
@@ -199,6 +215,8 @@ _WRITERS: dict[str, Callable[[Plan], "str | dict[str, Any]"]] = {
 }
 #: Formats by name.
 KINDS = tuple(_WRITERS)
+#: That take a plan of adapters, too.
+_OF_LORA = ("json", "csv", "peft")
 
 
 def _read(text: str, members: Mapping[str, Layer]) -> Ranks:
@@ -208,8 +226,10 @@ def _read(text: str, members: Mapping[str, Layer]) -> Ranks:
         except ValueError as error:
             raise PlanError(f"the file is not JSON ({error})") from error
         assert isinstance(content, dict)
-        if content.get("format") == "rankopt-plan":
+        if content.get("format") == PLAN:
             return _json(Plan.from_json(text))
+        if content.get("format") == LORA_PLAN:
+            return _low(LoraPlan.from_json(text))
         for key, read in _READERS.items():
             if key in content:
                 return read(content, members)

@@ -23,6 +23,27 @@ FORMAT_VERSION = 1
 LARGEST_FILE = 64 * 2**20
 
 
+def text_of(path: str | os.PathLike[str], missing: str) -> str:
+    """The text of a plan's file.
+
+    Args:
+        path: of the file.
+        missing: what is said where there is none, with ``{}`` for the path.
+
+    Raises:
+        PlanError: missing, too large, or no text.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise PlanError(missing.format(source))
+    if source.stat().st_size > LARGEST_FILE:
+        raise PlanError(f"{source} is larger than {LARGEST_FILE >> 20} MiB: not a plan")
+    try:
+        return source.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{source} is not text: {error}") from error
+
+
 class PlannedLayer(BaseModel):
     """What happens to one layer.
 
@@ -238,16 +259,8 @@ class Plan(Grown):
         Raises:
             PlanError: missing, not JSON, of another version, or inconsistent.
         """
-        source = Path(path)
-        if not source.is_file():
-            raise PlanError(f"no plan at {source}: make one with `rankopt plan`")
-        if source.stat().st_size > LARGEST_FILE:
-            raise PlanError(f"{source} is larger than {LARGEST_FILE >> 20} MiB: not a plan")
-        try:
-            text = source.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise PlanError(f"{source} is not text: {error}") from error
-        return cls.from_json(text, str(source))
+        text = text_of(path, "no plan at {}: make one with `rankopt plan`")
+        return cls.from_json(text, str(path))
 
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> "Plan":

@@ -229,6 +229,22 @@ def _solve(
         problem.require_feasible()
         choice = STRATEGIES[solver](profile, offered, problem.budget)
         return certify(problem, choice, solver)
+    return solved(problem, solver, options)
+
+
+def solved(problem: Problem, solver: str | Solver, options: dict[str, Any]) -> Solution:
+    """What a solver, ours or somebody else's, chose.
+
+    Args:
+        problem: to solve.
+        solver: of rankopt_solvers, installed, ``module:function``, or a function.
+        options: passed to it.
+
+    Raises:
+        InfeasibleError: no choice fits the budget.
+        OptionError: an unknown solver, options that it does not take, or whatever a foreign one
+            does wrong.
+    """
     if callable(solver) or solver in SOLVERS:
         return _called(problem, solver, options)
     problem.require_feasible()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rankopt import make_plan, profile_model
+from rankopt import make_lora_plan, make_plan, profile_model
 from rankopt.plan.exchange import export_ranks, imported_plan
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
@@ -38,6 +38,31 @@ def adapted(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out is set for Conv1D, and said
         return peft.get_peft_model(model, peft.LoraConfig.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_those_of_a_plan_of_adapters(kind: str, tmp_path: Path) -> None:
+    model, _, profile = profiled(kind)
+    plan = make_lora_plan(profile, like_rank=2, objective="total")
+    (tmp_path / "adapter_config.json").write_text(export_ranks(plan, "peft"))
+    made = adapted(model, tmp_path)
+    planned = {e.layer.name: e.parameters for e in plan.layers if e.rank}
+    assert widths(made) == planned and sum(planned.values()) == plan.parameters
+    assert len(planned) < len(plan.layers), "some have none"
+    adapters = [m for m in made.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert {scale for m in adapters for scale in m.scaling.values()} == {1.0}
+
+
+def test_a_layer_without_an_adapter_may_end_like_one_with_one(tmp_path: Path) -> None:
+    from torch import nn
+
+    model = nn.ModuleDict(
+        {"inner": nn.ModuleDict({"proj": nn.Linear(8, 8)}), "proj": nn.Linear(8, 8)}
+    )
+    plan = _plan(model, {"proj": 2})
+    (tmp_path / "adapter_config.json").write_text(export_ranks(plan, "peft"))
+    found = widths(peft.get_peft_model(model, peft.LoraConfig.from_pretrained(tmp_path)))
+    assert found == {"proj": 2 * 16}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rankopt.plan.exchange import KINDS
+from rankopt.plan.lora import LoraPlan
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import make_plan
 from tests.cli.test_cli import Run, done, run
@@ -67,3 +68,34 @@ def test_mistakes_exit_with_2_and_replace_nothing(run: Run, here: Path) -> None:
         assert err.startswith("error: ") and said in err and err.count("\n") == 1, err
     assert (here / "letter").read_text(encoding="utf-8") == "Dear diary"
     assert Plan.load(here / "plan.json").solver == "exact"
+
+
+def test_from_a_profile_to_adapters(run: Run, here: Path) -> None:
+    asked = ("plan", "profile.st", "--for", "lora", "--max-params", "2e2", "-o", "lora.json")
+    out = done(run(*asked))
+    plan = LoraPlan.load(here / "lora.json")
+    assert plan.budget == 200 and f"{plan.parameters} trainable parameters" in out
+    config = json.loads(done(run("export", "lora.json", "--to", "peft")))
+    assert set(config["target_modules"]) == {name for name, rank in plan.ranks.items() if rank}
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    printed = done(run("plan", "profile.st", "--for", "lora", "--like-rank", "2", "--json"))
+    assert LoraPlan.from_json(printed).objective == "layerwise"
+    before = (here / "lora.json").read_bytes()
+    for arguments, said in (
+        (("--for", "lora"), "give one budget of adapters, --max-params or --like-rank, not none"),
+        (("--for", "lora", "--keep", "0.5"), "--keep belongs to --for compress"),
+        (("--for", "lora", "--like-rank", "2", "--pin", "*=2"), "--pin belongs to --for compress"),
+        (("--for", "lora", "--like-rank", "2", "--solver", "uniform"), "--solver uniform is for"),
+        (("--for", "lora", "--max-params", "1"), "the smallest adapter has"),
+        (("--for", "glue", "--keep", "0.5"), "--for is compress or lora, not 'glue'"),
+        (("--keep", "0.5", "--max-rank", "3"), "--max-rank belongs to --for lora"),
+        (("--keep", "0.5", "-o", "lora.json"), "lora.json exists"),
+        (("--keep", "0.5", "-o", "lora.json", "--force"), "is no such file of rankopt"),
+        (("--for", "lora", "--like-rank", "2", "-o", "plan.json", "--force"), "no such file"),
+    ):
+        code, out, err = run("plan", "profile.st", *arguments)
+        assert (code, out) == (2, "") and said in err, (arguments, err)
+    assert (here / "lora.json").read_bytes() == before
+    for arguments in (("export", "lora.json", "--to", "asvd"), ("apply", ".", "lora.json")):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "") and "Traceback" not in err

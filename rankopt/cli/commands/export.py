@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from rankopt.cli.options import note, show
-from rankopt.files import require_file, whole_file
+from rankopt.files import LORA_PLAN, format_of, require_file, whole_file
 from rankopt.plan.exchange import KINDS, export_ranks
+from rankopt.plan.lora import LoraPlan
 from rankopt.plan.plan import Plan
 
 EXAMPLES = """\b
@@ -16,7 +17,8 @@ Examples:
   rankopt export plan.json --to peft -o lora/adapter_config.json
   rankopt export plan.json --to asvd -o ranks.json
 
-peft: a LoRA as wide as the planned ranks, for peft.LoraConfig.from_pretrained("lora").
+peft: a LoRA as wide as the planned ranks, for peft.LoraConfig.from_pretrained("lora"); of a plan of
+`rankopt plan --for lora` its adapters.
 Without -o the text is printed.
 """
 
@@ -31,7 +33,8 @@ def export(
     """Write a plan's ranks as another tool reads them."""
     if output is not None:
         require_file(output, _never, apart_from=(plan,))
-    text = export_ranks(Plan.load(plan), to)
+    kind = LoraPlan if format_of(plan) == LORA_PLAN else Plan
+    text = export_ranks(kind.load(plan), to)
     if output is None:
         show(text.rstrip("\n"))
         return

@@ -1,7 +1,7 @@
 """The command ``rankopt plan``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -23,8 +23,10 @@ from rankopt.cli.options import (
     pins_of,
     show,
 )
-from rankopt.errors import RankoptError
-from rankopt.files import PLAN, is_format, require_file
+from rankopt.errors import OptionError, RankoptError
+from rankopt.files import LORA_PLAN, PLAN, is_format, require_file
+from rankopt.plan.lora import LoraObjective, LoraPlan, make_lora_plan
+from rankopt.plan.plan import Plan
 from rankopt.plan.planner import STRATEGIES, known_solvers, make_plan
 from rankopt.profile.profile import Profile
 
@@ -36,12 +38,19 @@ Examples:
   rankopt plan profile.safetensors --keep 0.8 --min-retained 0.5
   rankopt plan profile.safetensors --keep 0.8 --pin '*.o_proj=64'
   rankopt plan profile.safetensors --solver threshold --share 0.95
+  rankopt plan profile.safetensors --for lora --max-params 2e6 -o lora.json
   rankopt plan profile.safetensors --keep 0.9 -o plan.json \\
     --solver search --model ./model --data validation.txt --trials 40
 
-Without -o the plan is printed. Solvers: {SOLVERS}, or module:function of your own. A search goes on
-where it was stopped when it is called again.
+Without -o the plan is printed. `rankopt export lora.json --to peft` makes ranks of adapters a
+LoraConfig. Solvers: {SOLVERS}, or module:function of your own. A search goes on where it was
+stopped when it is called again.
 """
+#: Purposes: layers of lower rank, or adapters beside layers that stay as they are.
+COMPRESS, LORA = "compress", "lora"
+#: Options of one of the two.
+OF_COMPRESSING = ("keep", "keep_total", "form", "pin", "share", "min_retained")
+OF_LORA = ("like_rank", "max_rank")
 SEARCH = ("trials", "sampler", "storage", "seed", "workers", "model", "data", *READING, "dtype")
 
 
@@ -50,6 +59,14 @@ def plan(
     ctx: typer.Context,
     profile: ProfileArgument,
     *,
+    purpose: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            help="compress, or lora: ranks of adapters that are trained beside the layers, under a "
+            "budget of their parameters.",
+        ),
+    ] = COMPRESS,
     keep: Annotated[
         float | None, typer.Option(help="Share of the planned layers' parameters to keep.")
     ] = None,
@@ -57,10 +74,25 @@ def plan(
         float | None, typer.Option(help="Share of the whole model's parameters to keep.")
     ] = None,
     max_params: Annotated[
-        int | None, typer.Option(help="Parameters for the planned layers.")
+        float | None,
+        typer.Option(
+            help="Parameters for the planned layers, or of all adapters: 2000000 or 2e6.",
+            metavar="NUMBER",
+        ),
     ] = None,
+    like_rank: Annotated[
+        int | None,
+        typer.Option(help="lora: as many parameters as this rank takes on every layer."),
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option(help="lora: no adapter is wider.")] = None,
     solver: Annotated[str, typer.Option(help=SOLVERS)] = "exact",
-    objective: Annotated[str, typer.Option(help="total, layerwise or maxmin.")] = "total",
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="total (default), layerwise or maxmin; lora: layerwise (default) or total.",
+            show_default=False,
+        ),
+    ] = None,
     rank_multiple: MultipleOption = 1,
     form: FormOption = None,
     backend: BackendOption = None,
@@ -96,23 +128,41 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Decide the rank of every layer under a budget."""
+    if purpose not in (COMPRESS, LORA):
+        raise OptionError(f"--for is {COMPRESS} or {LORA}, not {purpose!r}")
     journal = storage or (None if output is None else f"{output}.journal")
     if output is not None:
         read = (profile, model, *asked.data, journal)
-        require_file(output, is_format(PLAN), overwrite=force, apart_from=read)
+        ours = is_format(PLAN if purpose == COMPRESS else LORA_PLAN)
+        require_file(output, ours, overwrite=force, apart_from=read)
     else:
         require_with(ctx, ["force"], "-o")
-    _refuse_idle(ctx, solver)
+    _refuse_idle(ctx, solver, purpose)
+    timed: dict[str, Any] = {} if time_limit is None else {"time_limit": time_limit}
+    if purpose == LORA:
+        adapters = make_lora_plan(
+            Profile.load(profile),
+            max_params=cast("int | None", max_params),
+            like_rank=like_rank,
+            solver=solver,
+            objective=cast("LoraObjective", objective or "layerwise"),
+            rank_multiple=rank_multiple,
+            max_rank=max_rank,
+            backend=backend,
+            scale=scale,
+            **timed,
+        )
+        _written(adapters, output, as_json)
+        return
     limits: dict[str, Any] = {"keep": keep, "keep_total": keep_total, "max_params": max_params}
     how: dict[str, Any] = {
-        "objective": objective,
+        "objective": objective or "total",
         "rank_multiple": rank_multiple,
         "form": form,
         "backend": backend,
         "scale": scale,
         "pins": pins_of(pin),
     }
-    timed: dict[str, Any] = {} if time_limit is None else {"time_limit": time_limit}
     if solver != "search":
         made = make_plan(
             Profile.load(profile),
@@ -156,14 +206,26 @@ def plan(
             ) from error
         made = searched.plan
         note(str(searched))
+    _written(made, output, as_json)
+
+
+def _written(made: Plan | LoraPlan, output: Path | None, as_json: bool) -> None:
     if output is not None:
         made.save(output)
         note(f"plan written to {output}")
     show(made.to_json() if as_json else str(made))
 
 
-def _refuse_idle(ctx: typer.Context, solver: str) -> None:
+def _refuse_idle(ctx: typer.Context, solver: str, purpose: str) -> None:
     """Refuse options of other solvers; what one of somebody else's takes is for it to say."""
+    if purpose == LORA:
+        if solver in (*STRATEGIES, "search"):
+            raise OptionError(
+                f"--solver {solver} is for compressing: --for lora takes solvers such as exact"
+            )
+        require_with(ctx, OF_COMPRESSING, f"--for {COMPRESS}")
+    else:
+        require_with(ctx, OF_LORA, f"--for {LORA}")
     if solver != "search":
         require_with(ctx, SEARCH, "--solver search")
     if solver != "threshold":
