@@ -33,7 +33,7 @@ from glue import Task, batches_of, rows_of  # noqa: E402 (beside the folders of 
 from resumable import measure_rows  # noqa: E402
 
 LEARNING_RATE = 3e-3
-BATCH = 16
+BATCH = 8
 STRATEGIES = ("uniform", "layerwise", "total", "eva")
 SST2 = Task("sst2", "sentence", None, epochs=1, training=6400)
 
@@ -87,7 +87,7 @@ class Bench:
         rows = rows_of(task, data, "train")
         self.training = batches_of(task, rows, tokenizer, BATCH)
         self.calibration = batches_of(task, rows, tokenizer, BATCH, size.calibration)
-        self.dev = batches_of(task, rows_of(task, data, "dev"), tokenizer, 2 * BATCH)
+        self.dev = batches_of(task, rows_of(task, data, "dev"), tokenizer, 4 * BATCH)
 
     def model(self, seed: int) -> Any:
         """The pretrained model with a new head."""
