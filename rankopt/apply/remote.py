@@ -2,9 +2,10 @@
 
 transformers runs code of a folder if it is asked to (``trust_remote_code=True``): ``auto_map`` in
 the config names a class of a module of the folder for each auto class. That module is a copy of
-``standalone``, with an empty subclass of the model's class and of its base. Subclasses have the
-names of their bases, which files and configs go by. Where rankopt is imported, its own quantizer
-does the work, with or without the folder's code.
+``standalone``, with an empty subclass of the model's class, of its base, and of its config's: tools
+that read the config first, and what it says of quantisation, have then run the module. Subclasses
+have the names of their bases, which files and configs go by. Where rankopt is imported, its own
+quantizer does the work, with or without the folder's code.
 """
 
 import inspect
@@ -25,7 +26,7 @@ MODULE = "modeling_rankopt"
 _CLASS = '''
 
 class {name}(transformers.{name}):
-    """With low-rank layers, which the config names."""
+    """Of a model with low-rank layers, which its config names."""
 '''
 
 
@@ -66,7 +67,9 @@ def write_code(model: "PreTrainedModel", folder: Path) -> str:
             f"{name} is no class of transformers, so that its own code would be needed beside that "
             "of the low-rank layers: save it without remote code, and import rankopt to load it"
         )
-    classes = _auto_classes(model.config, dense)
+    # That of a model which was loaded by such code is a subclass.
+    known = next(x for x in type(model.config).__mro__ if x.__module__.startswith("transformers."))
+    classes = _auto_classes(known, dense)
     if not classes:
         raise ModelError(
             f"no auto class of transformers loads {name}, and only those run code of a folder: "
@@ -75,26 +78,27 @@ def write_code(model: "PreTrainedModel", folder: Path) -> str:
     from rankopt.apply import standalone
 
     text = inspect.getsource(standalone)
-    text += "".join(_CLASS.format(name=each) for each in sorted(set(classes.values())))
+    found = {"AutoConfig": known.__name__, **classes}
+    text += "".join(_CLASS.format(name=each) for each in sorted(set(found.values())))
     (folder / f"{MODULE}.py").write_text(text, encoding="utf-8")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["auto_map"] = {auto: f"{MODULE}.{name}" for auto, name in classes.items()}
+    config["auto_map"] = {auto: f"{MODULE}.{each}" for auto, each in found.items()}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     # Of a task rather than of all (pre-training), and the model rather than its base.
     return max(classes, key=lambda auto: (classes[auto] == name, "PreTraining" not in auto))
 
 
-def _auto_classes(config: Any, dense: type) -> dict[str, str]:
+def _auto_classes(config: type, dense: type) -> dict[str, str]:
     """Auto class -> class that it is to load: the model's own, and its base for AutoModel."""
     from transformers.models.auto import modeling_auto
 
     found: dict[str, str] = {}
     for auto, each in vars(modeling_auto).items():
         mapping = getattr(each, "_model_mapping", None)
-        if not auto.startswith("AutoModel") or mapping is None or type(config) not in mapping:
+        if not auto.startswith("AutoModel") or mapping is None or config not in mapping:
             continue
-        kinds = mapping[type(config)]
+        kinds = mapping[config]
         for kind in kinds if isinstance(kinds, tuple) else (kinds,):
             if kind is dense or (auto == "AutoModel" and issubclass(dense, _family_of(kind))):
                 found[auto] = kind.__name__

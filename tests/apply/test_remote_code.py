@@ -67,6 +67,7 @@ except ImportError:
 else:
     raise SystemExit("rankopt is there")
 import torch, transformers
+from transformers.quantizers import AutoQuantizationConfig
 from safetensors.torch import load_file, save_file
 
 for argument in sys.argv[1:]:
@@ -81,6 +82,9 @@ for argument in sys.argv[1:]:
             assert "ignore_mismatched_sizes" in str(error)
         else:
             raise SystemExit("without the code it loads as something else")
+    # As lm-evaluation-harness does, before it loads anything.
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    AutoQuantizationConfig.from_dict(config.quantization_config)
 
     def outputs(where):
         model, report = kind.from_pretrained(
@@ -144,6 +148,7 @@ def test_the_config_names_the_code_and_the_card_says_so(tmp_path: Path) -> None:
     folder = save(compressed("bert-classification"), tmp_path / "model")
     named = json.loads((folder / "config.json").read_text())["auto_map"]
     assert named == {
+        "AutoConfig": f"{MODULE}.BertConfig",
         "AutoModel": f"{MODULE}.BertModel",
         "AutoModelForSequenceClassification": f"{MODULE}.BertForSequenceClassification",
     }

@@ -49,5 +49,5 @@ def test_every_example_can_be_copied(
 def test_help_in_a_terminal(tmp_path: Path) -> None:
     code, written = in_terminal(80, tmp_path, "plan", "--help")
     assert code == 0
-    assert len(examples(written)) == 6
+    assert len(examples(written)) == 7
     assert all(len(line) <= 80 for line in ESCAPES.sub("", written).splitlines())

@@ -22,9 +22,10 @@ from rankopt.profile.profile import Profile
 EXAMPLES = """\b
 Examples:
   rankopt apply ./model plan.json --profile profile.safetensors -o ./smaller
-  rankopt apply ./model plan.json --profile profile.safetensors -o ./smaller --remote-code
+  rankopt apply ./model plan.json --profile profile.safetensors \\
+    -o ./smaller --remote-code
 
-Load the result with transformers, after `import rankopt`; with --remote-code also without it.
+Load the result with transformers, after `import rankopt`; or, with --remote-code, without.
 """
 
 
