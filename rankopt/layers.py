@@ -106,6 +106,11 @@ class Layer(BaseModel):
         sides = self.out_features + self.in_features - (ranks if form == "pivoted" else 0)
         return np.where(ranks == DENSE, self.dense_cost, len(self.members) * ranks * sides)
 
+    def flops(self, ranks: IntArray, form: Form = "pairs") -> IntArray:
+        """Of a product with one vector, for all members together; an addition counts, too."""
+        dense = len(self.members) * self.dense_cost
+        return 2 * np.where(ranks == DENSE, dense, self.costs(ranks, form))
+
     def ranks(self, multiple: int = 1, form: Form = "pairs") -> IntArray:
         """The ranks on offer: multiples up to the largest rank that saves, then DENSE."""
         low = np.arange(multiple, self.largest_rank(form) + 1, multiple, dtype=np.int64)

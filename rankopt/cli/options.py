@@ -2,7 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -87,6 +90,58 @@ def pins_of(given: Sequence[str] | None) -> "dict[str, int | Literal['dense']]":
         found.pop(pattern, None)  # the last decides, wherever the first stood
         found[pattern] = "dense" if rank == "dense" else int(rank)
     return found
+
+
+#: Names of multiples; of bytes there are binary ones, too.
+_MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BYTES = {
+    f"{prefix}{binary}B": (1024 if binary else 1000) ** power
+    for power, prefix in enumerate("kMGT", 1)
+    for binary in ("", "i")
+} | {"": 1, "B": 1}
+_TIMES = {"": 1, "us": 1, "ms": 10**3, "s": 10**6}
+
+
+def bytes_of(text: str | None) -> int | None:
+    """``--max-bytes``: 1500, 200MB, 1.5GiB.
+
+    Raises:
+        OptionError: no such number of bytes.
+    """
+    return None if text is None else _number("--max-bytes", text, _BYTES)
+
+
+def flops_of(text: str | None) -> int | None:
+    """``--max-flops``: 85000, 1.5G.
+
+    Raises:
+        OptionError: no such number.
+    """
+    return None if text is None else _number("--max-flops", text, _MULTIPLES)
+
+
+def microseconds_of(text: str | None) -> float | None:
+    """``--max-latency``: 850, 1.2ms.
+
+    Raises:
+        OptionError: no such time.
+    """
+    return None if text is None else float(_fraction("--max-latency", text, _TIMES))
+
+
+def _number(option: str, text: str, units: Mapping[str, int]) -> int:
+    """Rounded down."""
+    return math.floor(_fraction(option, text, units))
+
+
+def _fraction(option: str, text: str, units: Mapping[str, int]) -> Fraction:
+    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+]?[0-9]{1,2})?) ?([A-Za-z]*)", text)
+    # Small and large letters are told apart for nobody's sake: KB and kB are the same.
+    known = {name.lower(): number for name, number in units.items()}
+    if found is None or found[2].lower() not in known or len(text) > 40:
+        named = ", ".join(name for name in units if name)
+        raise OptionError(f"{option} takes a number, or one with {named}; not {text!r}")
+    return Fraction(found[1].replace("_", "")) * known[found[2].lower()]
 
 
 def floor_of(text: str | None) -> "float | Literal['best'] | None":

@@ -23,11 +23,12 @@ from rankopt.evaluation.plans import PlanEvaluator
 from rankopt.layers import Form
 from rankopt.model.tasks import Batch
 from rankopt.plan.allocation import Objective, allocation
+from rankopt.plan.assemble import plan_of
 from rankopt.plan.budget import find_budget
 from rankopt.plan.compare import Strategy
 from rankopt.plan.pins import Pins, pinned
 from rankopt.plan.plan import Plan
-from rankopt.plan.planner import choose, plan_of
+from rankopt.plan.planner import choose
 from rankopt.profile.profile import Profile
 from rankopt.progress import bar
 from rankopt_solvers import certify

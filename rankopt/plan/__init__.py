@@ -1,6 +1,8 @@
 """The plan: from a profile and a budget to the rank of every layer, without torch."""
 
 from rankopt.plan.budget import Budget as Budget
+from rankopt.plan.budget import Limit as Limit
+from rankopt.plan.latency import LatencyTable as LatencyTable
 from rankopt.plan.plan import FORMAT_VERSION as FORMAT_VERSION
 from rankopt.plan.plan import LARGEST_FILE as LARGEST_FILE
 from rankopt.plan.plan import Certificate as Certificate

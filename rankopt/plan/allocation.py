@@ -90,27 +90,30 @@ class Allocation:
             for layer, lost in zip(self.layers, self.lost_shares, strict=True)
         )
 
-    def with_floor(self, budget: int, share: float | None) -> "Allocation":
+    def with_floor(self, problem: Problem, share: float | None) -> "Allocation":
         """The options that retain a share of their layer's Fisher information.
 
         Args:
-            budget: of parameters.
+            problem: of these options, with one budget.
             share: None is the largest share that the budget allows to all layers.
 
         Raises:
             InfeasibleError: the budget does not reach the cheapest options.
         """
         level = None if share is None else 1.0 - share
-        _, options, level = within_level(self.problem(budget), level, self.free_shares)
+        _, options, level = within_level(problem, level, self.free_shares)
+        return dataclasses.replace(self.restricted(options), min_retained=1.0 - level)
+
+    def restricted(self, kept: Sequence[IntArray]) -> "Allocation":
+        """With some of the options: for each layer their places, at least one."""
         return dataclasses.replace(
             self,
-            ranks=tuple(ranks[k] for ranks, k in zip(self.ranks, options, strict=True)),
+            ranks=tuple(ranks[k] for ranks, k in zip(self.ranks, kept, strict=True)),
             groups=tuple(
                 Group(group.name, group.cost[k], group.loss[k])
-                for group, k in zip(self.groups, options, strict=True)
+                for group, k in zip(self.groups, kept, strict=True)
             ),
-            lost_shares=tuple(lost[k] for lost, k in zip(self.lost_shares, options, strict=True)),
-            min_retained=1.0 - level,
+            lost_shares=tuple(lost[k] for lost, k in zip(self.lost_shares, kept, strict=True)),
         )
 
     def retained_total(self, choice: Sequence[int]) -> float:

@@ -3,41 +3,94 @@
 What is planned are the weights of the planned layers; embeddings, heads, norms and biases stay.
 ``keep`` is a share of the planned layers' weights, ``keep_total`` of the whole model's parameters
 (so what stays must be paid for first), ``max_params`` a number of parameters for the planned
-layers.
+layers. Beside these, or in their place, there may be limits of other costs of the planned layers
+(see limits).
 """
 
 import math
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rankopt.errors import BudgetError, RankoptError
 from rankopt.profile.info import ProfileInfo
-from rankopt.schema import STRICT, Count
+from rankopt.schema import STRICT, Count, Loss
 
 BudgetKind = Literal["keep", "keep_total", "max_params"]
+LimitKind = Literal["max_bytes", "max_flops", "max_latency"]
+NO_BUDGET = "a budget is needed: keep, keep_total, max_params, max_bytes, max_flops or max_latency"
 
 
 class Budget(BaseModel):
     """The budget.
 
     Attributes:
-        kind: ``keep``, ``keep_total``, ``max_params``; or ``share``, a threshold without a budget.
+        kind: ``keep``, ``keep_total``, ``max_params``; ``share``, a threshold without a budget; or
+            of the plan's first limit, if there is no budget of parameters.
         asked: the number given.
-        parameters: what it allows the planned layers.
+        parameters: what it allows the planned layers; all of them, if it is of something else.
     """
 
     # The title is part of the published schema.
     model_config = ConfigDict(**STRICT, title="AskedBudget")
 
-    kind: BudgetKind | Literal["share"]
+    kind: BudgetKind | LimitKind | Literal["share"]
     asked: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     parameters: Count
 
     def __str__(self) -> str:
         return f"{self.kind}={self.asked:.15g}"
+
+    @property
+    def of_parameters(self) -> bool:
+        """Whether it is one."""
+        return self.kind not in get_args(LimitKind)
+
+
+class Limit(BaseModel):
+    """A budget of something else than parameters; all counts are of the planned layers.
+
+    Attributes:
+        kind: ``max_bytes``, ``max_flops``, or ``max_latency``.
+        asked: the number given: bytes, FLOPs for a token, microseconds.
+        allowed: the same as a whole number; of nanoseconds, if it is a latency.
+        spent: what the plan takes of it.
+        dense: what the dense layers take.
+        price: what one more of it would save, in the certificate's unit; null where the objective
+            has no such price.
+        table: sha256 of the rows of the table of latencies.
+    """
+
+    model_config = STRICT
+
+    kind: LimitKind
+    asked: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    allowed: Count
+    spent: Count
+    dense: Count
+    price: Loss | None = None
+    table: str | None = None
+
+    @model_validator(mode="after")
+    def _kept(self) -> "Limit":
+        if self.spent > self.allowed:
+            raise ValueError(f"{self.kind}: {self.spent} is spent, {self.allowed} is allowed")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.asked:.15g}"
+
+    @property
+    def text(self) -> str:
+        """Spent, allowed and dense."""
+        unit = {"max_bytes": "bytes", "max_flops": "FLOPs per token"}.get(self.kind, "microseconds")
+        spent, allowed, dense = (
+            f"{count / 1000:,.3f}" if self.kind == "max_latency" else f"{count:,}"
+            for count in (self.spent, self.allowed, self.dense)
+        )
+        return f"{spent} {unit}, budget {allowed} (dense {dense})"
 
 
 def find_budget(

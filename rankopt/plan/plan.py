@@ -10,15 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from rankopt.errors import PlanError, printable
 from rankopt.files import PLAN, is_format, whole_file
-from rankopt.layers import Form, Layer
-from rankopt.plan.budget import Budget
+from rankopt.layers import DENSE, Form, Layer
+from rankopt.plan.budget import Budget, Limit, LimitKind
 from rankopt.schema import STRICT, Count, Grown, Loss, Number, Share, read_versioned
 
 FORMAT_VERSION = 1
+_TITLES = {"max_bytes": "bytes", "max_flops": "FLOPs", "max_latency": "latency"}
+#: A thousand units of each limit.
+_PRICED = {"max_bytes": "1,000 bytes", "max_flops": "1,000 FLOPs", "max_latency": "1 microsecond"}
 #: No honest plan is larger; a larger file is not read.
 LARGEST_FILE = 64 * 2**20
 
@@ -44,7 +48,7 @@ def text_of(path: str | os.PathLike[str], missing: str) -> str:
         raise PlanError(f"{source} is not text: {error}") from error
 
 
-class PlannedLayer(BaseModel):
+class PlannedLayer(Grown):
     """What happens to one layer.
 
     Attributes:
@@ -55,15 +59,26 @@ class PlannedLayer(BaseModel):
         margin: how sure the rank is: what the layer's next-best rank would lose more, at the
             certificate's price of a parameter and in its unit. Near 0, or below it, another rank
             does as well. Null where there is no other rank or no price.
+        nanoseconds: what it takes by the table of latencies, if there is one.
     """
 
     model_config = STRICT
+    later: ClassVar[tuple[str, ...]] = ("nanoseconds",)
 
     layer: Layer
     rank: Annotated[int, Field(ge=1)] | None
     parameters: Count
     retained: Share
     margin: Number | None = None
+    nanoseconds: Count | None = None
+
+    def spent(self, kind: LimitKind, form: Form) -> int:
+        """What it takes of a limit."""
+        if kind == "max_bytes":
+            return self.parameters * self.layer.itemsize
+        if kind == "max_flops":
+            return int(self.layer.flops(np.array(DENSE if self.rank is None else self.rank), form))
+        return self.nanoseconds or 0
 
     def require_counted(self, form: Form, place: str) -> None:
         """Check rank and parameters against the layer; ``place`` is named in errors.
@@ -95,7 +110,7 @@ class Certificate(BaseModel):
         status: ``optimal``, ``feasible`` or ``time_limit``.
         unit: of loss and bound.
         multiplier: what one more parameter in the budget would save, in that unit; null where
-            the objective has no such price.
+            the objective has no such price, or the budget is of something else.
     """
 
     model_config = STRICT
@@ -169,6 +184,7 @@ class Plan(Grown):
             are not pinned.
         pinned: names of the layers whose rank was given, not chosen.
         budget: what was asked.
+        limits: budgets of something else than parameters, and what is spent of them.
         certificate: how good the choice provably is.
         retained_total: share of the Fisher information of all layers together.
         retained_worst: the smallest retained share of a layer.
@@ -183,7 +199,7 @@ class Plan(Grown):
     """
 
     model_config = STRICT
-    later: ClassVar[tuple[str, ...]] = ("form", "predicted", "pinned")
+    later: ClassVar[tuple[str, ...]] = ("form", "predicted", "pinned", "limits")
 
     format: Literal["rankopt-plan"] = "rankopt-plan"
     format_version: Literal[1] = 1
@@ -197,6 +213,7 @@ class Plan(Grown):
     min_retained: Share | None = None
     pinned: tuple[str, ...] = ()
     budget: Budget
+    limits: tuple[Limit, ...] = ()
     certificate: Certificate
     retained_total: Share
     retained_worst: Share
@@ -226,6 +243,7 @@ class Plan(Grown):
         self.size.require_sums(self.layers)
         if spent > self.budget.parameters:
             raise ValueError(f"the layers have {spent} parameters, over the budget")
+        self._require_limits()
         for entry in self.layers:
             if entry.rank is not None and entry.rank % self.rank_multiple:
                 raise ValueError(f"layer {entry.layer.name}: rank is not a multiple as claimed")
@@ -233,6 +251,25 @@ class Plan(Grown):
             if floor is not None and entry.retained < floor - 1e-9:
                 raise ValueError(f"layer {entry.layer.name}: retains less than min_retained")
         return self
+
+    def _require_limits(self) -> None:
+        kinds = [limit.kind for limit in self.limits]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError("a limit is stated twice")
+        if not self.budget.of_parameters and self.budget.kind not in kinds:
+            raise ValueError(f"the budget is one of {self.budget.kind}, which no limit states")
+        if ("max_latency" in kinds) == any(entry.nanoseconds is None for entry in self.layers):
+            raise ValueError("every layer has nanoseconds under max_latency, and none without")
+        for limit in self.limits:
+            spent = sum(entry.spent(limit.kind, self.form) for entry in self.layers)
+            if spent != limit.spent:
+                raise ValueError(f"by its layers {limit.kind} is {spent}, not {limit.spent}")
+
+    @property
+    def asked(self) -> str:
+        """All budgets, as they were given."""
+        of_limits = [str(limit) for limit in self.limits]
+        return ", ".join(dict.fromkeys([str(self.budget), *of_limits]))
 
     @property
     def ranks(self) -> dict[str, int | None]:
@@ -279,6 +316,11 @@ class Plan(Grown):
                 f"  price           1,000 more parameters would save {1000 * proof.multiplier:.3g}"
                 f"{doubt}"
             ]
+        for limit in self.limits:
+            if limit.price is not None:
+                per = _PRICED[limit.kind]
+                price.append(f"  price           {per} more would save {1000 * limit.price:.3g}")
+        allowed = f"; budget {self.budget.parameters:,}" if self.budget.of_parameters else ""
         predicted = []
         if self.predicted is not None:
             predicted = [
@@ -288,7 +330,8 @@ class Plan(Grown):
             f"{self.solver} plan, objective {self.objective}, backend {self.backend}, "
             f"form {self.form}",
             f"  planned layers  {size.planned:,} of {size.planned_dense:,} parameters "
-            f"({size.planned / size.planned_dense:.4%}; budget {self.budget.parameters:,})",
+            f"({size.planned / size.planned_dense:.4%}{allowed})",
+            *(f"  {_TITLES[limit.kind]:<16}{limit.text}" for limit in self.limits),
             f"  whole model     {size.model:,} of {size.model_dense:,} parameters "
             f"({size.model / size.model_dense:.2%}), "
             f"{size.model_bytes / 2**20:,.1f} of {size.model_bytes_dense / 2**20:,.1f} MiB",

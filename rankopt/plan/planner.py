@@ -1,27 +1,36 @@
 """From a profile to a plan, without torch."""
 
 import contextlib
-import math
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from rankopt._version import __version__
 from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError, RankoptError
 from rankopt.layers import Form
 from rankopt.plan import heuristics
 from rankopt.plan.allocation import Allocation, Objective, allocation
-from rankopt.plan.budget import Budget, at_least, find_budget
+from rankopt.plan.assemble import plan_of
+from rankopt.plan.budget import NO_BUDGET, Budget, at_least, find_budget
+from rankopt.plan.latency import LatencyTable
+from rankopt.plan.limits import (
+    Cost,
+    find_limits,
+    infeasible,
+    problem_under,
+    reached,
+)
 from rankopt.plan.pins import Pins, pinned
-from rankopt.plan.plan import Certificate, Plan, PlannedLayer, Size
+from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 from rankopt_solvers import (
     SOLVERS,
     InfeasibleError,
+    NoChoiceFoundError,
     Problem,
     Solution,
     certify,
-    margins,
     solve,
 )
 from rankopt_solvers.registry import (
@@ -56,6 +65,10 @@ def make_plan(
     keep: float | None = None,
     keep_total: float | None = None,
     max_params: int | None = None,
+    max_bytes: int | None = None,
+    max_flops: int | None = None,
+    max_latency: float | None = None,
+    latency_table: LatencyTable | str | os.PathLike[str] | None = None,
     solver: str | Solver = "exact",
     objective: Objective = "total",
     rank_multiple: int = 1,
@@ -69,13 +82,22 @@ def make_plan(
 ) -> Plan:
     """Decide the rank of every layer.
 
+    There may be one budget of parameters and one each of bytes, FLOPs and latency: ranks meet all.
+
     Args:
         profile: what every rank loses.
         keep: budget as a share of the planned layers' parameters.
         keep_total: budget as a share of the whole model's parameters.
         max_params: budget as a number of parameters for the planned layers.
+        max_bytes: of the planned layers' weights, in the dtype that they were profiled in.
+        max_flops: of a product with each planned layer, for one token; an addition counts, too.
+        max_latency: of one call of each planned layer, in microseconds.
+        latency_table: what they take at some ranks, or the file that says it; see
+            ``rankopt.LatencyTable``. Ranks above those it lists are not on offer.
         solver: ``uniform``, ``proportional``, ``threshold``; ``exact``, ``greedy``, ``density``,
-            ``knapsack``, or any other solver that rankopt_solvers.solve takes.
+            ``knapsack``, or any other solver that rankopt_solvers.solve takes. Under several
+            budgets ``exact`` leaves to ``knapsack`` what is not solved by one of them; those that
+            take one budget refuse more, and the first three take one of parameters.
         objective: ``total``, ``layerwise`` or ``maxmin`` retained Fisher information. The first
             three strategies do not use it; it is what their bound and gap refer to.
         rank_multiple: offer only multiples of it (and dense).
@@ -92,17 +114,23 @@ def make_plan(
         options: passed to the solver, ``time_limit`` for ``exact`` and ``knapsack``.
 
     Raises:
-        BudgetError: no or two budgets, or a share or min_retained out of range.
+        BudgetError: no budget, two of parameters, or a share or min_retained out of range.
         InfeasibleBudgetError: no ranks fit; names the smallest reachable budget.
+        DataError: the table of latencies is none, or lacks a layer.
         OptionError: an unknown solver, objective, scale or form, an option that the solver does not
             take, a form that the profile does not reach, no layer with a rank that is a multiple,
             or a pin that names no layer or no rank on offer.
         ProfileError: the profile lacks the backend.
     """
     budget = find_budget(profile.info, keep, keep_total, max_params)
+    limits = find_limits(max_bytes, max_flops, max_latency, latency_table)
+    if budget is None and limits:
+        first, everything = limits[0], profile.info.planned_parameters
+        budget = Budget(kind=first.kind, asked=first.asked, parameters=everything)
     offered, solution = choose(
         profile,
         budget,
+        limits=limits,
         solver=solver,
         objective=objective,
         rank_multiple=rank_multiple,
@@ -117,13 +145,14 @@ def make_plan(
     if budget is None:
         assert share is not None
         budget = Budget(kind="share", asked=share, parameters=solution.cost)
-    return plan_of(profile, offered, solution, budget)
+    return plan_of(profile, offered, solution, budget, limits)
 
 
 def choose(
     profile: Profile,
     budget: Budget | None,
     *,
+    limits: Sequence[Cost] = (),
     solver: str | Solver = "exact",
     objective: Objective = "total",
     rank_multiple: int = 1,
@@ -139,7 +168,8 @@ def choose(
 
     Args:
         profile: what every rank loses.
-        budget: of parameters; ``share`` needs none.
+        budget: ``share`` needs none.
+        limits: beside it, or what it is of.
         solver: see make_plan, as all that follow.
         objective: see make_plan.
         rank_multiple: see make_plan.
@@ -155,8 +185,9 @@ def choose(
         RankoptError: see make_plan.
     """
     _require_solver(solver, share)
+    _require_one_budget(solver, objective, min_retained, budget, limits)
     offered = allocation(profile, backend, scale, objective, rank_multiple, form)
-    offered = pinned(offered, pins or {})
+    offered = reached(pinned(offered, pins or {}), limits)
     if min_retained is not None:
         _require_floor(min_retained, solver, objective)
     if share is not None:
@@ -164,16 +195,21 @@ def choose(
             raise OptionError(f"threshold takes no options, got {', '.join(options)}")
         return offered, _at_share(offered, share, budget)
     if budget is None:
-        raise BudgetError("a budget is needed: keep, keep_total or max_params")
+        raise BudgetError(NO_BUDGET)
+    problem = problem_under(offered, budget, limits)
     try:
         if min_retained is not None:
             floor = None if min_retained == "best" else float(min_retained)
-            offered = offered.with_floor(budget.parameters, floor)
-        problem = offered.problem(budget.parameters)
+            one = dataclasses.replace(problem, side_budgets=()) if limits else problem
+            offered = offered.with_floor(one, floor)
+            problem = problem_under(offered, budget, limits)
         return offered, _solve(profile, offered, problem, solver, dict(options or {}))
     except InfeasibleError as error:
         also = "" if min_retained is None else f" and min_retained={min_retained}"
         also += f" and {len(offered.pinned)} pinned layers" if offered.pinned else ""
+        if limits:
+            with_these = f"rank multiples of {rank_multiple}{also}"
+            raise infeasible(problem, budget, limits, error, with_these) from error
         raise InfeasibleBudgetError(
             f"{budget} allows the planned layers "
             f"{max(error.budget, 0):,} parameters; the smallest reachable with rank multiples "
@@ -181,6 +217,32 @@ def choose(
             f"({budget.kind} {at_least(profile.info, budget.kind, error.smallest)}); "
             f"it binds first in {', '.join(error.largest_groups)}"
         ) from error
+
+
+def _require_one_budget(
+    solver: str | Solver,
+    objective: Objective,
+    min_retained: float | str | None,
+    budget: Budget | None,
+    limits: Sequence[Cost],
+) -> None:
+    """Of parameters, for what goes layer by layer; of anything, for what looks at levels."""
+    if not limits:
+        return
+    if isinstance(solver, str) and solver in STRATEGIES:
+        raise OptionError(
+            f"{solver} goes layer by layer under one budget of parameters, and cannot meet "
+            f"{limits[0].kind}: exact does"
+        )
+    if len(limits) + (budget is not None and budget.of_parameters) == 1:
+        return
+    for what, taken in (
+        ("objective maxmin", objective == "maxmin"),
+        ("min_retained best", min_retained == "best"),
+    ):
+        if taken:
+            named = [str(limit) for limit in (budget, *limits) if limit is not None]
+            raise OptionError(f"{what} takes one budget, not {' and '.join(dict.fromkeys(named))}")
 
 
 def _require_solver(solver: str | Solver, share: float | None) -> None:
@@ -229,6 +291,8 @@ def _solve(
         problem.require_feasible()
         choice = STRATEGIES[solver](profile, offered, problem.budget)
         return certify(problem, choice, solver)
+    if solver == "exact" and problem.side_budgets:
+        solver = "knapsack"  # which leaves to exact what it can prove
     return solved(problem, solver, options)
 
 
@@ -274,6 +338,8 @@ def _called(problem: Problem, solver: str | Solver, options: dict[str, Any]) -> 
         return solve(problem, solver, **options)
     except InfeasibleError:
         raise
+    except NoChoiceFoundError as error:
+        raise InfeasibleBudgetError(f"solver {name}: {error}") from error
     except UnknownSolverError as error:
         raise OptionError(str(error)) from error
     except (ValueError, ImportError) as error:
@@ -283,86 +349,3 @@ def _called(problem: Problem, solver: str | Solver, options: dict[str, Any]) -> 
         if refused:
             raise OptionError(f"solver {name} takes no option {refused[0]}") from error
         raise
-
-
-def plan_of(
-    profile: Profile,
-    offered: Allocation,
-    solution: Solution,
-    budget: Budget,
-) -> Plan:
-    """A solution as a plan.
-
-    Args:
-        profile: the problem's.
-        offered: the problem's.
-        solution: of the problem.
-        budget: what was asked for.
-    """
-    info = profile.info
-    priced = offered.objective != "maxmin"
-    sure = margins(offered.problem(budget.parameters), solution)
-    retained = offered.retained(solution.choice)
-    ranks = offered.ranks_of(solution.choice)
-    entries = tuple(
-        PlannedLayer(
-            layer=layer,
-            rank=rank,
-            parameters=layer.cost(rank, offered.form),
-            retained=share,
-            margin=margin if priced and math.isfinite(margin) else None,
-        )
-        for layer, rank, share, margin in zip(offered.layers, ranks, retained, sure, strict=True)
-    )
-    saved = info.planned_parameters - solution.cost
-    saved_bytes = info.planned_bytes - sum(e.parameters * e.layer.itemsize for e in entries)
-    worst = min(range(len(retained)), key=lambda k: retained[k])
-    return Plan(
-        rankopt=__version__,
-        backend=offered.backend,
-        scale=offered.scale,
-        solver=solution.solver,
-        objective=offered.objective,
-        rank_multiple=offered.rank_multiple,
-        form=offered.form,
-        min_retained=offered.min_retained,
-        pinned=offered.pinned,
-        budget=budget,
-        certificate=Certificate(
-            loss=solution.loss,
-            bound=solution.bound,
-            gap=solution.gap,
-            status=solution.status,
-            unit=offered.unit,
-            multiplier=solution.multiplier if priced else None,
-        ),
-        retained_total=offered.retained_total(solution.choice),
-        retained_worst=retained[worst],
-        worst_layer=offered.layers[worst].name,
-        predicted=_predicted(profile, offered, ranks),
-        size=Size(
-            planned_dense=info.planned_parameters,
-            planned=solution.cost,
-            model_dense=info.model_parameters,
-            model=info.model_parameters - saved,
-            model_bytes_dense=info.model_bytes,
-            model_bytes=info.model_bytes - saved_bytes,
-        ),
-        architecture=info.architecture,
-        fingerprint=info.fingerprint,
-        profile_digest=profile.digest(),
-        layers=entries,
-    )
-
-
-def _predicted(profile: Profile, offered: Allocation, ranks: Sequence[int | None]) -> float | None:
-    """Nats per target, whatever the objective and the scale that the plan was made with."""
-    backend, info = profile.backend(offered.backend), profile.info
-    scale = next((scale for scale in backend.scales if scale.unit.startswith("nats")), None)
-    if scale is None:
-        return None
-    per_unit = math.fsum(
-        factor * profile.loss_curve(backend.name, layer.name, scale.name).lost(rank)
-        for layer, factor, rank in zip(offered.layers, scale.factors, ranks, strict=True)
-    )
-    return per_unit * info.units / info.targets

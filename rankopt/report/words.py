@@ -177,7 +177,7 @@ def _certificate(plan: Plan) -> dict[str, str]:
         "chosen by": f"{plan.solver}, objective {plan.objective}",
         "losses by": f"{plan.backend}, scale {plan.scale}",
         "form of low ranks": plan.form,
-        "budget": str(plan.budget),
+        "budget": plan.asked,
         "kept of the planned layers": f"{size.planned / size.planned_dense:.2%}",
         "kept of the model": f"{size.model / size.model_dense:.2%}",
         "parameters of the planned layers": f"{size.planned:,}",

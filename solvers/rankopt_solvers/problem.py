@@ -305,6 +305,12 @@ class Problem:
         """Total cost of a choice, in Python integers."""
         return sum(int(g.cost[j]) for g, j in zip(self.groups, choice, strict=True))
 
+    def keeps(self, choice: Sequence[int]) -> bool:
+        """Whether a choice is within all budgets."""
+        return self.cost_of(choice) <= self.budget and all(
+            side.cost_of(choice) <= side.limit for side in self.side_budgets
+        )
+
     def loss_of(self, choice: Iterable[int]) -> float:
         """Sum (correctly rounded, so independent of the order) or maximum of the losses."""
         losses = [float(g.loss[j]) for g, j in zip(self.groups, choice, strict=True)]
@@ -321,6 +327,16 @@ class Problem:
             for cost in side.costs:
                 digest.update(cost.tobytes())
         return digest.hexdigest()
+
+
+def alone(problem: Problem, row: int) -> Problem:
+    """The problem under one of its budgets: 0 is its own, i the i-th of its side budgets."""
+    if row == 0:
+        return dataclasses.replace(problem, side_budgets=())
+    side = problem.side_budgets[row - 1]
+    pairs = zip(problem.groups, side.costs, strict=True)
+    groups = tuple(dataclasses.replace(group, cost=cost) for group, cost in pairs)
+    return Problem(groups, side.limit, problem.objective)
 
 
 def refuse_side_budgets(problem: Problem, solver: str, *, sum_only: bool = False) -> None:

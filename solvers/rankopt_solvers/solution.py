@@ -58,10 +58,14 @@ class Proof:
     Attributes:
         multiplier: lam for the whole problem.
         cases: a tree; children come after their parents.
+        budget: of which it speaks, with prices for the others: 0 is the problem's own, i the i-th
+            of its side budgets. None is all of them: without cases, the choices that the
+            solution's multipliers do not exclude are few, and are enumerated.
     """
 
     multiplier: float
     cases: tuple[Case, ...]
+    budget: int | None = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,8 +60,86 @@ def verify(problem: Problem, solution: Solution) -> None:
         return
     if problem.objective == "max" or solution.proof is None:
         raise SolutionError(f"bound {solution.bound!r} is not proven: only {proven!r} is")
-    # What no choice can do within the budget alone, none can do within side budgets too.
-    _check_proof(problem, solution.proof, solution.bound - slack)
+    if solution.proof.budget is None:
+        _enumerate(problem, solution, proven, solution.bound - slack)
+        return
+    # What no choice can do within one budget alone, none can do within the others too.
+    one, paid = _kept_one(problem, solution)
+    _check_proof(one, solution.proof, solution.bound - slack + paid)
+
+
+def _kept_one(problem: Problem, solution: Solution) -> tuple[Problem, float]:
+    """The problem under the proof's budget, the others priced; and what their limits are worth."""
+    row, tables = None if solution.proof is None else solution.proof.budget, _tables(problem)
+    if row is None or not 0 <= row < len(tables):
+        raise SolutionError(f"the proof is of budget {row}: there are {len(tables)}")
+    losses, paid = [group.loss for group in problem.groups], [0.0]
+    lams = (solution.multiplier, *solution.side_multipliers)
+    for which, (costs, limit) in enumerate(tables):
+        if which == row or not which < len(lams) or not lams[which]:
+            continue
+        lam, least = lams[which], [int(cost.min()) for cost in costs]
+        losses = [
+            loss + lam * (cost - low) for loss, cost, low in zip(losses, costs, least, strict=True)
+        ]
+        paid.append(lam * (_usable(costs, limit) - sum(least)))
+    kept, limit = tables[row]
+    groups = tuple(
+        dataclasses.replace(group, cost=cost, loss=loss)
+        for group, cost, loss in zip(problem.groups, kept, losses, strict=True)
+    )
+    return Problem(groups, limit), math.fsum(paid)
+
+
+def _tables(problem: Problem) -> list[tuple[list[np.ndarray], int]]:
+    """Costs and limit of every budget, the problem's own first."""
+    own = ([group.cost for group in problem.groups], problem.budget)
+    return [own, *((list(side.costs), side.limit) for side in problem.side_budgets)]
+
+
+def _enumerate(problem: Problem, solution: Solution, floor: float, bound: float) -> None:
+    """Raise SolutionError if a choice within all budgets loses less than ``bound``.
+
+    Args:
+        problem: of a sum.
+        solution: its multipliers exclude most choices.
+        floor: what these prove.
+        bound: to be proven.
+    """
+    tables = _tables(problem)
+    room = bound - floor + TOLERANCE * (abs(bound) + abs(floor))
+    kept, excess = [], []
+    for g, group in enumerate(problem.groups):
+        priced = group.loss.copy()
+        lams = (solution.multiplier, *solution.side_multipliers)
+        for (costs, _), lam in zip(tables, lams, strict=False):
+            priced += lam * (costs[g] - costs[g].min())
+        above = priced - priced.min()
+        kept.append(np.flatnonzero(above <= room + TOLERANCE * float(priced.max())))
+        excess.append(above)
+    order = sorted(range(len(kept)), key=lambda g: kept[g].size)
+    totals = [0] * len(tables)
+    for g in order:
+        for row, (costs, _) in enumerate(tables):
+            totals[row] += int(costs[g][kept[g]].min())
+    # Of partial choices: what each spends above the least, loses, and exceeds.
+    over = [np.zeros(1, dtype=np.int64) for _ in tables]
+    loss, above, looked_at = np.zeros(1), np.zeros(1), 0
+    rounding = TOLERANCE * sum(float(group.loss.max()) for group in problem.groups)
+    for g in order:
+        looked_at += loss.size * kept[g].size
+        if looked_at > MOST_PARTIAL_CHOICES:
+            raise SolutionError("the proof needs too much enumeration to be checked")
+        higher = (above[:, None] + excess[g][kept[g]]).ravel()
+        fits = higher <= room + rounding
+        for row, (costs, limit) in enumerate(tables):
+            extra = costs[g][kept[g]] - costs[g][kept[g]].min()
+            over[row] = (over[row][:, None] + extra).ravel()
+            fits &= over[row] <= limit - totals[row]
+        above, over = higher[fits], [spent[fits] for spent in over]
+        loss = (loss[:, None] + problem.groups[g].loss[kept[g]]).ravel()[fits]
+    if loss.size and float(loss.min()) < bound:
+        raise SolutionError(f"a choice within all budgets loses {float(loss.min())!r}")
 
 
 def _undominated(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:

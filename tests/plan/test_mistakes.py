@@ -15,7 +15,7 @@ from tests.plan.test_planner import PROFILE, SMOOTH
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "a budget is needed: keep, keep_total or max_params"),
+        ({}, "a budget is needed: keep, keep_total, max_params, max_bytes"),
         ({"keep": 0.5, "max_params": 9}, "one budget, not keep and max_params"),
         ({"keep": 0.0}, "keep is a share above 0 and at most 1, got 0.0"),
         ({"keep": 1.5}, r"got 1\.5"),

@@ -17,7 +17,10 @@ from rankopt.cli.options import (
     PinOption,
     ProfileArgument,
     ScaleOption,
+    bytes_of,
     floor_of,
+    flops_of,
+    microseconds_of,
     naming,
     note,
     pins_of,
@@ -36,20 +39,24 @@ Examples:
   rankopt plan profile.safetensors --keep 0.8 -o plan.json
   rankopt plan profile.safetensors --keep-total 0.7 --rank-multiple 8
   rankopt plan profile.safetensors --keep 0.8 --min-retained 0.5
+  rankopt plan profile.safetensors --keep 0.8 --max-latency 1.2ms \\
+    --latency-table latencies.csv
   rankopt plan profile.safetensors --keep 0.8 --pin '*.o_proj=64'
   rankopt plan profile.safetensors --solver threshold --share 0.95
   rankopt plan profile.safetensors --for lora --max-params 2e6 -o lora.json
   rankopt plan profile.safetensors --keep 0.9 -o plan.json \\
     --solver search --model ./model --data validation.txt --trials 40
 
-Without -o the plan is printed. `rankopt export lora.json --to peft` makes ranks of adapters a
-LoraConfig. Solvers: {SOLVERS}, or module:function of your own. A search goes on where it was
+Without -o the plan is printed. Budgets of parameters, bytes, FLOPs and latency go together: ranks
+meet all that are given. `rankopt export lora.json --to peft` makes ranks of adapters a LoraConfig.
+Solvers: {SOLVERS}, or module:function of your own. A search goes on where it was
 stopped when it is called again.
 """
 #: Purposes: layers of lower rank, or adapters beside layers that stay as they are.
 COMPRESS, LORA = "compress", "lora"
+LIMITS = ("max_bytes", "max_flops", "max_latency", "latency_table")
 #: Options of one of the two.
-OF_COMPRESSING = ("keep", "keep_total", "form", "pin", "share", "min_retained")
+OF_COMPRESSING = ("keep", "keep_total", *LIMITS, "form", "pin", "share", "min_retained")
 OF_LORA = ("like_rank", "max_rank")
 SEARCH = ("trials", "sampler", "storage", "seed", "workers", "model", "data", *READING, "dtype")
 
@@ -85,6 +92,22 @@ def plan(
         typer.Option(help="lora: as many parameters as this rank takes on every layer."),
     ] = None,
     max_rank: Annotated[int | None, typer.Option(help="lora: no adapter is wider.")] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(help="Bytes for the planned layers, as profiled: 200MB, 1.5GiB or a number."),
+    ] = None,
+    max_flops: Annotated[
+        str | None,
+        typer.Option(help="FLOPs of the planned layers for one token: 1.5G or a number."),
+    ] = None,
+    max_latency: Annotated[
+        str | None,
+        typer.Option(help="Latency of the planned layers by --latency-table: microseconds, 1.2ms."),
+    ] = None,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(help="CSV or JSON: layer, kind or shape; form; rank; microseconds."),
+    ] = None,
     solver: Annotated[str, typer.Option(help=SOLVERS)] = "exact",
     objective: Annotated[
         str | None,
@@ -132,7 +155,7 @@ def plan(
         raise OptionError(f"--for is {COMPRESS} or {LORA}, not {purpose!r}")
     journal = storage or (None if output is None else f"{output}.journal")
     if output is not None:
-        read = (profile, model, *asked.data, journal)
+        read = (profile, model, *asked.data, journal, latency_table)
         ours = is_format(PLAN if purpose == COMPRESS else LORA_PLAN)
         require_file(output, ours, overwrite=force, apart_from=read)
     else:
@@ -167,6 +190,10 @@ def plan(
         made = make_plan(
             Profile.load(profile),
             **limits,
+            max_bytes=bytes_of(max_bytes),
+            max_flops=flops_of(max_flops),
+            max_latency=microseconds_of(max_latency),
+            latency_table=latency_table,
             **how,
             solver=solver,
             share=share,
@@ -232,5 +259,8 @@ def _refuse_idle(ctx: typer.Context, solver: str, purpose: str) -> None:
         require_with(ctx, ["share"], "--solver threshold")
     if solver in (*STRATEGIES, "greedy", "density"):
         require_with(ctx, ["time_limit"], "--solver exact, knapsack or search")
+    if solver == "search":
+        for name in LIMITS:
+            refuse_with(ctx, name, "--solver search", "which takes one budget of parameters")
     if solver in (*STRATEGIES, "search"):
         refuse_with(ctx, "min_retained", f"--solver {solver}", "but is for solvers such as exact")

@@ -15,6 +15,7 @@ mixture, and so no choice, meets the budgets (Farkas 1902).
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,11 @@ class Linear:
     weight: FloatArray
     rounds: int
     columns: int
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What a solution says of it."""
+        return {"rounds": self.rounds, "lp_columns": self.columns, "lp": self.value}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,6 +1,7 @@
 """Several budgets: a bound from the linear relaxation, a choice from rounding and a core program.
 
-1. *Relax* by column generation (see columns): prices, a bound, a mixture.
+1. *Relax* by column generation (see columns): prices, a bound, a mixture. Each budget alone, with
+   these prices for the others, is solved exactly (see single), which may end it.
 2. *Round* the mixture to a choice within the budgets (see rounding).
 3. *Reduce.* An option whose reduced loss at the prices exceeds the distance between choice and
    bound cannot be in a better choice (Dembo & Hammer 1980).
@@ -41,13 +42,11 @@ class Found:
 
     Attributes:
         position: the choice, as positions of the options, shape ``(G,)``.
-        at: the prices, and the bound.
         timed_out: the clock ended it.
         stats: of its parts.
     """
 
     position: IntArray
-    at: Priced
     timed_out: bool
     stats: dict[str, Any]
 
@@ -67,6 +66,7 @@ def relaxed(problem: Problem, budgets: Budgets, stopped: Callable[[], bool]) -> 
 def solve_several(
     problem: Problem,
     budgets: Budgets,
+    linear: Linear,
     stopped: Callable[[], bool],
     remaining: Callable[[], float],
 ) -> Found:
@@ -75,21 +75,20 @@ def solve_several(
     Args:
         problem: for the words of errors.
         budgets: of it.
-        stopped: asked between rounds and before each integer program.
+        linear: their relaxation.
+        stopped: asked before each integer program.
         remaining: seconds left.
 
     Raises:
         InfeasibleError: no choice meets all budgets; proven in numpy, not taken from HiGHS.
         NoChoiceFoundError: none was found.
     """
-    linear = relaxed(problem, budgets, stopped)
     at = linear.at
     near = _near(budgets, linear)
     core = budgets.keep(near)
     rounded = round_mixture(core, np.searchsorted(near, linear.column), linear.weight, at.price)
     best = None if rounded is None else near[rounded]
-    stats: dict[str, Any] = {"rounds": linear.rounds, "lp_columns": linear.columns}
-    stats |= {"lp": linear.value, "columns": 0, "kept_greedy": True}
+    stats: dict[str, Any] = {**linear.stats, "columns": 0, "kept_greedy": True}
     timed_out, most, share = False, FEW_COLUMNS, FIRST_SHARE
     while True:
         kept, whole = _survivors(budgets, at, best, most)
@@ -122,7 +121,7 @@ def solve_several(
             f"{stats['highs_status']}), nor a proof that there is none: "
             "allow more time, or raise a limit"
         )
-    return Found(best, at, timed_out, stats)
+    return Found(best, timed_out, stats)
 
 
 def _near(budgets: Budgets, linear: Linear) -> IntArray:

@@ -41,10 +41,17 @@ from rankopt_solvers.knapsack.budgets import (
     priced,
 )
 from rankopt_solvers.knapsack.constraints import AtMostChanged, constrained
+from rankopt_solvers.knapsack.enumeration import best_of_all
 from rankopt_solvers.knapsack.integer_program import require_milp, solve_program
-from rankopt_solvers.knapsack.several import bound_of_several, program_of, solve_several
-from rankopt_solvers.problem import Group, Problem, ProblemError
-from rankopt_solvers.solution import Solution, bound_of, certify
+from rankopt_solvers.knapsack.several import (
+    bound_of_several,
+    program_of,
+    relaxed,
+    solve_several,
+)
+from rankopt_solvers.knapsack.single import singles
+from rankopt_solvers.problem import Problem, ProblemError, alone
+from rankopt_solvers.solution import Case, Proof, Solution, bound_of, certify
 from rankopt_solvers.table import EPS
 
 
@@ -95,7 +102,8 @@ def solve_knapsack(
         NoChoiceFoundError: several budgets, and no choice that meets them was found.
         ProblemError: a constraint names an unknown group or option, or leaves a group no option;
             the objective is not the sum.
-        ImportError: cvxpy or highspy is missing; names the extra ``milp``.
+        ImportError: cvxpy or highspy is missing; names the extra ``milp``. Of several budgets of
+            which one counts it is not needed.
         ValueError: the time limit is not positive.
     """
     if not time_limit > 0 or not math.isfinite(time_limit):
@@ -105,7 +113,8 @@ def solve_knapsack(
             f"knapsack takes the sum objective, got {problem.objective!r}: "
             "rankopt_solvers.solve reduces it to a sum"
         )
-    require_milp()
+    if not problem.side_budgets:
+        require_milp()
     clock = _Clock(time.monotonic() + time_limit, should_stop)
     limits = None if at_most_changed is None else AtMostChanged(*at_most_changed)
     problem.require_feasible()
@@ -165,30 +174,50 @@ def _any(problem: Problem, clock: _Clock) -> Solution:
     budgets = normal_form(problem)
     if budgets.room.size <= 1:
         return _left_to_exact(problem, budgets, clock)
-    found = solve_several(problem, budgets, clock.stopped, clock.remaining)
-    choice = (found.position - budgets.start[:-1]).tolist()
-    least, lam, side_lams = _best_claim(problem, budgets, found.at)
+    require_milp()
+    linear = relaxed(problem, budgets, clock.stopped)
+    least, lam, side_lams = _best_claim(problem, budgets, linear.at)
+    proof: Proof | None = None
+    choices = []
+    for one in singles(problem, budgets, linear.at, clock.remaining, clock.stopped):
+        if one.bound > least:
+            least, lam, side_lams = one.bound, one.multipliers[0], one.multipliers[1:]
+            proof = one.proof
+        choices += [one.choice] if problem.keeps(one.choice) else []
+    timed_out, stats = False, {**linear.stats, "columns": 0, "kept_greedy": False}
+    stats["highs_status"] = "not needed: one budget and the prices of the others prove the choice"
+    choice = min(choices, key=problem.loss_of, default=None)
+    if choice is None or problem.loss_of(choice) > least:
+        found = solve_several(problem, budgets, linear, clock.stopped, clock.remaining)
+        timed_out, stats = found.timed_out, found.stats
+        choices.append(tuple((found.position - budgets.start[:-1]).tolist()))
+        choice = min(choices, key=problem.loss_of)
+        gap = problem.loss_of(choice) - linear.at.bound
+        everything, position = best_of_all(budgets, linear.at, gap)
+        if everything:
+            if position is not None:
+                choices.append(tuple((position - budgets.start[:-1]).tolist()))
+                choice = min(choices, key=problem.loss_of)
+            _, lam, side_lams = claim(problem, budgets, linear.at)
+            least, proof = problem.loss_of(choice), Proof(lam, (), budget=None)
     return certify(
         problem,
         choice,
         "knapsack",
-        timed_out=found.timed_out,
-        stats=found.stats,
+        timed_out=timed_out,
+        stats=stats,
         bound=(least, lam),
         side_multipliers=side_lams,
+        proof=proof,
     )
 
 
 def _left_to_exact(problem: Problem, budgets: Budgets, clock: _Clock) -> Solution:
     """One budget counts, perhaps a side budget: its costs make an ordinary problem."""
-    one = dataclasses.replace(problem, side_budgets=())
+    one, row = dataclasses.replace(problem, side_budgets=()), 0
     if budgets.which and budgets.which[0]:
-        side = problem.side_budgets[budgets.which[0] - 1]
-        groups = tuple(
-            Group(group.name, cost, group.loss)
-            for group, cost in zip(problem.groups, side.costs, strict=True)
-        )
-        one = Problem(groups, side.limit)
+        row = budgets.which[0]
+        one = alone(problem, row)
     found = solve_exact(one, time_limit=clock.remaining(), should_stop=clock.should_stop)
     stats = {
         **found.stats,
@@ -196,22 +225,23 @@ def _left_to_exact(problem: Problem, budgets: Budgets, clock: _Clock) -> Solutio
         "highs_status": "not needed: one budget counts, exact solved it",
         "kept_greedy": False,
     }
-    bound: Claim = (found.bound, found.multiplier, ())
-    proof = found.proof
     if problem.side_budgets:
         stats |= {"exact_bound": found.bound, "exact_status": found.status}
-    if one.groups is not problem.groups:
-        # A proof by cases is about the budget, not a side budget: only what the prices prove.
-        price = np.array([found.multiplier * unit for unit in budgets.unit])
-        bound, proof = _best_claim(problem, budgets, priced(budgets, price)), None
+    proof, lam = found.proof, found.multiplier
+    lams = [0.0] * (1 + len(problem.side_budgets))
+    lams[row] = lam
+    if row:
+        # What its multiplier proves is about the options that its costs leave, too.
+        of_row = proof or Proof(lam, (Case(lam),))
+        proof = dataclasses.replace(of_row, budget=row)
     return certify(
         problem,
         found.choice,
         "knapsack",
         timed_out=found.status == "time_limit",
         stats=stats,
-        bound=bound[:2],
-        side_multipliers=bound[2],
+        bound=(found.bound, lams[0]),
+        side_multipliers=tuple(lams[1:]),
         proof=proof,
     )
 
