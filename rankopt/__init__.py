@@ -22,11 +22,13 @@ from rankopt.errors import RankoptError as RankoptError
 from rankopt.errors import ResultsError as ResultsError
 from rankopt.layers import Layer as Layer
 from rankopt.plan.budget import Budget as Budget
+from rankopt.plan.budget import Limit as Limit
 from rankopt.plan.compare import ComparedPlan as ComparedPlan
 from rankopt.plan.compare import Strategy as Strategy
 from rankopt.plan.compare import compare as compare
 from rankopt.plan.exchange import export_ranks as export_ranks
 from rankopt.plan.exchange import imported_plan as imported_plan
+from rankopt.plan.latency import LatencyTable as LatencyTable
 from rankopt.plan.lora import LoraPlan as LoraPlan
 from rankopt.plan.lora import make_lora_plan as make_lora_plan
 from rankopt.plan.plan import Plan as Plan
@@ -90,7 +92,9 @@ __all__ = [
     "DataError",
     "Evaluation",
     "InfeasibleBudgetError",
+    "LatencyTable",
     "Layer",
+    "Limit",
     "LoraPlan",
     "LossFunction",
     "LowRank",

@@ -258,7 +258,7 @@ class Plan(Grown):
             raise ValueError("a limit is stated twice")
         if not self.budget.of_parameters and self.budget.kind not in kinds:
             raise ValueError(f"the budget is one of {self.budget.kind}, which no limit states")
-        if ("max_latency" in kinds) == any(entry.nanoseconds is None for entry in self.layers):
+        if {entry.nanoseconds is not None for entry in self.layers} != {"max_latency" in kinds}:
             raise ValueError("every layer has nanoseconds under max_latency, and none without")
         for limit in self.limits:
             spent = sum(entry.spent(limit.kind, self.form) for entry in self.layers)

@@ -193,7 +193,9 @@ def _any(problem: Problem, clock: _Clock) -> Solution:
         choices.append(tuple((found.position - budgets.start[:-1]).tolist()))
         choice = min(choices, key=problem.loss_of)
         gap = problem.loss_of(choice) - linear.at.bound
-        everything, position = best_of_all(budgets, linear.at, gap)
+        everything, position = False, None
+        if not clock.stopped():
+            everything, position = best_of_all(budgets, linear.at, gap)
         if everything:
             if position is not None:
                 choices.append(tuple((position - budgets.start[:-1]).tolist()))
