@@ -119,12 +119,14 @@ def _planned(model: PreTrainedModel, plan: Plan | None) -> Iterator[str]:
     if plan.pinned:
         held.append(f"keep the {len(plan.pinned)} pinned layers as they are")
     floor = f" that {' and '.join(held)}" if held else ""
+    allowed = f", budget {plan.budget.parameters:,}" if plan.budget.of_parameters else ""
     yield (
         f"- Parameters: {size.model:,} of {size.model_dense:,} "
         f"({size.model / size.model_dense:.2%}); in the planned layers {size.planned:,} of "
-        f"{size.planned_dense:,} ({size.planned / size.planned_dense:.2%}), budget "
-        f"{plan.budget.parameters:,}"
+        f"{size.planned_dense:,} ({size.planned / size.planned_dense:.2%}){allowed}"
     )
+    for limit in plan.limits:
+        yield f"- In the planned layers: {limit.text}"
     yield (
         f"- Backend {_code(plan.backend)}, form {_code(plan.form)}, solver {_code(plan.solver)}, "
         f"objective {_code(plan.objective)}"

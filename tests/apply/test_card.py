@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from rankopt import Plan, RankoptError, apply_plan, make_plan, profile_model, refine, save_model
+from rankopt import (
+    Limit,
+    Plan,
+    RankoptError,
+    apply_plan,
+    make_plan,
+    profile_model,
+    refine,
+    save_model,
+)
 from rankopt.apply.card import model_card
 from tests import tiny
 from tests.apply.test_reload import run
@@ -216,3 +225,15 @@ def test_a_card_that_somebody_edited_is_not_replaced(
     with pytest.raises(RankoptError, match=r"did not write.*README\.md"):
         save_model(model, tmp_path / "model", overwrite=True)
     assert card.read_text(encoding="utf-8") == "mine"
+
+
+def test_budgets_of_other_costs_have_a_line_each(compressed: tuple[Any, Plan]) -> None:
+    model, plan = compressed
+    spent = sum(entry.spent("max_bytes", plan.form) for entry in plan.layers)
+    limit = Limit(kind="max_bytes", asked=spent, allowed=spent, spent=spent, dense=2 * spent)
+    budget = plan.budget.model_copy(update={"kind": "max_bytes"})
+    text = model_card(model, plan.model_copy(update={"limits": (limit,), "budget": budget}))
+    assert (
+        f"- In the planned layers: {spent:,} bytes, budget {spent:,} (dense {2 * spent:,})" in text
+    )
+    assert f"budget {plan.budget.parameters:,}\n" not in text
