@@ -8,6 +8,8 @@
 4. *Integer programs* over what is left: first a few of these options, which HiGHS is done with soon
    and which lessen that distance; then all that are left. Where these are
    more than MOST_COLUMNS a better choice may be missed. The bound does not depend on that.
+5. *Enumerate* (see enumeration) what could still be better, where that is little: the optimum is
+   proven, whatever HiGHS said.
 """
 
 import dataclasses
