@@ -62,7 +62,7 @@ def test_keywords_become_options_where_they_are_keywords(said: str, wanted: str)
 
 SEARCH = "--solver search --model {m} --data {t} --examples 2 --max-length 16 --trials 7"
 SAID = {
-    "no budget": ("plan {p}", "a budget is needed: --keep, --keep-total, --max-params, --max-bytes"),
+    "no budget": ("plan {p}", "is needed: --keep, --keep-total, --max-params, --max-bytes"),
     "two budgets": ("plan {p} --keep .5 --max-params 9", "not --keep and --max-params"),
     "share of two": ("plan {p} --keep 2", "error: --keep is a share above 0"),
     "too small": ("plan {p} --keep-total .001", "error: --keep-total 0.001 allows"),
