@@ -43,6 +43,8 @@ _UNITS: dict[LimitKind, str] = {
     "max_flops": "FLOPs per token",
     "max_latency": "microseconds",
 }
+#: Plans can be read again with limits up to here.
+_LARGEST = 10**18
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,10 +107,10 @@ def find_limits(
     """
     found = []
     if max_bytes is not None:
-        allowed = whole_number("max_bytes", max_bytes)
+        allowed = _counted("max_bytes", max_bytes)
         found.append(Cost("max_bytes", allowed, allowed, _bytes))
     if max_flops is not None:
-        allowed = whole_number("max_flops", max_flops)
+        allowed = _counted("max_flops", max_flops)
         found.append(Cost("max_flops", allowed, allowed, Layer.flops))
     if (max_latency is None) != (latency_table is None):
         raise BudgetError("max_latency and latency_table belong together: give both, or neither")
@@ -122,6 +124,13 @@ def find_limits(
         allowed = math.floor(round(max_latency * 1000, 6))
         found.append(Cost("max_latency", max_latency, allowed, table.nanoseconds, table))
     return tuple(found)
+
+
+def _counted(kind: LimitKind, value: object) -> int:
+    number = whole_number(kind, value)
+    if number > _LARGEST:
+        raise BudgetError(f"{kind} is at most {_LARGEST:.0e}, got {value!r}")
+    return number
 
 
 def _bytes(layer: Layer, ranks: IntArray, form: Form) -> IntArray:

@@ -121,7 +121,8 @@ def test_the_best_ranks_within_all_budgets_are_found(seed: int) -> None:
 
 def test_bytes_are_those_of_the_plans_size_and_dense_is_their_largest() -> None:
     plan = make_plan(PROFILE, max_bytes=5000)
-    dense = make_plan(PROFILE, max_bytes=10**9)
+    dense = make_plan(PROFILE, max_bytes=10**18)
+    assert Plan.from_json(dense.to_json()) == dense
     before, after = dense.limits[0], plan.limits[0]
     assert before.spent == before.dense == PROFILE.info.planned_bytes
     assert plan.size.model_bytes_dense - plan.size.model_bytes == before.spent - after.spent
@@ -291,6 +292,7 @@ def test_what_is_said_to_be_the_least_beside_another_budget_can_be_had() -> None
     [
         ({"max_bytes": 0}, BudgetError, "max_bytes must be a whole number above 0, got 0"),
         ({"max_bytes": "1kB"}, BudgetError, "max_bytes must be a whole number"),
+        ({"max_bytes": 10**19}, BudgetError, r"max_bytes is at most 1e\+18, got 10000"),
         ({"max_flops": 1.5}, BudgetError, "max_flops must be a whole number"),
         ({"max_latency": 5.0}, BudgetError, "belong together"),
         ({"latency_table": LatencyTable.of(ROWS)}, BudgetError, "belong together"),
