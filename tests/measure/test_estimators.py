@@ -132,6 +132,7 @@ def measured(model: Any, batches: list[Batch], **options: Any) -> Rows:
     return {name: rows / options["draws"] for name, rows in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
@@ -161,6 +162,7 @@ def test_terms_are_independent_so_that_examples_and_tokens_have_one_expectation(
     assert difference(jointly(model, batches), expectation(model, batches)) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", pytest.param("bert-tokens", marks=pytest.mark.slow)])
 def test_random_signs_take_tokens_apart(kind: str) -> None:
     model, batches = small(kind)

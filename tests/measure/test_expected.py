@@ -200,6 +200,7 @@ def test_there_is_one_pass_fewer_than_classes(
     assert len(calls) == passes * len(batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [

@@ -55,6 +55,7 @@ def test_all_failures_come_in_one_error_that_tells_how_to_repeat_them() -> None:
     assert "rankopt_solvers.testing.random_problem('falling', 0)" in message
 
 
+@pytest.mark.slow
 def test_a_failure_can_be_expected_warned_of_or_only_returned() -> None:
     def outcomes(results: list[CheckResult]) -> dict[str, str]:
         return {r.check: r.outcome for r in results if r.outcome not in ("passed", "skipped")}

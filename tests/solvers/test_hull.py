@@ -89,6 +89,7 @@ def test_points_on_a_line_are_no_vertices() -> None:
     assert lower_hulls(table).vertex.tolist() == [0, 4999]
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_every_option_lies_on_or_above_the_hull(ugly: Problems, data: st.DataObject) -> None:

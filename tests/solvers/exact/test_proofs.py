@@ -180,6 +180,7 @@ def test_a_leaf_whose_multiplier_proves_nothing_is_refused_or_enumerated(
                         verify(problem, with_case(claim, leaf, multiplier=multiplier))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_no_proof_makes_a_bound_above_the_optimum_acceptable(

@@ -53,6 +53,7 @@ def test_many_measurements_of_a_linear_loss_give_the_true_weights(
         assert found / found.mean() == pytest.approx(weights / weights.mean(), abs=0.15)
 
 
+@pytest.mark.slow
 def test_draws_scatter_about_the_posterior_mean_and_less_with_more_evidence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -22,11 +22,18 @@ sys.path[:0] = json.loads(sys.argv[1])
 import test_search as t
 problem, weights = t.instance()
 truth = t.Truth(problem, weights)
-log, storage, sampler, trials, pause = sys.argv[2:]
+log, storage, sampler, trials, pause, together = sys.argv[2:]
+
+def measuring():
+    with open(log) as file:
+        return len({json.loads(line)[0] for line in file if line.endswith("\\n")})
 
 def evaluate(choice):
     with open(log, "a") as file:
         file.write(json.dumps([os.getpid(), choice]) + "\\n")
+    deadline = time.monotonic() + 30.0
+    while measuring() < int(together) and time.monotonic() < deadline:
+        time.sleep(0.01)
     time.sleep(float(pause))
     return truth(choice)
 
@@ -36,11 +43,22 @@ print(json.dumps([found.measured_now, found.loss, len(found.trials)]))
 """
 
 
-def worker(tmp_path: Path, storage: str, sampler: str, trials: int, pause: float) -> Any:
+def worker(
+    tmp_path: Path, storage: str, sampler: str, trials: int, pause: float, together: int = 1
+) -> Any:
+    """A process of a search; so many of them wait for each other at their first trials."""
     import rankopt_solvers
 
     paths = [str(Path(__file__).parent), str(Path(rankopt_solvers.__file__).parents[1])]
-    arguments = [json.dumps(paths), str(tmp_path / "log"), storage, sampler, trials, pause]
+    arguments = [
+        json.dumps(paths),
+        str(tmp_path / "log"),
+        storage,
+        sampler,
+        trials,
+        pause,
+        together,
+    ]
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, *map(str, arguments)], stdout=subprocess.PIPE, text=True
     )
@@ -85,7 +103,7 @@ def test_processes_share_the_trials_and_agree(
 ) -> None:
     """Both start at once, and neither finds a study: one creates it, the other joins."""
     storage = url.format(tmp_path / "study")
-    workers = [worker(tmp_path, storage, sampler, trials, 0.05) for _ in range(2)]
+    workers = [worker(tmp_path, storage, sampler, trials, 0.0, 2) for _ in range(2)]
     results = [json.loads(process.communicate(timeout=60)[0]) for process in workers]
     asked = logged(tmp_path)
     assert len(asked) == len({choice for _, choice in asked}) == trials
