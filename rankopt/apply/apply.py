@@ -169,13 +169,18 @@ class Planned:
             all(e.layer.digest == layers[e.layer.name].digest for e in plan.layers),
         )
 
+    def is_stored(self, member: str) -> bool:
+        """Whether the profile has what its factors need, and for these weights."""
+        stored = self.profile.kept(self.plan.backend, member)
+        return bool(stored) and (self.same or not recomputable(self.backend))
+
     @torch.no_grad()
     def kept(self, member: str) -> Mapping[str, Tensor]:
         """What the backend's factors need: from the profile, or decomposed again."""
         weight = weight_of(self.modules[member])
         name, backend, profile = self.plan.backend, self.backend, self.profile
-        stored = profile.kept(name, member)
-        if len(stored) and (self.same or not recomputable(backend)):
+        if self.is_stored(member):
+            stored = profile.kept(name, member)
             # Arrays that are mapped from disk cannot be written, which torch does not know.
             own = {k: a if a.flags.writeable else a.copy() for k, a in stored.items()}
             return {kind: torch.from_numpy(array).to(weight.device) for kind, array in own.items()}

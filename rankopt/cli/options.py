@@ -25,7 +25,7 @@ WideOption = Annotated[
 DryRunOption = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Read everything, run one batch, say what would be done; write nothing."
+        "--dry-run", help="Read and check everything, say what would be done, write nothing."
     ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]

@@ -1,7 +1,7 @@
 """What ``--dry-run`` shows: what a command would do, without the part that takes long.
 
-Model and data are read and one batch is run, so that what would fail at once fails here. Nothing
-is written.
+Models and data are read, and to measure one batch is run, so that what would fail at once fails
+here. Nothing is written.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from rankopt.apply.apply import Planned
 from rankopt.backends import find_backends, valued
 from rankopt.backends.base import recomputable
 from rankopt.cli.tables import coverage
@@ -25,6 +26,8 @@ from rankopt.model.selection import find_layers
 from rankopt.model.size import model_size
 from rankopt.model.tasks import Batch
 from rankopt.model.weights import device_of
+from rankopt.plan.plan import Plan
+from rankopt.profile.profile import Profile
 from rankopt.refinement.refinement import recipe_of
 from rankopt.refinement.subject import gathered, require_refinable, trained
 
@@ -92,6 +95,31 @@ def profile_preview(
     planned = sum(layer.dense_cost for layer in selection.layers)
     lines += coverage(len(selection.layers), planned, size.model, selection.left_alone, asked.form)
     return "\n".join(map(printable, lines))
+
+
+def apply_preview(model: nn.Module, plan: Plan, profile: Profile, allow_other_weights: bool) -> str:
+    """What would become of a model, which is held against the plan.
+
+    Args:
+        model: dense; its weights may be left in their files.
+        plan: see apply_plan.
+        profile: see apply_plan.
+        allow_other_weights: see apply_plan.
+
+    Raises:
+        PlanError, ModelError, OptionError: see apply_plan.
+    """
+    planned = Planned.of(model, plan, profile, allow_other_weights)
+    stored = sum(map(planned.is_stored, planned.ranks))
+    found = model_size(model)
+    return "\n".join(
+        [
+            f"{type(model).__name__}: {len(planned.ranks):,} of {len(planned.modules):,} planned "
+            f"modules would be low rank, {plan.size.model:,} of {found.model:,} parameters left",
+            f"  factors     {stored:,} from the profile, "
+            f"{len(planned.ranks) - stored:,} decomposed again",
+        ]
+    )
 
 
 def refine_preview(

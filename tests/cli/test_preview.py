@@ -8,6 +8,7 @@ import pytest
 
 from rankopt import Profile, make_plan
 from rankopt.model.loading import load_model
+from tests import tiny
 from tests.cli.test_cli import Run, done
 from tests.cli.test_cli import files as files
 from tests.cli.test_cli import run as run
@@ -97,3 +98,22 @@ def test_a_refinement_is_foretold_and_nothing_is_written(run: Run, files: Path, 
     assert code == 2 and "passes must be at least 1" in err
     code, _, err = run("refine", files / "model", *command[2:], "--dry-run")
     assert code == 2 and "low" in err and sorted(os.listdir(here)) == before
+
+
+def test_an_application_is_foretold_and_nothing_is_written(
+    run: Run, files: Path, here: Path
+) -> None:
+    done(run(*profiling(files, "--rounds", 1, "--no-cross-fit")))
+    plan = make_plan(Profile.load("p.st"), keep=0.6)
+    plan.save("plan.json")
+    before = sorted(os.listdir(here))
+    command = ("apply", files / "model", "plan.json", "--profile", "p.st", "-o", "smaller")
+    told = done(run(*command, "--dry-run"))
+    low = sum(rank is not None for rank in plan.ranks.values())
+    assert f": {low} of {len(plan.ranks)} planned modules would be low rank" in told
+    assert f"{plan.size.model:,} of {plan.size.model_dense:,} parameters left" in told
+    assert f"factors     {low} from the profile, 0 decomposed again" in told
+    assert sorted(os.listdir(here)) == before
+    other = tiny.saved(tiny.llama(hidden_size=48), here / "other")
+    code, out, err = run("apply", other, *command[2:], "--dry-run")
+    assert (code, out) == (2, "") and "smaller" not in os.listdir(here) and err.count("\n") <= 2

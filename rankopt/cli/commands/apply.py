@@ -2,12 +2,14 @@
 
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rankopt.cli.options import (
+    DryRunOption,
     DtypeOption,
     ForceOption,
     ModelArgument,
@@ -51,6 +53,7 @@ def apply(
         ),
     ] = False,
     force: ForceOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Factorise the planned layers and save the smaller model.
 
@@ -88,7 +91,15 @@ def apply(
         "command": ["rankopt", *sys.argv[1:]],
         "remote_code": remote_code,
     }
-    if Path(model).is_dir() and importlib.util.find_spec("accelerate") is not None:
+    on_disk = Path(model).is_dir() and importlib.util.find_spec("accelerate") is not None
+    if dry_run:
+        from rankopt.cli.preview import apply_preview
+
+        with temporary_folder(Path(tempfile.gettempdir())) as converted:
+            loaded = load_model(model, dtype, *(("disk", converted) if on_disk else ()))
+            show(apply_preview(loaded, loaded_plan, loaded_profile, allow_other_weights))
+        return
+    if on_disk:
         require_partial(partial_of(output))
         with told(output), temporary_folder(output.absolute().parent) as converted:
             loaded = load_model(model, dtype, "disk", converted)
