@@ -19,8 +19,8 @@ can turn r directions; those are offered for their price,
 with w_l = 1 (``total``), or 1 / R_l(full), each layer's own share (``layerwise``), as EVA (Paischer
 et al., 2024, arXiv 2410.07170, section 3.2) does with the variance of inputs, whatever the layers
 cost. Curves are concave, but parameters are whole: the exact solver proves its optimum. It is a
-heuristic in so far as it knows the model's Fisher information before the adapters learn;
-experiments/19_lora says what it is worth beside one rank for all.
+heuristic in so far as it knows the model's Fisher information before the adapters learn, and in
+experiments/19_lora neither objective is better than one rank for all beyond chance.
 
 Every update is scaled by alpha / r = 1: the alpha that is exported is the layer's rank.
 """
@@ -195,7 +195,7 @@ def make_lora_plan(
     max_params: int | None = None,
     like_rank: int | None = None,
     solver: str | Solver = "exact",
-    objective: LoraObjective = "layerwise",
+    objective: LoraObjective = "total",
     rank_multiple: int = 1,
     max_rank: int | None = None,
     backend: str | None = None,
@@ -209,7 +209,7 @@ def make_lora_plan(
         max_params: budget of trainable parameters, of the adapters alone.
         like_rank: the same as what this rank costs on every layer.
         solver: a solver of rankopt_solvers, or what its ``solve`` takes.
-        objective: ``layerwise`` or ``total``.
+        objective: ``total`` or ``layerwise``.
         rank_multiple: offer only multiples of it (and 0).
         max_rank: offer none that is larger. In any case none that costs as much as the dense
             matrix.

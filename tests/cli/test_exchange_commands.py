@@ -79,7 +79,7 @@ def test_from_a_profile_to_adapters(run: Run, here: Path) -> None:
     assert set(config["target_modules"]) == {name for name, rank in plan.ranks.items() if rank}
     assert config["rank_pattern"] == config["alpha_pattern"]
     printed = done(run("plan", "profile.st", "--for", "lora", "--like-rank", "2", "--json"))
-    assert LoraPlan.from_json(printed).objective == "layerwise"
+    assert LoraPlan.from_json(printed).objective == "total"
     before = (here / "lora.json").read_bytes()
     for arguments, said in (
         (("--for", "lora"), "give one budget of adapters, --max-params or --like-rank, not none"),

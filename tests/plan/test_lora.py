@@ -76,7 +76,7 @@ def test_budget_multiples_and_the_largest_rank_are_kept(
 
 
 def test_like_rank_is_what_the_rank_costs_everywhere() -> None:
-    plan = make_lora_plan(PROFILE, like_rank=2)
+    plan = make_lora_plan(PROFILE, like_rank=2, objective="layerwise")
     assert plan.budget == sum(layer.cost(2) for layer in PROFILE.info.layers)
     alike = sum(gain[2] for gain in gains(PROFILE, "layerwise").values())
     chosen = gains(PROFILE, "layerwise")

@@ -110,12 +110,8 @@ def plan(
     ] = None,
     solver: Annotated[str, typer.Option(help=SOLVERS)] = "exact",
     objective: Annotated[
-        str | None,
-        typer.Option(
-            help="total (default), layerwise or maxmin; lora: layerwise (default) or total.",
-            show_default=False,
-        ),
-    ] = None,
+        str, typer.Option(help="total, layerwise or maxmin; lora: one of the first two.")
+    ] = "total",
     rank_multiple: MultipleOption = 1,
     form: FormOption = None,
     backend: BackendOption = None,
@@ -168,7 +164,7 @@ def plan(
             max_params=cast("int | None", max_params),
             like_rank=like_rank,
             solver=solver,
-            objective=cast("LoraObjective", objective or "layerwise"),
+            objective=cast("LoraObjective", objective),
             rank_multiple=rank_multiple,
             max_rank=max_rank,
             backend=backend,
@@ -179,7 +175,7 @@ def plan(
         return
     limits: dict[str, Any] = {"keep": keep, "keep_total": keep_total, "max_params": max_params}
     how: dict[str, Any] = {
-        "objective": objective or "total",
+        "objective": objective,
         "rank_multiple": rank_multiple,
         "form": form,
         "backend": backend,
