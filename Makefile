@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --c
 ONLY ?= $(notdir $(patsubst %/run.py,%,$(sort $(wildcard experiments/*/run.py))))
 WITHOUT_FOLDER := 01_exactness 02_profile_cost 08_faults 16_other_solvers
 
-.PHONY: demo test test-slow test-all lint docs notebooks dist experiments clean
+.PHONY: demo test test-slow test-all test-min lint docs notebooks dist experiments clean
 
 demo: $(VENV)/.demo
 	$(RUN) $(VENV)/bin/rankopt demo --output demo
@@ -34,6 +34,14 @@ experiments: $(VENV)/.experiments
 	    echo "== $$name"; mkdir -p ".experiments/$$name"; \
 	    PYTHONUNBUFFERED=1 $(VENV)/bin/python "experiments/$$name/run.py" $$kept; \
 	done
+
+# The oldest versions that pyproject.toml promises, each at its lower bound; uv finds them. torch comes from the
+# registry here, which may mean gigabytes.
+test-min:
+	$(PYTHON) -m venv $(VENV)/min
+	$(VENV)/min/bin/python -m pip install --quiet uv
+	$(VENV)/min/bin/uv pip install --quiet --python $(VENV)/min/bin/python --resolution lowest-direct --editable ".[all,dev]"
+	OMP_NUM_THREADS=1 $(RUN) $(VENV)/min/bin/python -m pytest -n auto --dist worksteal -m "not slow"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
