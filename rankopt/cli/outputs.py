@@ -23,19 +23,20 @@ CLOSED = ConfigDict(extra="forbid", protected_namespaces=NAMES)
 OPEN = ConfigDict(extra="allow", protected_namespaces=NAMES)
 
 
-class Figures(BaseModel):
-    """Of a model on data: its loss, ``perplexity``, ``accuracy``, ``loss of NAME`` and so on."""
+class Open(BaseModel):
+    """Other names than those of its fields are figures."""
 
     model_config = OPEN
     __pydantic_extra__: dict[str, float | None] = Field(init=False)
+
+
+class Figures(Open):
+    """Of a model on data: its loss, ``perplexity``, ``accuracy``, ``loss of NAME`` and so on."""
 
     loss: float | None
 
 
-class _Row(BaseModel):
-    model_config = OPEN
-    __pydantic_extra__: dict[str, float | None] = Field(init=False)
-
+class _Row(Open):
     parameters: int
     kept: float
     model_parameters: int
@@ -43,10 +44,7 @@ class _Row(BaseModel):
     loss: float | None = None
 
 
-class _Evaluated(BaseModel):
-    model_config = OPEN
-    __pydantic_extra__: dict[str, float | None] = Field(init=False)
-
+class _Evaluated(Open):
     refined: list[Refinement] | None = None
 
 
@@ -68,11 +66,8 @@ Row = create_model("Row", __base__=_Row, **_fields_of(MeasuredPlan, {"ranks", "s
 Evaluated = create_model("Evaluated", __base__=_Evaluated, **_fields_of(Evaluation, {"also"}))
 
 
-class LineOutput(BaseModel):
+class LineOutput(Open):
     """A strategy at a budget, over all calibrations; see rankopt.results.Line."""
-
-    model_config = OPEN
-    __pydantic_extra__: dict[str, float | None] = Field(init=False)
 
     strategy: str
     keep: float
