@@ -77,6 +77,7 @@ def test_every_width_shows_whole_figures_and_says_what_is_hidden(terminal: Any) 
     assert found[0] == ["strategy", "keep", "loss"]
 
 
+@pytest.mark.slow
 def test_the_least_important_columns_go_first(terminal: Any) -> None:
     pytest.importorskip("scipy")
     lines = summarise(results(keeps=(0.5,), predicted=0.5), "exact")

@@ -90,6 +90,7 @@ def test_a_budget_that_no_ranks_meet_is_an_error_not_a_long_run() -> None:
         profile_model(model, different(9), stop=Stability(keep=0.01))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [1, 3, 7, 100])
 def test_layers_in_parts_give_the_same_profile(part: int) -> None:
     model = tiny.t5()

@@ -19,8 +19,14 @@ from rankopt_solvers.testing import (
 )
 
 
-@parametrize_with_checks(["exact", "greedy", "density", "knapsack"])
+@parametrize_with_checks(["exact", "greedy", "density"])
 def test_our_solvers_conform(solver: str, check: Callable[[str], None]) -> None:
+    check(solver)
+
+
+@pytest.mark.slow
+@parametrize_with_checks(["knapsack"])
+def test_the_integer_program_conforms(solver: str, check: Callable[[str], None]) -> None:
     check(solver)
 
 
@@ -67,6 +73,7 @@ def test_a_failure_can_be_expected_warned_of_or_only_returned() -> None:
     assert outcomes(expected) == {FAULT: "expected_failure"}
 
 
+@pytest.mark.slow
 def test_an_expected_failure_that_passes_is_a_failure() -> None:
     with pytest.raises(ConformanceError, match=r"check_bound was expected to fail \(old\)"):
         check_solver("greedy", expected_failed_checks={"check_bound": "old"})

@@ -183,6 +183,7 @@ def check_relaxation(table: Table, hulls: Hulls, found: Relaxation, budget: int)
         assert table.cost[target] - table.cost[found.position[row]] > found.room
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_the_bound_is_one_and_close_to_the_lagrangian_function(
