@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, create_model
 
 from rankopt.apply.refined import Refinement
 from rankopt.evaluation.evaluation import Evaluation
+from rankopt.plan.lora import LoraPlan
 from rankopt.plan.plan import Plan
 from rankopt.profile.info import ProfileInfo
 from rankopt.refinement.refinement import Refined
@@ -143,7 +144,7 @@ class Examined(BaseModel):
 Name = Literal["profile", "plan", "import", "compare", "refine", "evaluate", "demo", "doctor"]
 OUTPUTS: dict[Name, Any] = {
     "profile": ProfileInfo,
-    "plan": Plan,
+    "plan": Plan | LoraPlan,
     "import": Plan,
     "compare": Compared,
     "refine": Refined,

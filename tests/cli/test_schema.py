@@ -57,6 +57,8 @@ def test_what_is_printed_is_what_the_schema_says(
     dense = files / "model"
     printed("profile", dense, *data, "-o", "p.st", "--rounds", 1, "--examples", 8)
     printed("plan", profile_file, "--keep", 0.6, "-o", "plan.json")
+    printed("plan", profile_file, "--for", "lora", "--like-rank", 1)
+    printed("plan", profile_file, "--keep", 0.6, "--max-bytes", 10**6)
     done(run("export", "plan.json", "--to", "json", "-o", "ranks.json"))
     printed("import", profile_file, "ranks.json", "--form", "pivoted")
     done(run("apply", dense, "plan.json", "--profile", profile_file, "-o", "smaller"))
