@@ -55,7 +55,7 @@ def test_apply_shows_no_bar_of_other_libraries(files: Path, profile_file: Path) 
     code, written = in_terminal(100, files, *given)
     ever, left = bars(written)
     assert code == 0, written
-    assert ever == {"Factors"} and len(left) == 1
+    assert ever == {"Weights"} and len(left) == 1
 
 
 def test_workers_are_silent_unless_they_fail(capfd: pytest.CaptureFixture[str]) -> None:

@@ -79,10 +79,16 @@ def test_a_few_with_the_integer_program(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "examples"), [("sum", 14_000), ("max", 6_000)])
-def test_twenty_thousand(
-    ugly: Problems, optimum: Optimum, objective: Objective, examples: int
-) -> None:
+@pytest.mark.parametrize(
+    ("objective", "examples"),
+    [
+        ("sum", 4_000),
+        ("max", 2_000),
+        pytest.param("sum", 14_000, marks=pytest.mark.sweep),
+        pytest.param("max", 6_000, marks=pytest.mark.sweep),
+    ],
+)
+def test_thousands(ugly: Problems, optimum: Optimum, objective: Objective, examples: int) -> None:
     run(ugly(objective), optimum, OURS, examples)
 
 
