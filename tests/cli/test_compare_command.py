@@ -56,6 +56,7 @@ def test_samples_differ_and_are_the_same_again(
     assert code == 2 and "--resample must be a seed from 0, got -3" in err
 
 
+@pytest.mark.slow
 def test_backends_forms_and_calibrations_in_one_table(
     run: Run, files: Path, samples: list[Path]
 ) -> None:

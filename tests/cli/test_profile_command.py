@@ -24,6 +24,7 @@ def arguments(files: Path, output: Path, *more: object) -> list[object]:
     return ["profile", files / "model", *data, *more]
 
 
+@pytest.mark.slow
 def test_all_backends_are_planned_and_applied_from_one_profile(
     run: Run, files: Path, tmp_path: Path
 ) -> None:

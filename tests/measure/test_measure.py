@@ -146,6 +146,7 @@ def test_groups_stay_whole_in_parts() -> None:
     assert head.members == ("lm_head", "model.embed_tokens")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_arrays_on_disk_and_threads_change_nothing(kind: str, workers: int, tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ def test_a_journal_on_a_full_disk_ends_with_a_whole_line_and_goes_on(tmp_path: P
     assert len(run(storage=path, trials=9).trials) == 9
 
 
+@pytest.mark.slow
 def test_a_password_is_not_shown() -> None:
     from rankopt_solvers.search.records import without_password
 

@@ -96,7 +96,11 @@ def test_killed_search_is_resumed_without_measuring_anything_again(
 
 @pytest.mark.parametrize(
     ("sampler", "url", "trials"),
-    [("thompson", "{}", 16), ("tpe", "{}", 16), ("thompson", "sqlite:///{}", 6)],
+    [
+        ("thompson", "{}", 16),
+        ("tpe", "{}", 16),
+        pytest.param("thompson", "sqlite:///{}", 6, marks=pytest.mark.slow),
+    ],
 )
 def test_processes_share_the_trials_and_agree(
     tmp_path: Path, sampler: str, url: str, trials: int
