@@ -164,8 +164,10 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
             guards.append(re.escape(name.removeprefix(prefix)))
         if guards:
             pattern = rf"^(.*\.)?({'|'.join(guards)})\.weight$"
-            known = model._keys_to_ignore_on_load_unexpected or set()
-            model._keys_to_ignore_on_load_unexpected = {*known, pattern}
+            known = model._keys_to_ignore_on_load_unexpected
+            # A list, or nothing, in the first versions of transformers 5.
+            more = {*known, pattern} if isinstance(known, set) else [*(known or ()), pattern]
+            model._keys_to_ignore_on_load_unexpected = more
         elif self.quantization_config.ranks:
             raise ValueError(f"{type(model).__name__} has none of the layers to be low rank")
         self.quantization_config.ranks = ranks

@@ -221,8 +221,10 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(f"{type(model).__name__} has none of the layers to be low rank")
         # Of no size: an error for who loads them into dense layers.
         pattern = rf"^(.*\.)?({'|'.join(guards)})\.weight$"
-        known = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*known, pattern}
+        known = model._keys_to_ignore_on_load_unexpected
+        # A list, or nothing, in the first versions of transformers 5.
+        more = {*known, pattern} if isinstance(known, set) else [*(known or ()), pattern]
+        model._keys_to_ignore_on_load_unexpected = more
         there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         ties = {**model.all_tied_weights_keys, **config.ties}
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if {a, b} <= there}
