@@ -207,6 +207,12 @@ def require_free(
     return target
 
 
+def partial_of(path: str | os.PathLike[str]) -> Path:
+    """What a stopped run leaves of an output, beside it, to go on with."""
+    target = Path(path)
+    return target.with_name(f"{target.name}.partial")
+
+
 @contextmanager
 def whole_folder(
     path: str | os.PathLike[str],

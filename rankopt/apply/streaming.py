@@ -29,7 +29,7 @@ from rankopt.apply.quantizer import empty_low_rank
 from rankopt.apply.saving import NO_CODE, complete, write_config
 from rankopt.apply.shards import JOURNAL, Shards, require_partial
 from rankopt.errors import ModelError, few
-from rankopt.files import require_free, whole_folder
+from rankopt.files import partial_of, require_free, whole_folder
 from rankopt.model.lowrank import LowRank
 from rankopt.model.offloaded import files_of_weights
 from rankopt.model.size import model_size
@@ -38,12 +38,6 @@ from rankopt.model.weights import tensor_of
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 from rankopt.progress import bar
-
-
-def partial_of(directory: str | os.PathLike[str]) -> Path:
-    """The folder that a stopped run leaves, to go on with."""
-    target = Path(directory)
-    return target.with_name(f"{target.name}.partial")
 
 
 def apply_streamed(

@@ -7,7 +7,6 @@ names there, and without accelerate there is no meta device: those are loaded wh
 """
 
 import functools
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers.utils import logging
 
 from rankopt.apply.quantizer import RankoptQuantizer
 from rankopt.errors import ModelError, few, first_line
+from rankopt.model.loading import leaves_on_disk
 from rankopt.model.weights import tensor_of
 
 
@@ -45,7 +45,7 @@ def require_reloadable(
     if not isinstance(getattr(model, "hf_quantizer", None), RankoptQuantizer | None):
         return
     _require_code(model, folder)
-    found, report = _loaded(model, folder, importlib.util.find_spec("accelerate") is not None)
+    found, report = _loaded(model, folder, leaves_on_disk())
     if found.device.type == "meta" and found._weight_conversions:
         found, report = _loaded(model, folder, False)
     wanted, got = model.state_dict().keys(), found.state_dict()

@@ -26,13 +26,13 @@ Factors are not optimal for an error that is not theirs, so the loss can rise wi
 the larger one is taken at all lower ranks. It never is less than what the factors lose.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from rankopt.backends import kronecker
-from rankopt.backends.base import Backend, Decomposition, Scale
+from rankopt.backends.base import Backend, Decomposition, Scale, recomputable
 from rankopt.backends.projection import Metric, losses
 from rankopt.backends.statistics import Statistics
 
@@ -41,6 +41,19 @@ NAME = "kronecker"
 SCALE = Scale("nats per {unit} (Kronecker-factored estimate)", lambda shape, seen: 1.0)
 #: What it reads.
 NEEDS = kronecker.BACKEND.needs
+
+
+def needs_of(backends: Collection[Backend], moments: bool) -> frozenset[str]:
+    """Statistics that backends need, and, with ``moments``, that valuing their factors needs."""
+    needs = frozenset[str]().union(*(backend.needs for backend in backends))
+    return needs | NEEDS if moments else needs
+
+
+def any_fitted(backends: Collection[Backend]) -> bool:
+    """Whether there is one to cross-fit: what is computed again from a few numbers for each row
+    does not fit the data.
+    """
+    return not all(map(recomputable, backends))
 
 
 def valued(

@@ -14,7 +14,6 @@ from torch import nn
 
 from rankopt.apply.apply import Planned
 from rankopt.backends import find_backends, valued
-from rankopt.backends.base import recomputable
 from rankopt.cli.tables import coverage
 from rankopt.errors import NotFiniteError, few, printable
 from rankopt.measure.accumulate import eager
@@ -71,12 +70,12 @@ def profile_preview(
     if not math.isfinite(mean):
         raise NotFiniteError(f"the loss of the first batch is {mean}: nothing can be measured")
     size, layers = model_size(model), selection.layers
-    needs = frozenset[str]().union(*(each.needs for each in chosen.values()))
-    halves = asked.cross_fit and not all(map(recomputable, chosen.values()))
+    halves = asked.cross_fit and valued.any_fitted(chosen.values())
     rounds = 1 if asked.again is None else 2
     at_a_time = min(asked.layers_at_a_time or len(layers), len(layers))
-    needs |= valued.NEEDS if asked.moments else frozenset()
-    sums = bytes_of_pass(selection, needs, (1 + halves) * rounds)
+    sums = bytes_of_pass(
+        selection, valued.needs_of(chosen.values(), asked.moments), (1 + halves) * rounds
+    )
     passes = math.ceil(len(layers) / at_a_time) * rounds
     lines = [
         f"{type(model).__name__}, {loss.task}: {loss.estimator.kind} Fisher per "

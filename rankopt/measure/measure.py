@@ -155,11 +155,9 @@ def profile_model(
             raise OptionError("again sees all data and layers twice: no stop, no layers_at_a_time")
         if sharded and not (again is None and stop is None and checkpoint is None):
             raise OptionError("a sharded model takes no stop, no checkpoint, and no second round")
-        # What a backend computes again from a few numbers for each row does not fit the data.
-        cross_fit = cross_fit and not all(map(recomputable, chosen.values()))
+        cross_fit = cross_fit and valued.any_fitted(chosen.values())
         workers = _workers(model, workers)
-        needs = frozenset[str]().union(*(backend.needs for backend in chosen.values()))
-        needs |= valued.NEEDS if moments else frozenset()
+        needs = valued.needs_of(chosen.values(), moments)
         subject = Subject(model, selection, loss, processes, form)
         subject, silent, batches = _examined(subject, batches, around)
         selection = subject.selection

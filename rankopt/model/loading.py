@@ -35,6 +35,13 @@ def hide_bars() -> None:
         enable_progress_bars()
 
 
+def leaves_on_disk() -> bool:
+    """Whether models can be loaded without their values: with an accelerate that is not too old."""
+    from transformers.utils import is_accelerate_available
+
+    return bool(is_accelerate_available())
+
+
 def load_model(
     name: str,
     dtype: str = "auto",

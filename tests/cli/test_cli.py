@@ -392,12 +392,3 @@ def test_search_measures_resumes_and_writes_its_plan(
     code, _, err = run(*arguments, "--force", "--trials", 11)
     assert code == 0, err
     assert "11 trials" in err
-
-
-def test_workers_are_this_command_without_output_and_workers() -> None:
-    from rankopt.cli.workers import worker_arguments
-
-    given = ["plan", "p.st", "--keep", "0.8", "-o", "plan.json", "--workers=2", "--storage", "x"]
-    assert worker_arguments(given, "s.journal") == [
-        "plan", "p.st", "--keep", "0.8", "--storage", "s.journal",
-    ]  # fmt: skip

@@ -244,3 +244,10 @@ def test_workers_have_no_output_of_their_own() -> None:
         "1",
     ]
     assert worker_arguments(given, "s") == ["plan", "p", "--keep", "1", "--storage", "s"]
+
+
+def test_workers_are_this_command_without_output_and_workers() -> None:
+    given = ["plan", "p.st", "--keep", "0.8", "-o", "plan.json", "--workers=2", "--storage", "x"]
+    assert worker_arguments(given, "s.journal") == [
+        "plan", "p.st", "--keep", "0.8", "--storage", "s.journal",
+    ]  # fmt: skip

@@ -1,11 +1,6 @@
 """A model that FSDP2 has spread over two processes is measured like the plain one."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +22,7 @@ from rankopt import (
 )
 from tests import tiny
 from tests.measure.exact import in_double
-
-ROOT = Path(__file__).parents[2]
+from tests.measure.two import in_two_processes
 
 #: What every process does; the parent does the same alone.
 WORK = """
@@ -115,32 +109,7 @@ def refused(call: Any) -> str:
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where two processes left what they found."""
-    folder = tmp_path_factory.mktemp("sharded")
-    script = folder / "work.py"
-    script.write_text(textwrap.dedent(WORK))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    shared["PYTHONPATH"] = f"{ROOT}:{ROOT / 'solvers'}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)[:6000]
-    return folder
+    return in_two_processes(tmp_path_factory.mktemp("sharded"), WORK)
 
 
 @pytest.mark.slow

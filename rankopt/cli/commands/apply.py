@@ -1,6 +1,5 @@
 """The command ``rankopt apply``."""
 
-import importlib.util
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from rankopt.cli.options import (
     show,
 )
 from rankopt.errors import OptionError, RankoptError
-from rankopt.files import require_free, told
+from rankopt.files import partial_of, require_free, told
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 
@@ -68,9 +67,9 @@ def apply(
     from rankopt.apply.apply import apply_plan, backend_of
     from rankopt.apply.saving import save_model
     from rankopt.apply.shards import require_partial
-    from rankopt.apply.streaming import apply_streamed, partial_of
+    from rankopt.apply.streaming import apply_streamed
     from rankopt.backends import find_backend
-    from rankopt.model.loading import hide_bars, load_model, load_tokenizer
+    from rankopt.model.loading import hide_bars, leaves_on_disk, load_model, load_tokenizer
     from rankopt.temporary import temporary_folder
 
     if backend is not None and find_backend(backend).name != loaded_plan.backend:
@@ -91,7 +90,9 @@ def apply(
         "command": ["rankopt", *sys.argv[1:]],
         "remote_code": remote_code,
     }
-    on_disk = Path(model).is_dir() and importlib.util.find_spec("accelerate") is not None
+    on_disk = Path(model).is_dir() and leaves_on_disk()
+    if on_disk:
+        require_partial(partial_of(output))
     if dry_run:
         from rankopt.cli.preview import apply_preview
 
@@ -100,7 +101,6 @@ def apply(
             show(apply_preview(loaded, loaded_plan, loaded_profile, allow_other_weights))
         return
     if on_disk:
-        require_partial(partial_of(output))
         with told(output), temporary_folder(output.absolute().parent) as converted:
             loaded = load_model(model, dtype, "disk", converted)
             how["allow_other_weights"] = allow_other_weights

@@ -20,7 +20,7 @@ from rankopt.cli.options import (
     show_json,
 )
 from rankopt.errors import RankoptError
-from rankopt.files import CHECKPOINT, PROFILE, is_format, require_file
+from rankopt.files import CHECKPOINT, PROFILE, is_format, partial_of, require_file
 
 EXAMPLES = """\b
 Examples:
@@ -142,7 +142,8 @@ def profile(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what every rank of every layer retains."""
-    partials = [output.with_name(f"{output.name}.{kind}") for kind in ("partial", "partial.again")]
+    first = partial_of(output)
+    partials = [first, first.with_name(f"{first.name}.again")]
     resumable = checkpoint_every > 0 and layers_at_a_time is None
     read = (model, *asked.data)
     require_file(output, is_format(PROFILE), overwrite=force, apart_from=read)

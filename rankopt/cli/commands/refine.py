@@ -20,7 +20,7 @@ from rankopt.cli.options import (
     show,
     show_json,
 )
-from rankopt.files import REFINEMENT, is_format, require_file, require_free
+from rankopt.files import REFINEMENT, is_format, partial_of, require_file, require_free
 from rankopt.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def refine(
 
     if dry_run:
         refuse_with(ctx, "as_json", "--dry-run", "which has no figures yet")
-    partial = output.with_name(f"{output.name}.partial")
+    partial = partial_of(output)
     read = (compressed, dense, *asked.data)
     require_free(output, force, apart_from=read)
     if checkpoint_every > 0:
