@@ -40,6 +40,13 @@ FORMS: tuple[Form, ...] = get_args(Form)
 #: The rank that stands for "not factorised" in arrays of ranks.
 DENSE = -1
 
+#: Widths that weights may be rounded to, and the one that stands for "not rounded" in arrays.
+Bits = Literal[8, 4]
+BITS: tuple[Bits, ...] = get_args(Bits)
+AS_IS = 0
+#: Of 8 bits a row has one scale, float32; of 4 bits so many inputs, in the weight's own dtype.
+GROUP = 32
+
 
 def largest_rank(
     out_features: int, in_features: int, members: int = 1, form: Form = "pairs"
@@ -105,6 +112,22 @@ class Layer(BaseModel):
         """The same for an array of ranks, with DENSE."""
         sides = self.out_features + self.in_features - (ranks if form == "pivoted" else 0)
         return np.where(ranks == DENSE, self.dense_cost, len(self.members) * ranks * sides)
+
+    def bytes_of(self, ranks: IntArray, form: Form, bits: IntArray | int = AS_IS) -> IntArray:
+        """Bytes at ranks, with DENSE, of weights in so many bits each, scales included."""
+        numbers = self.costs(ranks, form)
+        # Every matrix that a layer is kept in has a scale for each of its own rows.
+        down = 0 if form == "pivoted" and self.out_features < self.in_features else ranks
+        rows = self.out_features + np.where(ranks == DENSE, 0, down)
+        eight = numbers + 4 * rows
+        four = numbers // 2 + numbers // GROUP * self.itemsize
+        own = numbers * self.itemsize
+        return np.where(np.equal(bits, 8), eight, np.where(np.equal(bits, 4), four, own))
+
+    def can_round(self, rank: int | None, bits: Bits) -> bool:
+        """Whether its matrices may be rounded: no partners, and of 4 bits whole groups."""
+        fits = bits == 8 or not (self.in_features % GROUP or (rank or 0) % GROUP)
+        return fits and not self.partners
 
     def flops(self, ranks: IntArray, form: Form = "pairs") -> IntArray:
         """Of a product with one vector, for all members together; an addition counts, too."""

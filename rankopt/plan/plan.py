@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from rankopt.errors import PlanError, printable
 from rankopt.files import PLAN, is_format, whole_file
-from rankopt.layers import DENSE, Form, Layer
+from rankopt.layers import AS_IS, DENSE, GROUP, Bits, Form, Layer
 from rankopt.plan.budget import Budget, Limit, LimitKind
 from rankopt.schema import STRICT, Count, Grown, Loss, Number, Share, read_versioned
 
@@ -60,10 +60,11 @@ class PlannedLayer(Grown):
             certificate's price of a parameter and in its unit. Near 0, or below it, another rank
             does as well. Null where there is no other rank or no price.
         nanoseconds: what it takes by the table of latencies, if there is one.
+        bits: what its weights are rounded to, or null to leave them in their dtype.
     """
 
     model_config = STRICT
-    later: ClassVar[tuple[str, ...]] = ("nanoseconds",)
+    later: ClassVar[tuple[str, ...]] = ("nanoseconds", "bits")
 
     layer: Layer
     rank: Annotated[int, Field(ge=1)] | None
@@ -71,20 +72,27 @@ class PlannedLayer(Grown):
     retained: Share
     margin: Number | None = None
     nanoseconds: Count | None = None
+    bits: Bits | None = None
+
+    def bytes_in(self, form: Form) -> int:
+        """Of its weights, and of the scales of those that are rounded."""
+        rank = np.array(DENSE if self.rank is None else self.rank)
+        return int(self.layer.bytes_of(rank, form, AS_IS if self.bits is None else self.bits))
 
     def spent(self, kind: LimitKind, form: Form) -> int:
         """What it takes of a limit."""
         if kind == "max_bytes":
-            return self.parameters * self.layer.itemsize
+            return self.bytes_in(form)
         if kind == "max_flops":
             return int(self.layer.flops(np.array(DENSE if self.rank is None else self.rank), form))
         return self.nanoseconds or 0
 
     def require_counted(self, form: Form, place: str) -> None:
-        """Check rank and parameters against the layer; ``place`` is named in errors.
+        """Check rank, parameters and bits against the layer; ``place`` is named in errors.
 
         Raises:
-            ValueError: the rank saves nothing in the form, or has other parameters.
+            ValueError: the rank saves nothing in the form, has other parameters, or cannot be
+                rounded so.
         """
         layer, rank = self.layer, self.rank
         if rank is not None and rank > layer.largest_rank(form):
@@ -96,6 +104,12 @@ class PlannedLayer(Grown):
             raise ValueError(
                 f"{place}: layer {layer.name}: rank {rank} has {layer.cost(rank, form)} "
                 f"parameters in the form {form}, not {self.parameters}"
+            )
+        if self.bits is not None and not layer.can_round(rank, self.bits):
+            raise ValueError(
+                f"{place}: layer {layer.name}: rank {rank} cannot be rounded to {self.bits} bits: "
+                f"those of 4 bits are multiples of {GROUP}, as the layer's inputs are, and layers "
+                "that share their matrix are not rounded"
             )
 
 
@@ -150,14 +164,14 @@ class Size(BaseModel):
     model_bytes_dense: Count
     model_bytes: Count
 
-    def require_sums(self, layers: Sequence[PlannedLayer]) -> None:
-        """Check all but ``planned`` against the layers.
+    def require_sums(self, layers: Sequence[PlannedLayer], form: Form) -> None:
+        """Check all but ``planned`` against the layers, which are kept in a form.
 
         Raises:
             ValueError: a sum that does not add up.
         """
         dense = sum(entry.layer.dense_cost for entry in layers)
-        saved = sum((x.layer.dense_cost - x.parameters) * x.layer.itemsize for x in layers)
+        saved = sum(x.layer.dense_cost * x.layer.itemsize - x.bytes_in(form) for x in layers)
         for what, given, wanted in (
             ("planned_dense", self.planned_dense, dense),
             ("model", self.model, self.model_dense - dense + self.planned),
@@ -240,7 +254,7 @@ class Plan(Grown):
         spent = sum(entry.parameters for entry in self.layers)
         if spent != self.size.planned:
             raise ValueError(f"the layers have {spent} parameters, not {self.size.planned}")
-        self.size.require_sums(self.layers)
+        self.size.require_sums(self.layers, self.form)
         if spent > self.budget.parameters:
             raise ValueError(f"the layers have {spent} parameters, over the budget")
         self._require_limits()
