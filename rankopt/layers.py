@@ -46,6 +46,8 @@ BITS: tuple[Bits, ...] = get_args(Bits)
 AS_IS = 0
 #: Of 8 bits a row has one scale, float32; of 4 bits so many inputs, in the weight's own dtype.
 GROUP = 32
+#: Ranks at which losses of rounding are measured.
+ROUNDED_AT = 8
 
 
 def largest_rank(
@@ -128,6 +130,15 @@ class Layer(BaseModel):
         """Whether its matrices may be rounded: no partners, and of 4 bits whole groups."""
         fits = bits == 8 or not (self.in_features % GROUP or (rank or 0) % GROUP)
         return fits and not self.partners
+
+    def rounded_ranks(self, form: Form = "pairs") -> IntArray:
+        """Ranks at which losses of rounding are measured, with DENSE; between them they are smooth.
+
+        Multiples of ``GROUP``, a handful of them up to the largest that saves parameters.
+        """
+        groups = self.largest_rank(form) // GROUP
+        points = np.linspace(1, groups, min(groups, ROUNDED_AT)) if groups else np.empty(0)
+        return np.append(np.unique(points.round().astype(np.int64)) * GROUP, DENSE)
 
     def flops(self, ranks: IntArray, form: Form = "pairs") -> IntArray:
         """Of a product with one vector, for all members together; an addition counts, too."""

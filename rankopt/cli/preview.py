@@ -50,7 +50,8 @@ def profile_preview(
         NotFiniteError: the loss of the first batch is NaN or infinite.
     """
     asked = SimpleNamespace(**options)
-    check_options(asked.form, asked.moments, asked.cross_fit, asked.layers_at_a_time)
+    once = asked.cross_fit, asked.layers_at_a_time
+    check_options(asked.form, asked.moments, *once, asked.bits)
     chosen = find_backends(asked.backends)
     require_gradients(model, "profile_model")
     selection = find_layers(model, include=asked.include, exclude=asked.exclude, untie=asked.untie)

@@ -271,6 +271,13 @@ def profile_summary(profile: Profile) -> str:
     for backend in info.backends:
         scales = ", ".join(f"{scale.name} ({scale.unit})" for scale in backend.scales)
         lines.append(f"  backend     {backend.name}, {backend.source}; scales: {scales}")
+        kinds = ["truncation", *(f"{bits} bits" for bits in info.bits)]
+        shares = [
+            f"{share:.3g} of it in {kind}"
+            for kind, share in zip(kinds, backend.measured_shares, strict=False)
+        ]
+        if shares:
+            lines.append(f"  measured    of what it predicts: {', '.join(shares)}")
     lines += _certainty(profile)
     lines += coverage(
         len(info.layers),

@@ -144,6 +144,10 @@ def assembled(subject: Subject, parts: Parts, store: Store) -> Profile:
             for backend, found in parts.curves.items()
             if _all_valued(found)
         },
+        rounding={
+            backend: {layer: scaled.rounding for layer, scaled in found.items() if scaled.rounding}
+            for backend, found in parts.curves.items()
+        },
         fisher_columns=parts.columns,
         traces=parts.traces,
         batch_fisher=torch.stack(parts.totals, 1).numpy(),

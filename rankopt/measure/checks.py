@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankopt.errors import ModelError, OptionError, few
-from rankopt.layers import FORMS
+from rankopt.layers import BITS, FORMS, Bits
 from rankopt.measure.collector import Collector
 from rankopt.measure.fisher import bytes_of_sums
 from rankopt.measure.layout import Layout, widened
@@ -44,8 +44,17 @@ _SINGLY = 8
 _FITTED = 2 / 3
 
 
-def check_options(form: str, moments: bool, cross_fit: bool, layers_at_a_time: int | None) -> None:
+def check_options(
+    form: str,
+    moments: bool,
+    cross_fit: bool,
+    layers_at_a_time: int | None,
+    bits: Collection[int],
+) -> tuple[Bits, ...]:
     """Refuse what no model can make good; see profile_model.
+
+    Returns:
+        The bits, most of them first, each once.
 
     Raises:
         OptionError: an unknown form, a number below 1, or options that do not go together.
@@ -56,6 +65,13 @@ def check_options(form: str, moments: bool, cross_fit: bool, layers_at_a_time: i
         raise OptionError(f"layers_at_a_time must be at least 1, got {layers_at_a_time}")
     if cross_fit and not moments:
         raise OptionError("cross_fit values factors by second moments: not with moments=False")
+    unknown = [each for each in bits if each not in BITS]
+    if unknown:
+        known = " or ".join(map(str, BITS))
+        raise OptionError(f"weights are rounded to {known} bits, not to {unknown[0]!r}")
+    if bits and not moments:
+        raise OptionError("losses of rounding take second moments: no bits with moments=False")
+    return tuple(each for each in BITS if each in bits)
 
 
 def check_apart(

@@ -6,6 +6,7 @@ dictionary or a folder: no more than the layers in hand are in memory.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 from rankopt.backends import find_backend, kronecker
 from rankopt.backends.base import Backend, Decomposition, recomputable
+from rankopt.backends.rounding import rounding_losses
 from rankopt.backends.statistics import Statistics, together
 from rankopt.backends.valued import cross_fitted, valued
-from rankopt.errors import ModelError, RankoptError
-from rankopt.layers import FloatArray, Form, Layer
+from rankopt.errors import ModelError, OptionError, RankoptError
+from rankopt.layers import Bits, FloatArray, Form, Layer
 from rankopt.model.weights import weight_of as whole_weight_of
 from rankopt.profile.curves import LossCurve
 from rankopt.progress import bar
@@ -38,11 +40,13 @@ class ScaledCurve:
         curve: the losses.
         factors: scale -> what the losses are multiplied with to be compared with other layers'.
         valued: losses of the same factors in nats of a unit, at the same ranks, if they are known.
+        rounding: bits -> losses of rounding in nats of a unit, at the layer's ``rounded_ranks``.
     """
 
     curve: LossCurve
     factors: dict[str, float]
     valued: FloatArray | None = None
+    rounding: Mapping[Bits, FloatArray] = dataclasses.field(default_factory=dict)
 
 
 def decompose_layers(
@@ -56,6 +60,7 @@ def decompose_layers(
     form: Form = "pairs",
     moments: bool = True,
     halves_of: "Callable[[str], tuple[Statistics, Statistics] | None] | None" = None,
+    bits_of: Callable[[Layer], Sequence[Bits]] = lambda layer: (),
     workers: int = 1,
     progress: bool | None = None,
 ) -> dict[str, dict[str, ScaledCurve]]:
@@ -72,6 +77,8 @@ def decompose_layers(
         moments: value what factors lose, where both second moments are there.
         halves_of: member name -> statistics of two halves of the data, to cross-fit the losses of
             backends that fit it; None where that cannot be.
+        bits_of: layer -> what rounding its weights to these loses is measured, too; of backends
+            that have factors of every rank.
         workers: layers at a time, on the CPU.
         progress: a bar on stderr; by default if it is a terminal.
 
@@ -96,6 +103,7 @@ def decompose_layers(
                 form,
                 moments,
                 halves_of,
+                bits_of(layer),
             )
             for name, backend in chosen.items()
         }
@@ -129,6 +137,30 @@ def put_together(
     return found
 
 
+def roundable(
+    modules: Mapping[str, nn.Module], bits: Sequence[Bits], layer: Layer
+) -> tuple[Bits, ...]:
+    """Of some bits those that a layer's weights may be rounded to: none of an embedding."""
+    if isinstance(modules[layer.name], nn.Embedding):
+        return ()
+    return tuple(each for each in bits if layer.can_round(None, each))
+
+
+def workers_of(device: torch.device, workers: int | None) -> int:
+    """Layers that are decomposed at a time; None: as many as cores, or one on a GPU.
+
+    Raises:
+        OptionError: below 1.
+    """
+    if workers is not None:
+        if workers < 1:
+            raise OptionError(f"workers must be at least 1, got {workers}")
+        return workers
+    if device.type != "cpu":
+        return 1
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def _work(layer: Layer) -> float:
     small, large = sorted((layer.out_features, layer.in_features))
     return float(small) ** 2 * (9 * small + large)
@@ -158,8 +190,10 @@ def _of_group(
     form: Form,
     moments: bool,
     halves_of: "Callable[[str], tuple[Statistics, Statistics] | None] | None",
+    bits: Sequence[Bits],
 ) -> ScaledCurve:
     curve: LossCurve | None = None
+    rounding: dict[Bits, FloatArray] = {}
     factors: dict[str, float] = {}
     values: list[FloatArray | None] = []
     for member in layer.members:
@@ -180,6 +214,10 @@ def _of_group(
                 of_others = moments and backend.name != kronecker.BACKEND.name
                 nats = valued(backend, weight, statistics, made) if of_others else None
             values.append(None if nats is None else nats.cpu().numpy())
+            at = layer.rounded_ranks(form)
+            for width in () if mine.on_grid else bits:
+                lost = rounding_losses(backend, weight, statistics, made, at, form, width)
+                rounding[width] = lost.cpu().numpy()
         except (RankoptError, MemoryError):
             raise
         except Exception as error:
@@ -199,7 +237,7 @@ def _of_group(
     assert curve is not None
     known = [value for value in values if value is not None]
     whole = np.sum(known, 0) if len(known) == len(values) else None
-    return ScaledCurve(curve, factors, whole)
+    return ScaledCurve(curve, factors, whole, rounding)
 
 
 def _checked(layer: Layer, backend: Backend, made: Decomposition) -> LossCurve:

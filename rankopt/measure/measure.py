@@ -18,11 +18,18 @@ from rankopt.backends import find_backends, valued
 from rankopt.backends.base import Backend, recomputable
 from rankopt.data.mixtures import Mixture
 from rankopt.errors import OptionError, few
-from rankopt.layers import Form, Layer
+from rankopt.layers import Bits, Form, Layer
 from rankopt.measure.accumulate import Gathered, eager, gather
 from rankopt.measure.assemble import Parts, Subject, assembled
 from rankopt.measure.checks import check_options, warn_of_fitted, warn_of_memory, warn_of_zeros
-from rankopt.measure.decompose import ScaledCurve, Store, decompose_layers, put_together
+from rankopt.measure.decompose import (
+    ScaledCurve,
+    Store,
+    decompose_layers,
+    put_together,
+    roundable,
+    workers_of,
+)
 from rankopt.measure.estimators import Estimator, Kind, Unit
 from rankopt.measure.loss import find_loss, name_of
 from rankopt.measure.processes import Processes
@@ -64,6 +71,7 @@ def profile_model(
     again: Compress | None = None,
     cross_fit: bool = False,
     form: Form = "pivoted",
+    bits: Sequence[Bits] = (),
     keep_bases: bool = True,
     store: Store | None = None,
     layers_at_a_time: int | None = None,
@@ -118,6 +126,8 @@ def profile_model(
             which have more parameters at the same rank. Says what plans have by default, and how
             far singular vectors are stored: to full rank for ``pivoted``, about half of it for
             pairs. A profile for ``pivoted`` can be planned in pairs too.
+        bits: 8, 4: also measure what rounding weights to so many bits loses, of linear layers that
+            share their matrix with none: what ``make_plan(bits=...)`` needs. Needs moments.
         keep_bases: store singular vectors too, so that applying a plan is fast. What a backend
             needs and could not compute again without the data is always stored.
         store: where these arrays go; memory by default. ``rankopt.SpilledArrays`` is a folder.
@@ -137,7 +147,7 @@ def profile_model(
     """
     if not backends:
         raise OptionError("at least one backend is needed")
-    check_options(form, moments, cross_fit, layers_at_a_time)
+    bits = check_options(form, moments, cross_fit, layers_at_a_time, bits)
     if checkpoint_every < 1:
         raise OptionError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     mixed = batches if isinstance(batches, Mixture) else None
@@ -156,7 +166,7 @@ def profile_model(
         if sharded and not (again is None and stop is None and checkpoint is None):
             raise OptionError("a sharded model takes no stop, no checkpoint, and no second round")
         cross_fit = cross_fit and valued.any_fitted(chosen.values())
-        workers = _workers(model, workers)
+        workers = workers_of(device_of(model), workers)
         needs = valued.needs_of(chosen.values(), moments)
         subject = Subject(model, selection, loss, processes, form)
         subject, silent, batches = _examined(subject, batches, around)
@@ -202,6 +212,7 @@ def profile_model(
                 first = gathered
                 gathered = second_round(heard, again, first, curves, arrays, batches, **same)
                 again = None if gathered is first else again
+            how["bits_of"] = functools.partial(roundable, selection.modules, bits)
             curves = decomposed(layers, gathered, backends, **how)
             whole.add(layers, gathered, curves)
         if lost:
@@ -209,7 +220,7 @@ def profile_model(
         profile = assembled(subject, whole, arrays)
     about: dict[str, Any] = {"again": None if again is None else _asked_for(again)}
     halved = whole.gathered is not None and whole.gathered.seen.batches > 1
-    about["cross_fit"] = cross_fit and halved
+    about |= {"cross_fit": cross_fit and halved, "bits": bits}
     if cross_fit and not halved:
         tqdm.write("note: one batch has no halves to cross-fit: give smaller ones", file=sys.stderr)
     if mixed is not None:
@@ -366,16 +377,6 @@ def _passes(
         passes[-1].append(layer)
         heard += speaks
     return passes
-
-
-def _workers(model: nn.Module, workers: int | None) -> int:
-    if workers is not None:
-        if workers < 1:
-            raise OptionError(f"workers must be at least 1, got {workers}")
-        return workers
-    if device_of(model).type != "cpu":
-        return 1
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _storing(

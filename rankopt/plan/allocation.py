@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from rankopt.errors import OptionError
-from rankopt.layers import DENSE, FORMS, FloatArray, Form, IntArray, Layer
+from rankopt.layers import BITS, DENSE, FORMS, Bits, FloatArray, Form, IntArray, Layer
 from rankopt.plan.budget import whole_number
 from rankopt.profile.profile import Profile
 from rankopt_solvers import Group, Problem, within_level
@@ -35,6 +35,8 @@ class Allocation:
     Attributes:
         layers: the planned layers.
         ranks: the options of each layer; DENSE is the last.
+        bits: of each layer and option, what its weights are rounded to, AS_IS the dtype they have;
+            empty where all are left in it.
         groups: one group for each layer, with the same options.
         lost_shares: share of the layer's own energy that each option loses, between 0 and 1.
         full_losses: loss of retaining nothing, in the unit of ``total``.
@@ -62,6 +64,7 @@ class Allocation:
     form: Form = "pairs"
     min_retained: float | None = None
     pinned: tuple[str, ...] = ()
+    bits: tuple[IntArray, ...] = ()
 
     def problem(self, budget: int) -> Problem:
         """The problem under a budget of parameters; what one prepares serves all."""
@@ -114,6 +117,7 @@ class Allocation:
                 for group, k in zip(self.groups, kept, strict=True)
             ),
             lost_shares=tuple(lost[k] for lost, k in zip(self.lost_shares, kept, strict=True)),
+            bits=tuple(bits[k] for bits, k in zip(self.bits, kept, strict=bool(self.bits))),
         )
 
     def retained_total(self, choice: Sequence[int]) -> float:
@@ -132,6 +136,13 @@ class Allocation:
         """The inverse: rank of each layer, None for dense."""
         found = [int(r[j]) for r, j in zip(self.ranks, choice, strict=True)]
         return tuple(None if rank == DENSE else rank for rank in found)
+
+    def bits_of(self, choice: Sequence[int]) -> tuple[Bits | None, ...]:
+        """What each layer is rounded to, None for its own dtype."""
+        if not self.bits:
+            return (None,) * len(self.layers)
+        found = [int(bits[j]) for bits, j in zip(self.bits, choice, strict=True)]
+        return tuple(next((each for each in BITS if each == bits), None) for bits in found)
 
 
 #: One profile is planned many times. A copy of it is another profile: it may have other losses.

@@ -46,14 +46,21 @@ def plan_of(
             retained=share,
             margin=margin if priced and math.isfinite(margin) else None,
             nanoseconds=nanoseconds,
+            bits=bits,
         )
-        for layer, rank, share, margin, nanoseconds in zip(
-            offered.layers, ranks, retained, sure, took or (None,) * len(ranks), strict=True
+        for layer, rank, bits, share, margin, nanoseconds in zip(
+            offered.layers,
+            ranks,
+            offered.bits_of(solution.choice),
+            retained,
+            sure,
+            took or (None,) * len(ranks),
+            strict=True,
         )
     )
     spent = sum(entry.parameters for entry in entries)
     saved = info.planned_parameters - spent
-    saved_bytes = info.planned_bytes - sum(e.parameters * e.layer.itemsize for e in entries)
+    saved_bytes = info.planned_bytes - sum(entry.bytes_in(offered.form) for entry in entries)
     worst = min(range(len(retained)), key=lambda k: retained[k])
     return Plan(
         rankopt=__version__,
@@ -81,7 +88,7 @@ def plan_of(
         retained_total=offered.retained_total(solution.choice),
         retained_worst=retained[worst],
         worst_layer=offered.layers[worst].name,
-        predicted=_predicted(profile, offered, ranks),
+        predicted=_predicted(profile, offered, solution),
         size=Size(
             planned_dense=info.planned_parameters,
             planned=spent,
@@ -97,14 +104,18 @@ def plan_of(
     )
 
 
-def _predicted(profile: Profile, offered: Allocation, ranks: Sequence[int | None]) -> float | None:
+def _predicted(profile: Profile, offered: Allocation, solution: Solution) -> float | None:
     """Nats per target, whatever the objective and the scale that the plan was made with."""
     backend, info = profile.backend(offered.backend), profile.info
+    if offered.bits:  # of truncation and of rounding, as measured
+        return solution.loss * info.units / info.targets
     scale = next((scale for scale in backend.scales if scale.unit.startswith("nats")), None)
     if scale is None:
         return None
     per_unit = math.fsum(
         factor * profile.loss_curve(backend.name, layer.name, scale.name).lost(rank)
-        for layer, factor, rank in zip(offered.layers, scale.factors, ranks, strict=True)
+        for layer, factor, rank in zip(
+            offered.layers, scale.factors, offered.ranks_of(solution.choice), strict=True
+        )
     )
     return per_unit * info.units / info.targets

@@ -2,7 +2,8 @@
 
 Each is a cost of its own of every rank, in whole numbers:
 
-``max_bytes``    bytes of the planned layers' weights, in the dtype that they were profiled in.
+``max_bytes``    bytes of the planned layers' weights, in the dtype that they were profiled in, or
+                 rounded, with their scales.
 ``max_flops``    a product with each planned layer for one token, a multiplication and an addition
                  counting two: 2 out in if dense, 2 r (out + in) as a pair, 2 r (out + in - r) in
                  the pivoted form; of every module that shares a matrix, an embedding's look-up
@@ -22,7 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError
-from rankopt.layers import DENSE, Form, IntArray, Layer
+from rankopt.layers import AS_IS, DENSE, Form, IntArray, Layer
 from rankopt.plan.allocation import Allocation
 from rankopt.plan.budget import Budget, Limit, LimitKind, whole_number
 from rankopt.plan.latency import LatencyTable
@@ -62,7 +63,7 @@ class Cost:
     kind: LimitKind
     asked: float
     allowed: int
-    of: Callable[[Layer, IntArray, Form], IntArray]
+    of: Callable[[Layer, IntArray, Form, IntArray | int], IntArray]
     table: LatencyTable | None = None
 
     def __str__(self) -> str:
@@ -70,8 +71,9 @@ class Cost:
 
     def options(self, offered: Allocation) -> tuple[IntArray, ...]:
         """Of every option of every layer."""
-        pairs = zip(offered.layers, offered.ranks, strict=True)
-        return tuple(self.of(layer, ranks, offered.form) for layer, ranks in pairs)
+        bits: Sequence[IntArray | int] = offered.bits or (AS_IS,) * len(offered.layers)
+        options = zip(offered.layers, offered.ranks, bits, strict=True)
+        return tuple(self.of(layer, ranks, offered.form, own) for layer, ranks, own in options)
 
     def stated(self, layers: Sequence[PlannedLayer], form: Form, price: float | None) -> Limit:
         """As a plan states it."""
@@ -81,7 +83,7 @@ class Cost:
             asked=self.asked,
             allowed=self.allowed,
             spent=sum(entry.spent(self.kind, form) for entry in layers),
-            dense=sum(int(self.of(entry.layer, dense, form)[0]) for entry in layers),
+            dense=sum(int(self.of(entry.layer, dense, form, AS_IS)[0]) for entry in layers),
             price=price,
             table=None if self.table is None else self.table.digest,
         )
@@ -108,10 +110,10 @@ def find_limits(
     found = []
     if max_bytes is not None:
         allowed = _counted("max_bytes", max_bytes)
-        found.append(Cost("max_bytes", allowed, allowed, _bytes))
+        found.append(Cost("max_bytes", allowed, allowed, Layer.bytes_of))
     if max_flops is not None:
         allowed = _counted("max_flops", max_flops)
-        found.append(Cost("max_flops", allowed, allowed, Layer.flops))
+        found.append(Cost("max_flops", allowed, allowed, _whatever_bits(Layer.flops)))
     if (max_latency is None) != (latency_table is None):
         raise BudgetError("max_latency and latency_table belong together: give both, or neither")
     if max_latency is not None and latency_table is not None:
@@ -122,7 +124,8 @@ def find_limits(
         if not isinstance(table, LatencyTable):
             table = LatencyTable.load(table)
         allowed = math.floor(round(max_latency * 1000, 6))
-        found.append(Cost("max_latency", max_latency, allowed, table.nanoseconds, table))
+        of = _whatever_bits(table.nanoseconds)
+        found.append(Cost("max_latency", max_latency, allowed, of, table))
     return tuple(found)
 
 
@@ -133,8 +136,11 @@ def _counted(kind: LimitKind, value: object) -> int:
     return number
 
 
-def _bytes(layer: Layer, ranks: IntArray, form: Form) -> IntArray:
-    return layer.costs(ranks, form) * layer.itemsize
+def _whatever_bits(
+    of: Callable[[Layer, IntArray, Form], IntArray],
+) -> Callable[[Layer, IntArray, Form, IntArray | int], IntArray]:
+    """A cost that rounding does not change."""
+    return lambda layer, ranks, form, bits: of(layer, ranks, form)
 
 
 def reached(offered: Allocation, limits: Sequence[Cost]) -> Allocation:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from rankopt.errors import PlanError, printable
 from rankopt.files import PLAN, is_format, whole_file
-from rankopt.layers import AS_IS, DENSE, GROUP, Bits, Form, Layer
+from rankopt.layers import AS_IS, BITS, DENSE, GROUP, Bits, Form, Layer
 from rankopt.plan.budget import Budget, Limit, LimitKind
 from rankopt.schema import STRICT, Count, Grown, Loss, Number, Share, read_versioned
 
@@ -357,6 +357,11 @@ class Plan(Grown):
             *price,
             f"  layers          {len(self.layers)}: {dense} dense, "
             f"{len(self.layers) - dense} low rank"
-            + (f"; {len(self.pinned)} of them pinned" if self.pinned else ""),
+            + (f"; {len(self.pinned)} of them pinned" if self.pinned else "")
+            + "".join(
+                f"; {count} in {bits} bits"
+                for bits in BITS
+                if (count := sum(entry.bits == bits for entry in self.layers))
+            ),
         ]
         return "\n".join(map(printable, lines))

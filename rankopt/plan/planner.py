@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError, RankoptError
-from rankopt.layers import Form
+from rankopt.layers import Bits, Form
 from rankopt.plan import heuristics
 from rankopt.plan.allocation import Allocation, Objective, allocation
 from rankopt.plan.assemble import plan_of
+from rankopt.plan.bits import with_bits
 from rankopt.plan.budget import NO_BUDGET, Budget, at_least, find_budget
 from rankopt.plan.latency import LatencyTable
 from rankopt.plan.limits import (
@@ -78,9 +79,10 @@ def make_plan(
     share: float | None = None,
     min_retained: float | Literal["best"] | None = None,
     pins: Pins | None = None,
+    bits: Sequence[Bits] = (),
     **options: Any,
 ) -> Plan:
-    """Decide the rank of every layer.
+    """Decide the rank of every layer, and the bits of its weights.
 
     There may be one budget of parameters and one each of bytes, FLOPs and latency: ranks meet all.
 
@@ -111,6 +113,8 @@ def make_plan(
             that the budget allows. The sum alone starves layers with little information.
         pins: glob of layer names -> rank, or ``dense``: decided already, paid for from the budget,
             and bound by no share or floor. Of several that name a layer the last decides.
+        bits: 8, 4: weights may be rounded to so many, too, of a profile that was made with them,
+            under ``max_bytes``. A pin decides a rank, not its bits.
         options: passed to the solver, ``time_limit`` for ``exact`` and ``knapsack``.
 
     Raises:
@@ -140,6 +144,7 @@ def make_plan(
         share=share,
         min_retained=min_retained,
         pins=pins,
+        bits=bits,
         options=options,
     )
     if budget is None:
@@ -162,6 +167,7 @@ def choose(
     share: float | None = None,
     min_retained: float | Literal["best"] | None = None,
     pins: Pins | None = None,
+    bits: Sequence[Bits] = (),
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Allocation, Solution]:
     """What was on offer, and what the solver chose of it.
@@ -179,6 +185,7 @@ def choose(
         share: see make_plan.
         min_retained: see make_plan.
         pins: see make_plan.
+        bits: see make_plan.
         options: passed to the solver.
 
     Raises:
@@ -188,6 +195,10 @@ def choose(
     _require_one_budget(solver, objective, min_retained, budget, limits)
     offered = allocation(profile, backend, scale, objective, rank_multiple, form)
     offered = reached(pinned(offered, pins or {}), limits)
+    if bits:
+        if not any(limit.kind == "max_bytes" for limit in limits):
+            raise OptionError("rounding changes bytes, not parameters: bits need max_bytes")
+        offered = with_bits(offered, profile, bits)
     if min_retained is not None:
         _require_floor(min_retained, solver, objective)
     if share is not None:

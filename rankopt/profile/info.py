@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from rankopt.errors import OptionError, ProfileError
-from rankopt.layers import Form, Layer, LeftAlone
+from rankopt.layers import Bits, Form, Layer, LeftAlone
 from rankopt.schema import STRICT, Grown, first_of, parse
 
 FORMAT_VERSION = 2
@@ -55,16 +55,20 @@ class BackendInfo(Grown):
         source: the paper.
         loaded_from: the ``module:object`` that was named, if it was no installed backend. Planning
             finds the backend by it too; nothing is imported because it is written here.
+        measured_shares: what models lose, as a share of what the profile says of them: where the
+            profile's plan truncates, and where all is rounded to each of its bits. Divides what
+            the two kinds of loss say of each other; 1 where nothing was measured.
         scales: at least one; the first is the default.
     """
 
     model_config = STRICT
-    later: ClassVar[tuple[str, ...]] = ("loaded_from",)
+    later: ClassVar[tuple[str, ...]] = ("loaded_from", "measured_shares")
 
     name: _Name
     source: str
     loaded_from: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")] | None = None
     scales: Annotated[tuple[ScaleInfo, ...], Field(min_length=1)]
+    measured_shares: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = ()
 
     def find_scale(self, name: str | None = None) -> ScaleInfo:
         """The scale by name, or the default.
@@ -135,11 +139,12 @@ class ProfileInfo(Grown):
         backends: whose losses the profile holds; the first is the default.
         form: how matrices of lower rank are kept by default; kept arrays reach to the largest
             rank that saves parameters in it.
+        bits: what weights may be rounded to: losses of that were measured.
     """
 
     model_config = STRICT
     later: ClassVar[tuple[str, ...]] = (
-        "estimator_reason", "sources", "again", "form", "cross_fit"
+        "estimator_reason", "sources", "again", "form", "cross_fit", "bits"
     )  # fmt: skip
 
     format_version: Literal[2] = 2
@@ -167,10 +172,16 @@ class ProfileInfo(Grown):
     left_alone: tuple[LeftAlone, ...]
     backends: Annotated[tuple[BackendInfo, ...], Field(min_length=1)]
     form: Form = "pairs"
+    bits: tuple[Bits, ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> "ProfileInfo":
         for backend in self.backends:
+            if len(backend.measured_shares) not in (0, 1 + len(self.bits)):
+                raise ValueError(
+                    f"backend {backend.name} has {len(backend.measured_shares)} measured shares "
+                    f"for truncation and {len(self.bits)} widths"
+                )
             for scale in backend.scales:
                 if len(scale.factors) != len(self.layers):
                     raise ValueError(

@@ -13,6 +13,8 @@ tokens: ``info.unit``): divide by ``info.units`` for means.
     NAME/losses.BACKEND.kronecker  float64  what the same factors lose under the Kronecker-factored
                                            Fisher information, in nats; there if both moments were
     NAME/ranks.BACKEND     int64 (G,)      there if ``losses`` has a grid of ranks only
+    NAME/rounding.BACKEND.BITS  float64 (R,)  what rounding to BITS loses more, in nats per unit, at
+                                           the layer's R ``rounded_ranks``; optional
     batches/fisher         float64 (batches, layers)  each batch's share of the layers' sums
     batches/units          float64 (batches,)         its units; both optional
     MEMBER/KIND.BACKEND    float32         kept arrays, which spare a decomposition on apply
@@ -34,7 +36,7 @@ import numpy as np
 
 from rankopt.errors import ProfileError
 from rankopt.files import PROFILE
-from rankopt.layers import FloatArray, Layer
+from rankopt.layers import Bits, FloatArray, Layer
 from rankopt.profile.curves import LossCurve
 from rankopt.profile.info import BackendInfo as BackendInfo
 from rankopt.profile.info import ProfileInfo as ProfileInfo
@@ -64,6 +66,8 @@ class Profile:
         curves: backend -> layer -> loss per unit at each of its ranks.
         valued: the same under the Kronecker-factored Fisher information (see BackendInfo's scales),
             of all layers; of some backends or none.
+        rounding: backend -> layer -> bits -> what rounding loses more, in nats per unit, at the
+            layer's ``rounded_ranks``; of some layers or none.
         fisher_columns: layer or partner -> raw column sums, ``(out,)``; some or none.
         traces: layer or partner -> positions, traces of the second moments of inputs and of
             gradients, ``(3,)``; some or none.
@@ -79,6 +83,9 @@ class Profile:
     fisher_rows: Mapping[str, FloatArray]
     curves: Mapping[str, Mapping[str, LossCurve]]
     valued: Mapping[str, Mapping[str, LossCurve]] = dataclasses.field(default_factory=dict)
+    rounding: Mapping[str, Mapping[str, Mapping[Bits, FloatArray]]] = dataclasses.field(
+        default_factory=dict
+    )
     fisher_columns: Mapping[str, FloatArray] = dataclasses.field(default_factory=dict)
     traces: Mapping[str, FloatArray] = dataclasses.field(default_factory=dict)
     batch_fisher: FloatArray | None = None
@@ -96,6 +103,9 @@ class Profile:
                 for scale in (None, *(each.name for each in backend.scales if each.valued)):
                     curve = self.loss_curve(backend.name, layer.name, scale)
                     curve.require_sound(layer, backend.name)
+                shape = layer.rounded_ranks(self.info.form).shape
+                for bits, lost in self.rounding_of(backend.name, layer.name).items():
+                    _require(f"layer {layer.name}: rounding to {bits} bits", lost, shape)
         if (self.batch_fisher is None) != (self.batch_units is None):
             raise ProfileError("batch_fisher and batch_units belong together")
         if self.batch_fisher is not None and self.batch_units is not None:
@@ -152,6 +162,10 @@ class Profile:
         if curve is None:
             raise ProfileError(f"layer {layer}: no {backend} losses")
         return curve
+
+    def rounding_of(self, backend: str, layer: str) -> Mapping[Bits, FloatArray]:
+        """Bits -> what rounding loses more, at the layer's ``rounded_ranks``; often empty."""
+        return self.rounding.get(backend, {}).get(layer, {})
 
     def fisher_trace(self, layer: str) -> float:
         """Raw sum of a layer's Fisher information over all its weights, partners included."""
@@ -269,6 +283,10 @@ class Profile:
                 return LossCurve(tensors[ranks], losses)
             return LossCurve.complete(losses)
 
+        def rounding(name: str, backend: str) -> dict[Bits, FloatArray]:
+            named = {bits: f"{name}/rounding.{backend}.{bits}" for bits in info.bits}
+            return {bits: tensors[key] for bits, key in named.items() if key in tensors}
+
         try:
             profile = cls(
                 info,
@@ -280,6 +298,7 @@ class Profile:
                     for scale in x.scales
                     if scale.valued
                 },
+                rounding={b: {name: rounding(name, b) for name in names} for b in backends},
                 fisher_columns=of("fisher_columns"),
                 traces=of("traces"),
                 batch_fisher=tensors.get("batches/fisher"),
@@ -309,6 +328,8 @@ class Profile:
                     arrays[f"{layer.name}/losses.{backend}.{scale}"] = other
                 if curve.on_grid:
                     arrays[f"{layer.name}/ranks.{backend}"] = curve.ranks
+                for bits, lost in self.rounding_of(backend, layer.name).items():
+                    arrays[f"{layer.name}/rounding.{backend}.{bits}"] = lost
         if self.batch_fisher is not None and self.batch_units is not None:
             arrays["batches/fisher"] = self.batch_fisher
             arrays["batches/units"] = self.batch_units

@@ -48,7 +48,7 @@ _LONGEST_HEADER = 100_000_000
 MOST_BYTES = 16 * 2**30
 
 #: Kinds of tensors that belong to a backend and are measures; all others are kept arrays.
-MEASURES = ("losses", "ranks")
+MEASURES = ("losses", "ranks", "rounding")
 
 
 class Renamed(Mapping[str, KeptArray]):

@@ -28,6 +28,7 @@ from rankopt.cli.options import (
 )
 from rankopt.errors import OptionError, RankoptError
 from rankopt.files import LORA_PLAN, PLAN, is_format, require_file
+from rankopt.layers import Bits
 from rankopt.plan.lora import LoraObjective, LoraPlan, make_lora_plan
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import STRATEGIES, known_solvers, make_plan
@@ -41,6 +42,7 @@ Examples:
   rankopt plan profile.safetensors --keep 0.8 --min-retained 0.5
   rankopt plan profile.safetensors --keep 0.8 --max-latency 1.2ms \\
     --latency-table latencies.csv
+  rankopt plan profile.safetensors --max-bytes 9MB --bits 8 4
   rankopt plan profile.safetensors --keep 0.8 --pin '*.o_proj=64'
   rankopt plan profile.safetensors --solver threshold --share 0.95
   rankopt plan profile.safetensors --for lora --max-params 2e6 -o lora.json
@@ -56,7 +58,7 @@ stopped when it is called again.
 COMPRESS, LORA = "compress", "lora"
 LIMITS = ("max_bytes", "max_flops", "max_latency", "latency_table")
 #: Options of one of the two.
-OF_COMPRESSING = ("keep", "keep_total", *LIMITS, "form", "pin", "share", "min_retained")
+OF_COMPRESSING = ("keep", "keep_total", *LIMITS, "form", "pin", "share", "min_retained", "bits")
 OF_LORA = ("like_rank", "max_rank")
 SEARCH = ("trials", "sampler", "storage", "seed", "workers", "model", "data", *READING, "dtype")
 
@@ -126,6 +128,13 @@ def plan(
         ),
     ] = None,
     pin: PinOption = None,
+    bits: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="8, 4 or both: weights may be rounded to so many bits, under --max-bytes; of a "
+            "profile that was made with --bits."
+        ),
+    ] = None,
     time_limit: Annotated[
         float | None, typer.Option(help="exact (60) or knapsack (30): seconds.")
     ] = None,
@@ -194,6 +203,7 @@ def plan(
             solver=solver,
             share=share,
             min_retained=floor_of(min_retained),
+            bits=cast("list[Bits]", bits or []),
             **timed,
         )
     else:
@@ -256,7 +266,7 @@ def _refuse_idle(ctx: typer.Context, solver: str, purpose: str) -> None:
     if solver in (*STRATEGIES, "greedy", "density"):
         require_with(ctx, ["time_limit"], "--solver exact, knapsack or search")
     if solver == "search":
-        for name in LIMITS:
+        for name in (*LIMITS, "bits"):
             refuse_with(ctx, name, "--solver search", "which takes one budget of parameters")
     if solver in (*STRATEGIES, "search"):
         refuse_with(ctx, "min_retained", f"--solver {solver}", "but is for solvers such as exact")

@@ -30,6 +30,7 @@ Examples:
   rankopt profile ./model --data wiki.txt --data help.jsonl --weight 3 1 \\
     -o p.st
   rankopt profile ./bert-sst2 --data train.tsv --text-column sentence -o p.st
+  rankopt profile ./bert-sst2 --data train.tsv --bits 8 4 -o p.st
   rankopt profile gpt2 --data Salesforce/wikitext:wikitext-2-raw-v1 \\
     --examples 64 -o p.st
   torchrun --nproc-per-node 4 -m rankopt profile ./model \\
@@ -65,6 +66,13 @@ def profile(
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Globs of layers to leave alone.")
+    ] = None,
+    bits: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="8, 4 or both: measure what rounding weights loses, too, for `rankopt plan "
+            "--bits`."
+        ),
     ] = None,
     untie: Annotated[
         bool, typer.Option(help="Plan a head and an embedding that share their weight.")
@@ -172,6 +180,7 @@ def profile(
     source = asked.read(model)
     from rankopt.apply.compressed import Compressed
     from rankopt.cli.tables import profile_summary
+    from rankopt.evaluation.shares import measure_shares
     from rankopt.measure.measure import profile_model
     from rankopt.measure.processes import Processes
     from rankopt.plan.stability import Stability
@@ -194,6 +203,7 @@ def profile(
         "again": Compressed(round_keep, needed=rounds is not None) if twice else None,
         "cross_fit": moments if cross_fit is None else cross_fit,
         "form": form,
+        "bits": tuple(bits or ()),
         "layers_at_a_time": layers_at_a_time,
     }
     if dry_run:
@@ -217,6 +227,8 @@ def profile(
             progress=None if processes.rank == 0 else False,
         )
         if processes.rank == 0:
+            if found.info.bits and processes.count == 1:
+                found = measure_shares(loaded, found, batches)
             found.save(output)
     for partial in partials if resumable else ():
         with contextlib.suppress(FileNotFoundError):
