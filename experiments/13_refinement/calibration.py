@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankopt.apply.surgery import low_rank, replace
 from rankopt.errors import ModelError
 from rankopt.layers import Form
 from rankopt.measure.layout import Layout
 from rankopt.measure.loss import ModelLoss
 from rankopt.measure.padding import frames_of, masks_of
 from rankopt.measure.taps import input_of
-from rankopt.model.surgery import low_rank, replace
 from rankopt.model.tasks import Batch, positions_of, task_of
 from rankopt.model.weights import device_of, is_conv1d
 

@@ -1,4 +1,4 @@
-"""Apply a plan: replace layers by low-rank ones, all or nothing."""
+"""Apply a plan: replace layers by low-rank or rounded ones, all or nothing."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, MutableMapping
@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.apply.marking import attach, detach, require_unquantised
+from rankopt.apply.surgery import low_rank, replace, round_factors, rounded_linear
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, recomputable
 from rankopt.backends.statistics import Statistics
 from rankopt.errors import ModelError, OptionError, PlanError, few
+from rankopt.layers import Bits
 from rankopt.model.lowrank import LowRank
 from rankopt.model.matrices import NOT_SELECTED
+from rankopt.model.rounding import require_roundable
 from rankopt.model.selection import Selection, find_planned
-from rankopt.model.surgery import low_rank, replace
 from rankopt.model.weights import tensor_of, unwrapped, weight_of
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
@@ -33,9 +35,11 @@ def apply_plan(
     allow_other_weights: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
-    """Replace the planned layers by low-rank ones, in place.
+    """Replace the planned layers by low-rank ones, in place, and round what the plan says.
 
     All factors are computed before the first layer is replaced: an error leaves the model whole.
+    Rounded are the factors of a layer, or the weight of one that stays dense, by torchao; a Conv1D
+    becomes an nn.Linear. Rounded weights do not learn.
 
     Args:
         model: the dense model that was profiled; compiled by torch.compile it may be.
@@ -53,7 +57,9 @@ def apply_plan(
     Raises:
         PlanError: the plan is of another profile, or of another model; names the first layers that
             differ.
-        ModelError: the model cannot be factorised (already low rank, quantised, not loaded).
+        ModelError: the model cannot be factorised (already low rank, quantised, not loaded), or a
+            layer not rounded.
+        MissingExtraError: the plan rounds weights, and torchao is not installed.
         OptionError: the plan's backend is not installed, and was not named in this process.
     """
     inner = unwrapped(model)
@@ -114,7 +120,7 @@ def _replacements(
         if cache is not None:
             cache[key] = kept
         replacements[name] = subject.low_rank(name, kept)
-    return replacements
+    return replacements | {name: subject.rounded(name) for name in subject.only_rounded}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +133,7 @@ class Planned:
         modules: layer or partner -> the dense module.
         ranks: likewise -> its rank, of those that do not stay dense.
         largest: likewise -> the largest rank that its profile offers.
+        bits: layer -> what its weights are rounded to, of those that are.
         backend: the plan's.
         same: whether the weights are those that were profiled.
     """
@@ -136,6 +143,7 @@ class Planned:
     modules: Mapping[str, nn.Module]
     ranks: Mapping[str, int]
     largest: Mapping[str, int]
+    bits: Mapping[str, Bits]
     backend: Backend
     same: bool
 
@@ -153,6 +161,9 @@ class Planned:
         require_unquantised(model)
         known = {entry.name for entry in profile.info.left_alone}
         _require_same(found, plan, allow_other_weights, known)
+        bits = {entry.layer.name: entry.bits for entry in plan.layers if entry.bits is not None}
+        for name in bits:
+            require_roundable(name, found.modules[name], "a plan that rounds weights")
         layers = {layer.name: layer for layer in found.layers}
         low = [entry for entry in plan.layers if entry.rank is not None]
         return cls(
@@ -165,9 +176,19 @@ class Planned:
                 for entry in low
                 for member in entry.layer.members
             },
+            bits,
             backend_of(plan, profile),
             all(e.layer.digest == layers[e.layer.name].digest for e in plan.layers),
         )
+
+    @property
+    def only_rounded(self) -> list[str]:
+        """Layers that are rounded and stay dense."""
+        return [name for name in self.bits if name not in self.ranks]
+
+    def rounded(self, name: str) -> nn.Linear:
+        """The module to stand in the place of one that is rounded and stays dense."""
+        return rounded_linear(self.modules[name], self.bits[name])
 
     def is_stored(self, member: str) -> bool:
         """Whether the profile has what its factors need, and for these weights."""
@@ -205,7 +226,10 @@ class Planned:
         if bias is not None and bias.is_meta:
             bias = tensor_of(module, "bias")
         up, down = self.backend.factors(weight_of(module), kept, self.ranks[member])
-        return low_rank(module, down, up, bias, self.plan.form)
+        low = low_rank(module, down, up, bias, self.plan.form)
+        if member in self.bits:
+            round_factors(low, self.bits[member])
+        return low
 
 
 def backend_of(plan: Plan, profile: Profile) -> Backend:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rankopt.apply.apply import applied
+from rankopt.apply.surgery import merged_weight
 from rankopt.errors import InfeasibleBudgetError
 from rankopt.model.lowrank import LowRank
-from rankopt.model.surgery import merged_weight
 from rankopt.plan.planner import make_plan
 from rankopt.profile.profile import Profile
 

@@ -1,4 +1,4 @@
-"""Mark a model as low rank, so that it saves itself reloadably."""
+"""Mark a model as low rank or rounded, so that it saves itself reloadably."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -45,7 +45,8 @@ def attach(model: nn.Module, plan: Plan) -> Ties | None:
     before = _untie(model, ranks)
     after = model.all_tied_weights_keys
     ties = after if after != before.keys[model] else None
-    config = RankoptConfig(ranks, plan.backend, ties=ties, form=plan.form)
+    bits = {entry.layer.name: entry.bits for entry in plan.layers if entry.bits is not None}
+    config = RankoptConfig(ranks, plan.backend, ties=ties, form=plan.form, bits=bits)
     quantizer = RankoptQuantizer(config)
     quantizer.plan = plan
     quantizer.attach(model)

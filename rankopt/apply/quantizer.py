@@ -1,12 +1,14 @@
-"""The hook through which ``from_pretrained`` rebuilds low-rank layers.
+"""The hook through which ``from_pretrained`` rebuilds low-rank and rounded layers.
 
-transformers lets third parties register a ``quant_method``: its config names the low-rank layers,
-and ``from_pretrained`` asks our quantizer to swap them in before the weights are loaded. Nothing is
-quantised; it is the place that transformers offers for changing modules on load.
+transformers lets third parties register a ``quant_method``: its config names the low-rank layers
+and the rounded ones, and ``from_pretrained`` asks our quantizer to swap them in before the weights
+are loaded. It is the place that transformers offers for changing modules on load, whether anything
+is quantised or not. Rounded weights are read as their parts (see rounding), which become torchao's
+tensors when all is read.
 
 Without ``import rankopt`` transformers would only warn about the unknown method and load a dense
 model with random weights in the planned layers. So a saved file also holds a zero-size tensor
-``<layer>.weight`` for each low-rank layer: loading it into a dense layer is an error of size.
+``<layer>.weight`` for each of these layers: loading it into a dense layer is an error of size.
 
 A head and an embedding that were tied have factors of their own, so the config unties them. Other
 ties of the model go on (BERT's head shares its bias with a second name); they are named here,
@@ -20,6 +22,7 @@ so a low-rank model is written under its own names and read without conversion.
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,11 +38,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from rankopt.apply.refined import read
 from rankopt.apply.remote import taken_out
+from rankopt.apply.surgery import empty_in_place_of, put_dense, replace
 from rankopt.errors import ModelError, few
-from rankopt.layers import FORMS, Form
+from rankopt.layers import BITS, FORMS, Bits, Form
 from rankopt.model.lowrank import LowRank
-from rankopt.model.surgery import kind_of, merged_weight, replace
-from rankopt.model.weights import shown_shape, tensor_of, weight_shape
+from rankopt.model.rounding import Parts, holds_rounded, in_parts, require_torchao
+from rankopt.model.weights import shown_shape, tensor_of
 from rankopt.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -60,10 +64,12 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         own_names: the files have the model's own names; older ones those of transformers' format.
         form: how the low-rank layers are kept.
         refined: what the factors have learnt since, see refined; no entry where nothing.
+        bits: rounded layers and their bits, by module name; no entry where none.
     """
 
     # Of the class, as what an object does not have is not written.
     refined: Sequence[Mapping[str, Any]] = ()
+    bits: Mapping[str, Bits] = MappingProxyType({})
 
     def __init__(
         self,
@@ -74,6 +80,7 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         own_names: bool = False,
         form: Form = "pairs",
         refined: Sequence[Mapping[str, Any]] = (),
+        bits: Mapping[str, Bits] = MappingProxyType({}),
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -90,12 +97,16 @@ class RankoptConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.ties = dict(ties or {})
         self.own_names = own_names
         self.form = form
+        if strange := [x for x in bits.values() if x not in BITS]:
+            raise ValueError(f"this model folder has layers of {strange[0]} bits, not of 8 or 4")
+        if bits:
+            self.bits = dict(bits)
         if refined:
             self.refined = [each.model_dump() for each in read(refined)]
 
 
 class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps low-rank layers in on load and writes the guard on save."""
+    """Swaps low-rank and rounded layers in on load and writes the guard on save."""
 
     requires_calibration = True
     quantization_config: RankoptConfig
@@ -112,7 +123,8 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
     def attach(self, model: "PreTrainedModel") -> None:
         """Mark a model that has its low-rank layers, so that it saves itself reloadably.
 
-        transformers takes ``is_quantized`` to mean that the dtype cannot change, which it can.
+        transformers takes ``is_quantized`` to mean that the dtype cannot change, and that the model
+        does not learn: neither is so but of rounded weights.
         """
         self.quantization_config.own_names = True
         self.conversions = getattr(model, "_weight_conversions", None)
@@ -120,10 +132,10 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
         model.config.quantization_config = self.quantization_config
         model.hf_quantizer = self
         model.quantization_method = METHOD
-        model.is_quantized = False
+        model.is_quantized = bool(self.quantization_config.bits)
         for name, part in _models_in(model).items():
             part.config.__dict__.pop("_is_quantized", None)
-            if name and any(isinstance(module, LowRank) for module in part.modules()):
+            if name and layers_of(part):
                 part.hf_quantizer = _PartQuantizer(self.quantization_config)
 
     def remove_quantization_config(self, model: "PreTrainedModel") -> None:
@@ -143,34 +155,54 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
         found: list[Any] = super().update_weight_conversions(weight_conversions, model)
         return found
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to keep a part of a rounded model off the device that computes.
+
+        Raises:
+            ModelError: what accelerate puts back for a forward pass are plain tensors.
+        """
+        device_map = kwargs.get("device_map")
+        places = {str(x) for x in device_map.values()} if isinstance(device_map, dict) else set()
+        offloads = "disk" in places or ("cpu" in places and len(places) > 1)
+        if self.quantization_config.bits and offloads:
+            raise ModelError(
+                f"rounded weights cannot be offloaded (device_map has {', '.join(sorted(places))}):"
+                ' load the model onto its devices alone, or all of it with device_map="cpu"'
+            )
+
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", **kwargs: Any
     ) -> "PreTrainedModel":
-        modules = dict(model.named_modules())
+        config, modules = self.quantization_config, dict(model.named_modules())
+        if config.bits:
+            require_torchao("loading a model of rounded weights")
         prefix = f"{model.base_model_prefix}."
-        ranks, guards = {}, []
-        for saved_name, rank in self.quantization_config.ranks.items():
+        found: dict[str, str] = {}
+        for saved_name in {**config.ranks, **config.bits}:
             # A base model loaded from a folder with a head, or the other way round.
             candidates = (saved_name, saved_name.removeprefix(prefix), prefix + saved_name)
             name = next((c for c in candidates if c in modules), None)
-            if name is None and type(model).__name__ not in (model.config.architectures or ()):
-                continue  # The layer belongs to a head that this class has not.
-            if name is None:
-                raise ValueError(f"{type(model).__name__} has no layer {saved_name} to be low rank")
-            replace(
-                model, {name: empty_low_rank(modules[name], rank, self.quantization_config.form)}
-            )
-            ranks[name] = rank
-            guards.append(re.escape(name.removeprefix(prefix)))
-        if guards:
+            if name is not None:
+                found[saved_name] = name
+            elif type(model).__name__ in (model.config.architectures or ()):
+                kind = "low rank" if saved_name in config.ranks else "rounded"
+                raise ValueError(f"{type(model).__name__} has no layer {saved_name} to be {kind}")
+            # Else the layer belongs to a head that this class has not.
+        for saved_name, name in found.items():
+            rank, bits = config.ranks.get(saved_name), config.bits.get(saved_name)
+            replace(model, {name: empty_in_place_of(modules[name], rank, config.form, bits)})
+        if found:
+            guards = [re.escape(name.removeprefix(prefix)) for name in found.values()]
             pattern = rf"^(.*\.)?({'|'.join(guards)})\.weight$"
             known = model._keys_to_ignore_on_load_unexpected
             # A list, or nothing, in the first versions of transformers 5.
             more = {*known, pattern} if isinstance(known, set) else [*(known or ()), pattern]
             model._keys_to_ignore_on_load_unexpected = more
-        elif self.quantization_config.ranks:
+        elif config.ranks or config.bits:
             raise ValueError(f"{type(model).__name__} has none of the layers to be low rank")
-        self.quantization_config.ranks = ranks
+        config.ranks = {found[name]: rank for name, rank in config.ranks.items() if name in found}
+        if config.bits:
+            config.bits = {found[name]: own for name, own in config.bits.items() if name in found}
         there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         ties = {**model.all_tied_weights_keys, **self.quantization_config.ties}
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if {a, b} <= there}
@@ -179,6 +211,9 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(
         self, model: "PreTrainedModel", **kwargs: Any
     ) -> "PreTrainedModel":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Parts):
+                module.join(torch.float32 if _is_kept_wide(model, name) else module.dtype)
         self.attach(model)
         # A dense model of these layers would be converted as one that was never loaded.
         self.conversions = None
@@ -193,7 +228,7 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             ModelError: a model made from the config would not have these weights.
         """
-        state = dict(model.state_dict())
+        state = in_parts(model.state_dict())
         if not getattr(model, "_hf_peft_config_loaded", False):
             self._require_reloadable(model, state)
         if not hasattr(model, "hf_device_map"):
@@ -204,9 +239,8 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
                     weight = tensor_of(module, own) if parameter.is_meta else None
                     if weight is not None and key in state:
                         state[key] = weight.cpu()
-        for name, module in model.named_modules():
-            if isinstance(module, LowRank):
-                state[f"{name}.weight"] = torch.zeros(0, dtype=module.up.weight.dtype)
+        for name, module in layers_of(model).items():
+            state[f"{name}.weight"] = guard_of(module)
         # transformers knows these ties by their names in the dense model only.
         for copied in self.quantization_config.ties:
             state.pop(copied, None)
@@ -233,10 +267,10 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
     def dequantize(
         self, model: "PreTrainedModel", dtype: torch.dtype | str | None = None
     ) -> "PreTrainedModel":
-        """Multiply the factors.
+        """Multiply the factors; rounded weights are then plain ones, of their values.
 
         Args:
-            model: low rank; dense afterwards.
+            model: low rank or rounded; dense afterwards.
             dtype: move the whole model to it; by default every layer keeps the dtype it has.
         """
         self._dequantize(model)
@@ -248,9 +282,8 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> Any:
         dense = _skeleton(model)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, LowRank):
-                replace(model, {name: _merged(module, dense.get_submodule(name))})
+        for name, module in layers_of(model).items():
+            replace(model, {name: put_dense(module, dense.get_submodule(name))})
         there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         ties = model.all_tied_weights_keys
         model.all_tied_weights_keys = {a: b for a, b in ties.items() if {a, b} <= there}
@@ -262,13 +295,13 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are ordinary weights."""
-        return True
+        """Factors are ordinary weights, but those that are rounded."""
+        return not self.quantization_config.bits
 
     @property
     def is_qat_trainable(self) -> bool:
         """Factors are ordinary weights: Trainer may train them without adapters."""
-        return True
+        return self.is_trainable
 
     @property
     def is_compileable(self) -> bool:
@@ -315,26 +348,29 @@ def _skeleton(model: "PreTrainedModel") -> "PreTrainedModel":
         return type(model)(config)
 
 
-def empty_low_rank(dense: nn.Module, rank: int, form: Form) -> LowRank:
-    """The low-rank module for a dense one's place, of its dtype and on its device."""
-    out_features, in_features = weight_shape(dense)
-    weight = dense.get_parameter("weight")
-    options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    embeds = isinstance(dense, nn.Embedding)
-    kind: Any = kind_of(embeds, (out_features, in_features), form)
-    own = dense.padding_idx if embeds else getattr(dense, "bias", None) is not None
-    low: LowRank = kind(in_features, out_features, rank, own, **options)
-    return low
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """What is in the place of dense layers, by name: low-rank layers, and rounded ones."""
+    low = [module for module in model.modules() if isinstance(module, LowRank)]
+    factors = {id(factor) for module in low for factor in (module.down, module.up)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LowRank) or (holds_rounded(module) and id(module) not in factors)
+    }
 
 
-def _merged(low: LowRank, empty: nn.Module) -> nn.Module:
-    """The product in the dense module that the architecture has there."""
-    empty.weight = nn.Parameter(merged_weight(low, empty))
-    bias: Tensor | None = getattr(low, "bias", None)
-    if bias is not None:
-        # A copy: a dense model that ties no more would not save a bias that is another's too.
-        empty.bias = nn.Parameter(bias.detach().clone())
-    return empty.train(low.training)
+def guard_of(module: nn.Module) -> Tensor:
+    """The tensor of no size that is written under the name of a dense weight."""
+    linear: Any = module.up if isinstance(module, LowRank) else module
+    held = linear if isinstance(linear, Parts) else linear.weight
+    return torch.zeros(0, dtype=held.dtype)
+
+
+def _is_kept_wide(model: "PreTrainedModel", name: str) -> bool:
+    """Whether transformers reads a layer's weights in float32, as it does some of T5's."""
+    of_dtype = getattr(model, "_get_dtype_plan", None)
+    patterns = of_dtype(model.dtype) if of_dtype is not None else ()
+    return any(re.search(each.replace("*", ".*"), f"{name}.weight") for each in patterns)
 
 
 for _table in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):

@@ -2,7 +2,7 @@
 
 The model is loaded with its weights left in their files (``load_model(device_map="disk")``), from
 which each is read when it is asked for. So a plan is held against it as against any model, and
-then low-rank modules without values stand in the planned layers' places: names, shapes and ties of
+then modules without values stand in the planned layers' places: names, shapes and ties of
 the smaller model are known, and its files can be laid out (see shards). What remains is to make one
 piece after the other: the factors of a layer, or a tensor that stays what it is.
 
@@ -18,22 +18,22 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from rankopt._version import __version__
 from rankopt.apply.apply import Planned
 from rankopt.apply.marking import attach
-from rankopt.apply.quantizer import empty_low_rank
+from rankopt.apply.quantizer import guard_of
 from rankopt.apply.saving import NO_CODE, complete, write_config
 from rankopt.apply.shards import JOURNAL, Shards, require_partial
+from rankopt.apply.surgery import empty_in_place_of, replace
 from rankopt.errors import ModelError, few
 from rankopt.files import partial_of, require_free, whole_folder
-from rankopt.model.lowrank import LowRank
 from rankopt.model.offloaded import files_of_weights
+from rankopt.model.rounding import in_parts
 from rankopt.model.size import model_size
-from rankopt.model.surgery import replace
 from rankopt.model.weights import tensor_of
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
@@ -84,8 +84,10 @@ def apply_streamed(
     settings = _settings(model, plan, profile, allow_other_weights)
     planned = Planned.of(model, plan, profile, allow_other_weights)
     hollow = {
-        name: empty_low_rank(planned.modules[name], rank, plan.form)
-        for name, rank in planned.ranks.items()
+        name: empty_in_place_of(
+            planned.modules[name], planned.ranks.get(name), plan.form, planned.bits.get(name)
+        )
+        for name in [*planned.ranks, *planned.only_rounded]
     }
     if remote_code and not hollow:
         raise ModelError(NO_CODE)
@@ -186,22 +188,27 @@ def _to_write(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]
     return revert_weight_conversion(model, kept), ties
 
 
-def _pieces(tensors: Mapping[str, Tensor], low_rank: Mapping[str, LowRank]) -> dict[str, list[str]]:
-    """Piece -> its tensors: those of a low-rank layer together, any other by itself."""
+def _pieces(tensors: Mapping[str, Tensor], new: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Piece -> its tensors: those of a layer that is replaced together, any other by itself."""
     found: dict[str, list[str]] = {}
     for name in tensors:
         parent = name
-        while parent and parent not in low_rank:
+        while parent and parent not in new:
             parent = parent.rpartition(".")[0]
         found.setdefault(parent or name, []).append(name)
     return found
 
 
 def _factors(planned: Planned, name: str) -> dict[str, Tensor]:
-    """All tensors of a low-rank layer, the guard among them (see quantizer)."""
-    low = planned.low_rank(name, planned.kept(name))
-    guard = {f"{name}.weight": torch.zeros(0, dtype=low.up.weight.dtype)}
-    return {f"{name}.{own}": tensor for own, tensor in low.state_dict().items()} | guard
+    """All tensors of a layer that is replaced, the guard among them (see quantizer)."""
+    if name in planned.ranks:
+        made: nn.Module = planned.low_rank(name, planned.kept(name))
+    else:
+        made = planned.rounded(name)
+    state = in_parts(made.state_dict())
+    return {f"{name}.{own}": tensor for own, tensor in state.items()} | {
+        f"{name}.weight": guard_of(made)
+    }
 
 
 def _read(model: PreTrainedModel, name: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ names there, and without accelerate there is no meta device: those are loaded wh
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers.utils import logging
 from rankopt.apply.quantizer import RankoptQuantizer
 from rankopt.errors import ModelError, few, first_line
 from rankopt.model.loading import leaves_on_disk
+from rankopt.model.rounding import PARTS, holds_rounded, in_parts
 from rankopt.model.weights import tensor_of
 
 
@@ -48,13 +49,14 @@ def require_reloadable(
     found, report = _loaded(model, folder, leaves_on_disk())
     if found.device.type == "meta" and found._weight_conversions:
         found, report = _loaded(model, folder, False)
-    wanted, got = model.state_dict().keys(), found.state_dict()
+    ours = in_parts(model.state_dict())
+    wanted, got = ours.keys(), in_parts(found.state_dict())
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     lost = {str(name) for kind in kinds for name in report.get(kind, ())}
     lost |= wanted ^ got.keys()
     if not lost:
         if same is None:
-            same = functools.partial(_same, model, _values(found, folder))
+            same = functools.partial(_same, model, ours, _values(found, folder))
         lost = {name for name, tensor in got.items() if not same(name, tensor)}
     if lost:
         raise ModelError(
@@ -65,10 +67,16 @@ def require_reloadable(
 
 
 def _same(
-    model: PreTrainedModel, values: Callable[[str], Tensor | None], name: str, loaded: Tensor
+    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
+    values: Callable[[str], Tensor | None],
+    name: str,
+    loaded: Tensor,
 ) -> bool:
-    module, _, own = name.rpartition(".")
-    ours = tensor_of(model.get_submodule(module), own)
+    parent, _, own = name.rpartition(".")
+    module = model.get_submodule(parent)
+    # Parts of a rounded weight are no tensors of the module.
+    ours = state[name] if holds_rounded(module) and own in PARTS else tensor_of(module, own)
     theirs = values(name) if loaded.is_meta else loaded
     if ours is None or theirs is None:
         return True  # Not written, and said not to be missed.

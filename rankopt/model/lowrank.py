@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankopt.layers import Form
 from rankopt.model.product import product
+from rankopt.model.rounding import plain
 
 
 class LowRank(nn.Module):
@@ -181,7 +182,7 @@ class LowRankLinear(OfLinear):
     @property
     def weight(self) -> Tensor:
         """The product up.weight @ down.weight, shape ``(out, in)``: formed if used."""
-        return product(self.up.weight, self.down.weight)
+        return product(plain(self.up.weight), plain(self.down.weight))
 
     @property
     def bias(self) -> Tensor | None:

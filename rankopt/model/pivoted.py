@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from rankopt.layers import Form
 from rankopt.model.lowrank import LowRankLinear, OfEmbedding, OfLinear
 from rankopt.model.product import Order, product
+from rankopt.model.rounding import plain
 
 #: What no coefficient exceeds. Exchanges become many below it, and gain little.
 BOUND = 1.25
@@ -87,7 +88,8 @@ class PivotedColumns(OfLinear):
     @property
     def weight(self) -> Tensor:
         """W, shape ``(out, in)``: formed if used."""
-        return product(self.up.weight, self.down.weight, Order(self.index, sends=True))
+        left, right = plain(self.up.weight), plain(self.down.weight)
+        return product(left, right, Order(self.index, sends=True))
 
     bias = LowRankLinear.bias
 
@@ -126,7 +128,8 @@ class PivotedRows(OfLinear):
     @property
     def weight(self) -> Tensor:
         """W, shape ``(out, in)``: formed if used."""
-        return product(self.down.weight.T, self.up.weight.T, Order(self.index), turned=True)
+        left, right = plain(self.down.weight).T, plain(self.up.weight).T
+        return product(left, right, Order(self.index), turned=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., in)`` -> ``(..., out)``."""

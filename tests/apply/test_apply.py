@@ -21,6 +21,7 @@ from rankopt import (
 )
 from rankopt.apply import apply as surgery
 from rankopt.apply.apply import FactorCache
+from rankopt.apply.surgery import low_rank, replace
 from rankopt.backends import BUILT_IN, find_backend
 from rankopt.backends.statistics import STATISTICS
 from rankopt.measure.accumulate import gather
@@ -28,7 +29,6 @@ from rankopt.measure.estimators import Estimator
 from rankopt.measure.loss import ModelLoss
 from rankopt.model.selection import find_layers
 from rankopt.model.size import model_size
-from rankopt.model.surgery import low_rank, replace
 from rankopt.model.tasks import task_of
 from rankopt.model.weights import weight_of
 from tests import tiny

@@ -21,10 +21,10 @@ from rankopt import (
     profile_model,
     save_model,
 )
+from rankopt.apply.surgery import low_rank
 from rankopt.model.lowrank import LowRankEmbedding
 from rankopt.model.selection import find_layers
 from rankopt.model.size import model_size
-from rankopt.model.surgery import low_rank
 from rankopt.model.weights import weight_of
 from tests import tiny
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt import applied, apply_plan, make_plan, profile_model, save_model
+from rankopt.apply.surgery import low_rank
 from rankopt.backends import find_backend
 from rankopt.backends.statistics import STATISTICS
 from rankopt.measure.accumulate import gather
@@ -17,7 +18,6 @@ from rankopt.measure.loss import ModelLoss
 from rankopt.model.lowrank import LowRank
 from rankopt.model.selection import find_layers
 from rankopt.model.size import model_size
-from rankopt.model.surgery import low_rank
 from rankopt.model.tasks import task_of
 from rankopt.model.weights import weight_of
 from rankopt.plan.plan import Plan

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
+from rankopt.apply.surgery import low_rank
 from rankopt.layers import FORMS, Layer
 from rankopt.model.lowrank import LowRank
 from rankopt.model.pivoted import (
@@ -18,7 +19,6 @@ from rankopt.model.pivoted import (
     pivot_columns,
 )
 from rankopt.model.product import Product
-from rankopt.model.surgery import low_rank
 from rankopt.model.weights import weight_of
 from tests.model.test_product import LOSSES, USES, Uses
 
