@@ -20,6 +20,7 @@ from rankopt._version import __version__
 from rankopt.apply.refined import refined_on, refinements_of
 from rankopt.apply.remote import MODULE
 from rankopt.errors import printable
+from rankopt.layers import BITS
 from rankopt.model.lowrank import LowRank
 from rankopt.model.size import model_size
 from rankopt.plan.plan import Plan
@@ -44,8 +45,8 @@ def model_card(
     """The text of a compressed model's ``README.md``.
 
     Args:
-        model: low rank, and marked as such. The folder that it was loaded from is looked up for a
-            card, of which licence, language and data sets are carried over.
+        model: low rank or rounded, and marked as such. The folder that it was loaded from is looked
+            up for a card, of which licence, language and data sets are carried over.
         plan: that was applied to it.
         measured: what -> value, in the unit that its name says.
         command: that made it, with its arguments as typed.
@@ -54,17 +55,24 @@ def model_card(
     carried = _front_matter_of(Path(model.name_or_path)) if model.name_or_path else {}
     carried |= {"base_model": base} if (base := _hub_name(model)) else {}
     refinements = refinements_of(model)
-    tags = ["rankopt", "low-rank", "compression", *(["refined"] if refinements else [])]
-    data = ModelCardData(library_name="transformers", tags=tags, **carried)
+    rounds = list(getattr(model.config.quantization_config, "bits", {}).values())
     low = sum(isinstance(module, LowRank) for module in model.modules())
+    tags = ["rankopt", *(["low-rank"] if low or not rounds else []), "compression"]
+    tags += ["refined"] if refinements else []
+    tags += [f"{bits}-bit" for bits in BITS if bits in rounds]
+    data = ModelCardData(library_name="transformers", tags=tags, **carried)
     label = "They are of **closed form**: rankopt has not let them learn since."
     if refinements:
         label = f"They have learned from the dense model: **{refined_on(refinements)}**."
+    factors = (
+        f"{low} of its layers are low-rank factors, made by rankopt. {label} Losses of refined and "
+        "of closed-form models do not belong in one column."
+    )
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {_code(type(model).__name__)} of lower rank",
-        f"{low} of its layers are low-rank factors, made by rankopt. {label} Losses of refined and "
-        "of closed-form models do not belong in one column.",
+        f"# {_code(type(model).__name__)} of {'lower rank' if low or not rounds else 'fewer bits'}",
+        *([factors] if low or not rounds else []),
+        *([_rounded(rounds)] if rounds else []),
         "## Load",
         _block(_loading(type(model)), "python"),
         *(_without_rankopt(auto_class) if auto_class else ()),
@@ -82,6 +90,15 @@ def model_card(
     if "license" in carried:
         parts += ["## Licence", f"As the card of its source says: {_code(str(carried['license']))}"]
     return "\n\n".join(parts) + "\n"
+
+
+def _rounded(bits: Sequence[int]) -> str:
+    counts = [(bits.count(each), each) for each in BITS if each in bits]
+    told = " and ".join(f"{count} of its layers to {each} bits" for count, each in counts)
+    return (
+        f"Rounded are the weights of {told}, to the nearest, by torchao. So it needs torchao to be "
+        "loaded: `pip install 'rankopt[quantize]'`. Rounded weights do not learn."
+    )
 
 
 def _loading(kind: type[PreTrainedModel]) -> str:

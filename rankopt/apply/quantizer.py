@@ -362,8 +362,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 def guard_of(module: nn.Module) -> Tensor:
     """The tensor of no size that is written under the name of a dense weight."""
     linear: Any = module.up if isinstance(module, LowRank) else module
-    held = linear if isinstance(linear, Parts) else linear.weight
-    return torch.zeros(0, dtype=held.dtype)
+    return torch.zeros(0, dtype=linear.weight.dtype)
 
 
 def _is_kept_wide(model: "PreTrainedModel", name: str) -> bool:

@@ -21,6 +21,10 @@ from rankopt.model.weights import unwrapped
 from rankopt.plan.plan import Plan
 
 NO_CODE = "no layer of the model is low rank: transformers loads it without code in its folder"
+NO_CODE_FOR_BITS = (
+    "the model has rounded weights, which the code in a folder does not read: leave remote_code "
+    "(--remote-code) out, and import rankopt where it is loaded"
+)
 
 
 def save_model(
@@ -54,7 +58,8 @@ def save_model(
 
     Raises:
         ModelError: not a transformers model, or one that would not come back as it is; with
-            ``remote_code`` a dense model, or one that transformers has no auto class for.
+            ``remote_code`` a dense model, one of rounded weights, or one that transformers has no
+            auto class for.
         RankoptError: the folder is taken.
     """
     inner = unwrapped(model)
@@ -65,8 +70,11 @@ def save_model(
         )
     if not isinstance(inner, PreTrainedModel):
         raise ModelError(f"{type(inner).__name__} is not a transformers model: save its state_dict")
-    if remote_code and _low_rank(inner) is None:
+    low = _compressed(inner)
+    if remote_code and low is None:
         raise ModelError(NO_CODE)
+    if remote_code and low is not None and low.quantization_config.bits:
+        raise ModelError(NO_CODE_FOR_BITS)
     with whole_folder(directory, overwrite) as folder:
         try:
             inner.save_pretrained(folder)
@@ -102,7 +110,7 @@ def complete(
     Raises:
         ModelError: see save_model.
     """
-    low, auto_class = _low_rank(model), None
+    low, auto_class = _compressed(model), None
     if remote_code or (low is not None and low.with_code):
         auto_class = write_code(model, folder)
         with alone():
@@ -117,12 +125,13 @@ def complete(
         (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def _low_rank(model: PreTrainedModel) -> RankoptQuantizer | None:
-    """What a model with low-rank layers has; None of a dense one."""
+def _compressed(model: PreTrainedModel) -> RankoptQuantizer | None:
+    """What a model with low-rank or rounded layers has; None of a dense one."""
     found = getattr(model, "hf_quantizer", None)
-    if isinstance(found, RankoptQuantizer) and found.quantization_config.ranks:
-        return found
-    return None
+    if not isinstance(found, RankoptQuantizer):
+        return None
+    config = found.quantization_config
+    return found if config.ranks or config.bits else None
 
 
 def write_config(model: PreTrainedModel, folder: Path) -> None:

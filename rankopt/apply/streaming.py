@@ -26,7 +26,7 @@ from rankopt._version import __version__
 from rankopt.apply.apply import Planned
 from rankopt.apply.marking import attach
 from rankopt.apply.quantizer import guard_of
-from rankopt.apply.saving import NO_CODE, complete, write_config
+from rankopt.apply.saving import NO_CODE, NO_CODE_FOR_BITS, complete, write_config
 from rankopt.apply.shards import JOURNAL, Shards, require_partial
 from rankopt.apply.surgery import empty_in_place_of, replace
 from rankopt.errors import ModelError, few
@@ -89,8 +89,8 @@ def apply_streamed(
         )
         for name in [*planned.ranks, *planned.only_rounded]
     }
-    if remote_code and not hollow:
-        raise ModelError(NO_CODE)
+    if remote_code and (planned.bits or not hollow):
+        raise ModelError(NO_CODE_FOR_BITS if planned.bits else NO_CODE)
     replace(model, hollow)
     attach(model, plan)
     size = model_size(model, [entry.layer for entry in plan.layers])

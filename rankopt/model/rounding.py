@@ -203,6 +203,14 @@ class Parts(nn.Module):
     forward = nn.Linear.forward
 
     @property
+    def weight(self) -> Tensor:
+        """Of the shape and dtype to come, without values, for models that look at it."""
+        found = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        # What transformers initialises it leaves alone.
+        found._is_hf_initialized = True  # type: ignore[attr-defined]
+        return found
+
+    @property
     def numel(self) -> int:
         """Parameters in the weight."""
         return self.out_features * self.in_features

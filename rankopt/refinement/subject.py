@@ -14,6 +14,7 @@ from rankopt.errors import DataError, ModelError, few
 from rankopt.measure.taps import require_gradients
 from rankopt.model.inputs import OF_TOKENS, limits_of, listed
 from rankopt.model.lowrank import LowRank
+from rankopt.model.rounding import holds_rounded
 from rankopt.model.selection import require_no_adapters
 from rankopt.model.tasks import Batch, loss_terms, prepare, settled, task_of
 from rankopt.model.weights import shown_shape, weight_shape
@@ -110,6 +111,12 @@ def require_refinable(model: nn.Module, dense: nn.Module) -> None:
     require_gradients(model, "refine")
     for each in (model, dense):
         require_no_adapters(each)
+    for name, module in model.named_modules():
+        if holds_rounded(module):
+            raise ModelError(
+                f"layer {name} is rounded, and rounded weights do not learn: refine a model that a "
+                "plan without bits was applied to"
+            )
     low = {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
     if not low:
         raise ModelError(
