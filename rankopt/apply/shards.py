@@ -39,6 +39,11 @@ _METADATA, _INDEX = {"format": "pt"}, "model.safetensors.index.json"
 _CODES: dict[torch.dtype, str] = {
     torch.from_numpy(np.empty(0, kind)).dtype: code for code, kind in DTYPES.items()
 } | {torch.bfloat16: "BF16", torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fn: "F8_E4M3"}
+#: Of one size, in this order within a file, and then by name: safetensors sorts so.
+_ORDER = [
+    *("U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+]
 
 
 class Shards:
@@ -73,6 +78,7 @@ class Shards:
         self._starts: dict[str, int] = {}
         for file, names in split.filename_to_tensors.items():
             described = {name: self._described(name) for name in sorted(names)}
+            described = dict(sorted(described.items(), key=lambda entry: _ORDER.index(entry[1][0])))
             self._headers[file], starts = header_of(described, _METADATA)
             self._starts |= starts
         self._digests: dict[str, str] = {}

@@ -83,6 +83,8 @@ def apply_streamed(
     _settle_ties(model)
     settings = _settings(model, plan, profile, allow_other_weights)
     planned = Planned.of(model, plan, profile, allow_other_weights)
+    if planned.bits:
+        settings["torchao"] = version("torchao")
     hollow = {
         name: empty_in_place_of(
             planned.modules[name], planned.ranks.get(name), plan.form, planned.bits.get(name)

@@ -195,7 +195,7 @@ def test_evaluate_counts_bytes_and_measures_the_rounded_model() -> None:
     with torch.no_grad():
         losses = [model(**batch).loss.item() for batch in tiny.batches(model)]
     assert found.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-    assert found.size.model_bytes == plan.size.model_bytes
+    assert found.model_bytes == plan.size.model_bytes
 
 
 def without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
