@@ -106,7 +106,11 @@ def bits_of(weight: Tensor | None) -> Bits | None:
 
 def plain(weight: Tensor) -> Tensor:
     """The values of a weight that is rounded, in its dtype; any other itself."""
-    return weight if bits_of(weight) is None else cast(Any, weight).dequantize()
+    # The first is all that torch.compile can ask.
+    if type(weight) in (Tensor, nn.Parameter) or bits_of(weight) is None:
+        return weight
+    found: Tensor = cast(Any, weight).dequantize()
+    return found
 
 
 def nbytes_of(weight: Tensor) -> int:
