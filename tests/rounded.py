@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
+
 from rankopt import Plan, Profile, make_plan, profile_model
 from rankopt.layers import Bits
 from rankopt.plan.plan import PlannedLayer
@@ -17,6 +19,8 @@ WIDE: dict[str, Callable[[], Any]] = {
     "bert": lambda: tiny.bert(hidden_size=96, intermediate_size=128),
     "t5": lambda: tiny.t5(d_model=96, d_ff=128, d_kv=24),
 }
+#: Their names as parameters of tests; the slowest one is marked.
+KINDS = [pytest.param(kind, marks=pytest.mark.slow if kind == "t5" else ()) for kind in WIDE]
 
 
 def with_bits(plan: Plan, bits: Sequence[Bits | None] = MIXED) -> Plan:

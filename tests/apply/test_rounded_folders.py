@@ -32,7 +32,7 @@ from rankopt.model.size import model_size
 from tests import tiny
 from tests.cli.test_cli import Run, done
 from tests.cli.test_cli import run as run
-from tests.rounded import WIDE, prepared, with_bits
+from tests.rounded import KINDS, WIDE, prepared, with_bits
 
 pytest.importorskip("torchao")
 
@@ -84,7 +84,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_comes_back_to_the_bit_and_is_as_small_as_planned(
     kind: str, form: str, dtype: torch.dtype, saved: Saved, tmp_path: Path
 ) -> None:
@@ -157,7 +157,7 @@ def test_the_base_model_of_a_folder_with_a_head(kind: str, base: str, saved: Sav
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_small_shards(kind: str, form: str, saved: Saved, tmp_path: Path) -> None:
     model, _, _ = saved(kind, form)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -240,7 +240,7 @@ def test_the_card_says_what_is_rounded_and_what_loads_it(saved: Saved) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_tensor_at_a_time_it_is_the_same_files(kind: str, form: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     WIDE[kind]().save_pretrained(tmp_path / "dense")

@@ -31,7 +31,7 @@ from rankopt.model.rounding import bits_of, nbytes_of, parts_of, plain, rounded
 from rankopt.model.size import model_size
 from rankopt.plan.plan import Plan
 from tests import tiny
-from tests.rounded import WIDE, prepared, with_bits
+from tests.rounded import KINDS, WIDE, prepared, with_bits
 
 pytest.importorskip("torchao")
 
@@ -88,7 +88,7 @@ def test_a_rounded_weight_is_near_and_its_parts_are_small(bits: Bits, dtype: tor
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_has_the_bytes_and_the_values_of_the_plan(
     kind: str, dtype: torch.dtype, form: str
 ) -> None:
@@ -137,7 +137,7 @@ def test_it_has_the_bytes_and_the_values_of_the_plan(
         assert not torch.allclose(logits(model), logits(dense), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", WIDE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_dequantised_it_is_dense_and_computes_the_same(kind: str) -> None:
     model = WIDE[kind]()
     profile, plan = prepared(model)
