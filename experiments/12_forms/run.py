@@ -81,8 +81,8 @@ def latencies(
 
     import torch
 
-    from rankopt.apply.surgery import kind_of
     from rankopt.model.lowrank import LowRankLinear
+    from rankopt.model.pivoted import kind_of
 
     torch.set_num_threads(1)
     found = []

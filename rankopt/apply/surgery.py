@@ -6,19 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankopt.layers import Bits, Form
-from rankopt.model.lowrank import LowRank, LowRankEmbedding, LowRankLinear
-from rankopt.model.pivoted import PivotedColumns, PivotedEmbedding, PivotedRows
+from rankopt.model.lowrank import LowRank
+from rankopt.model.pivoted import kind_of
 from rankopt.model.rounding import Parts, plain, rounded
 from rankopt.model.weights import is_conv1d, tensor_of, weight_of, weight_shape
-
-
-def kind_of(dense_is_embedding: bool, shape: tuple[int, int], form: Form) -> type[LowRank]:
-    """The class of low-rank layers for W ``(out, in)`` in normal form."""
-    if form == "pairs":
-        return LowRankEmbedding if dense_is_embedding else LowRankLinear
-    if dense_is_embedding:
-        return PivotedEmbedding
-    return PivotedColumns if shape[1] <= shape[0] else PivotedRows
 
 
 def low_rank(

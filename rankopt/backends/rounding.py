@@ -18,7 +18,7 @@ from rankopt.backends.base import Backend, Decomposition
 from rankopt.backends.statistics import Statistics
 from rankopt.backends.valued import Changes
 from rankopt.layers import DENSE, GROUP, Bits, Form, IntArray
-from rankopt.model.surgery import kind_of
+from rankopt.model.pivoted import kind_of
 
 #: Directions of a weight below this share of its largest count as none.
 _RTOL = 1e-4

@@ -26,7 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.layers import Form
-from rankopt.model.lowrank import LowRankLinear, OfEmbedding, OfLinear
+from rankopt.model.lowrank import (
+    LowRank,
+    LowRankEmbedding,
+    LowRankLinear,
+    OfEmbedding,
+    OfLinear,
+)
 from rankopt.model.product import Order, product
 from rankopt.model.rounding import plain
 
@@ -161,6 +167,15 @@ class PivotedEmbedding(OfEmbedding):
         """Shape ``(...)`` of indices -> ``(..., d)``."""
         kept = self.down(index)
         return torch.cat([kept, self.up(kept)], -1).index_select(-1, self.index)
+
+
+def kind_of(dense_is_embedding: bool, shape: tuple[int, int], form: Form) -> type[LowRank]:
+    """The class of low-rank layers for W ``(out, in)`` in normal form."""
+    if form == "pairs":
+        return LowRankEmbedding if dense_is_embedding else LowRankLinear
+    if dense_is_embedding:
+        return PivotedEmbedding
+    return PivotedColumns if shape[1] <= shape[0] else PivotedRows
 
 
 def _pivoted_rows(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,10 +47,11 @@ def test_rounding_is_that_of_torchao(bits: Bits, dtype: torch.dtype) -> None:
     quantization.quantize_(linear, how)
     theirs: Any = linear.weight
     step = rounded(weight, bits).float() - theirs.dequantize().float()
-    # A scale in bfloat16 is another than one in float32, and ties may fall the other way.
+    # Values and scales in bfloat16 are rounded themselves, and ties may fall the other way.
     size = weight.float().abs().max() / 2 ** (bits - 1)
-    assert step.abs().max() <= size * 1.3
-    assert (step.abs() > 0.05 * size).float().mean() < 0.02
+    grain = torch.finfo(dtype).eps * weight.float().abs().max()
+    assert step.abs().max() <= 1.1 * size + grain
+    assert (step.abs() > 0.05 * size + grain).float().mean() < 0.02
     error = (weight.float() - theirs.dequantize().float()).square().sum()
     own = (weight.float() - rounded(weight, bits).float()).square().sum()
     assert float(own) == pytest.approx(float(error), rel=0.03)
