@@ -65,7 +65,7 @@ def rounding_losses(
     found = []
     for rank in ranks.tolist():
         if rank == DENSE:
-            change = rounded(weight, bits).double() - weight.double()
+            change = rounded(weight, bits).to(weight.dtype).double() - weight.double()
         else:
             up, down = (each.to(weight.dtype) for each in backend.factors(weight, made.kept, rank))
             kind: Any = kind_of(False, (len(up), down.shape[1]), form)
