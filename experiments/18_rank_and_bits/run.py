@@ -34,7 +34,8 @@ TASKS = (
     Task("mrpc", "sentence1", "sentence2", epochs=3),
 )
 BITS = (8, 4)
-CALIBRATION = 1024
+#: Rows of the profile, and others that tell what truncation and rounding lose.
+CALIBRATION, APART = 1024, 256
 #: Budgets, as shares of the bytes of all weights in 8 and in 4 bits.
 BUDGETS = (("8 bits", 8, 1.0), ("3/4 of 8 bits", 8, 0.75), ("4 bits", 4, 1.0),
            ("3/4 of 4 bits", 4, 0.75), ("half of 4 bits", 4, 0.5))  # fmt: skip
@@ -72,7 +73,7 @@ WAYS = (
 
 
 def planned(profile: Any, way: Way, budget: int) -> Any:
-    """The plan of a way, proven; None if nothing fits."""
+    """The plan of a way, proven, and the profile that it is of; None if nothing fits."""
     from rankopt import InfeasibleBudgetError, make_plan
 
     if not way.scaled:
@@ -87,7 +88,7 @@ def planned(profile: Any, way: Way, budget: int) -> Any:
     except InfeasibleBudgetError:
         return None
     assert plan.certificate.status == "optimal" and plan.limits[0].spent <= budget
-    return plan
+    return plan, profile
 
 
 def logits_of(model: Any, batches: Sequence[Any]) -> tuple[Any, Any]:
@@ -117,7 +118,13 @@ def compared(dense: Any, other: Any, labels: Any) -> dict[str, float]:
     }
 
 
-def profiled(model: Any, calibration: Sequence[Any], bits: Sequence[int], file: Path) -> Any:
+def profiled(
+    model: Any,
+    calibration: Sequence[Any],
+    apart: Sequence[Any],
+    bits: Sequence[int],
+    file: Path,
+) -> Any:
     """As the command makes it, with the weights' bytes counted as those of 16 bits.
 
     They are computed with in float32: in bfloat16 nothing tells 8 bits from dense.
@@ -129,26 +136,34 @@ def profiled(model: Any, calibration: Sequence[Any], bits: Sequence[int], file: 
         found = profile_model(model, calibration, **how)
         layers = tuple(layer.model_copy(update={"itemsize": 2}) for layer in found.info.layers)
         info = found.info.model_copy(update={"layers": layers})
-        measure_shares(model, dataclasses.replace(found, info=info), calibration).save(file)
+        measure_shares(model, dataclasses.replace(found, info=info), apart).save(file)
     return Profile.load(file)
 
 
 def run(task: Task, source: str, data: Path | None, folder: Path) -> dict[str, Any]:
     """All budgets and ways on one task."""
+    from rankopt.data.mixtures import parted
+
     rows = rows_of(task, data, "train")
     model, tokenizer = fine_tuned(task, source, rows, folder)
     dev = batches_of(task, rows_of(task, data, "dev"), tokenizer, BATCH)
-    calibration = batches_of(task, rows, tokenizer, 16, CALIBRATION)
-    return measured(model, calibration, dev, BITS, folder)
+    batches = batches_of(task, rows, tokenizer, 16, CALIBRATION + APART)
+    calibration, apart = parted(batches, 1 + CALIBRATION // APART)
+    return measured(model, calibration, apart, dev, BITS, folder)
 
 
 def measured(
-    model: Any, calibration: Sequence[Any], dev: Sequence[Any], bits: Sequence[int], folder: Path
+    model: Any,
+    calibration: Sequence[Any],
+    apart: Sequence[Any],
+    dev: Sequence[Any],
+    bits: Sequence[int],
+    folder: Path,
 ) -> dict[str, Any]:
     """All budgets and ways of one model; what the folder has is not measured again."""
     from rankopt import applied
 
-    profile = profiled(model, calibration, bits, folder / "profile.safetensors")
+    profile = profiled(model, calibration, apart, bits, folder / "profile.safetensors")
     file = folder / "measured.json"
     seen: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
     dense, labels = logits_of(model, dev)
@@ -161,12 +176,13 @@ def measured(
         for way in WAYS:
             if not {*way.bits} <= {*bits} or (way.only and (way.only, 1.0) != (width, share)):
                 continue
-            plan = planned(profile, way, int(share * plain))
-            if plan is None:
+            found_plan = planned(profile, way, int(share * plain))
+            if found_plan is None:
                 continue
+            plan, its = found_plan
             key = json.dumps([[entry.rank, entry.bits] for entry in plan.layers])
             if key not in seen:
-                with applied(model, plan, profile, progress=False):
+                with applied(model, plan, its, progress=False):
                     seen[key] = compared(dense, logits_of(model, dev)[0], labels)
                 file.write_text(json.dumps(seen))
             row = {
@@ -203,7 +219,7 @@ def table(tasks: dict[str, Any]) -> str:
         shares = ", ".join(f"{s:.2g} ({kind})" for kind, s in found["measured_shares"].items())
         parts += [
             f"{name}: {found['layers']} layers, {found['bytes_in_16_bits']:,} bytes in 16 bits; "
-            f"dense accuracy {found['dense']['accuracy']:.3f}. On calibration rows measured, as a "
+            f"dense accuracy {found['dense']['accuracy']:.3f}. On rows apart measured, as a "
             f"share of what the profile says: {shares}\n",
             "| budget | way | bytes | predicted | KL from dense | accuracy | difference "
             "| layers: dense, low rank | bits: 16, 8, 4 |",
@@ -235,6 +251,7 @@ def full(names: Sequence[str], data: Path | None, folder: Path) -> None:
         "python": platform.python_version(),
         "seed": SEED,
         "calibration": CALIBRATION,
+        "apart": APART,
         "command": f"python experiments/{HERE.name}/run.py" + (" --data FOLDER" if data else ""),
     }
     results = HERE / "results.json"
@@ -264,7 +281,7 @@ def quick(folder: Path) -> None:
         {"input_ids": torch.randint(3, 64, (8, 9)), "labels": torch.randint(0, 2, (8,))}
         for _ in range(4)
     ]
-    first, again = (measured(model, data, data, bits, folder) for _ in range(2))
+    first, again = (measured(model, data[1:], data[:1], data, bits, folder) for _ in range(2))
     assert first == again and first["rows"]
     ways = {row["way"] for row in first["rows"]}
     assert ways == {way.name for way in WAYS if {*way.bits} <= {*bits}}

@@ -54,7 +54,8 @@ def measure_shares(
     Args:
         model: the dense model that was profiled; as it was, afterwards.
         profile: made with ``bits``.
-        batches: as for profile_model, which may be the same; up to 1,024 targets are used.
+        batches: as for profile_model, others than that saw: factors lose less of what made them,
+            and rounding does not. Up to 1,024 targets are used.
         keep: budget of the plan that is measured, a share of the planned layers' parameters.
         progress: a bar on stderr; by default if it is a terminal.
 
