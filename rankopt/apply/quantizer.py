@@ -212,6 +212,9 @@ class RankoptQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: "PreTrainedModel", **kwargs: Any
     ) -> "PreTrainedModel":
         for name, module in list(model.named_modules()):
+            if isinstance(getattr(module, "index", None), Tensor):
+                # The first versions of transformers 5 cast whole numbers with what is kept wide.
+                module.index = module.index.long()
             if isinstance(module, Parts):
                 module.join(torch.float32 if _is_kept_wide(model, name) else module.dtype)
         self.attach(model)

@@ -63,7 +63,7 @@ def save_model(
         RankoptError: the folder is taken.
     """
     inner = unwrapped(model)
-    if hasattr(inner, "peft_config") or getattr(inner, "_hf_peft_config_loaded", False):
+    if _has_adapters(inner):
         raise ModelError(
             "adapters are saved without the model that they are on: merge them first "
             "(merge_and_unload of PEFT), or save them with their own save_pretrained"
@@ -123,6 +123,14 @@ def complete(
     if low is not None:
         text = model_card(model, plan or low.plan, measured, command, auto_class)
         (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    """Of PEFT, which older versions of it still name in a model that they were merged into."""
+    wraps = hasattr(model, "peft_config") and not isinstance(model, PreTrainedModel)
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    loaded = bool(getattr(model, "_hf_peft_config_loaded", False))
+    return wraps or loaded or "BaseTunerLayer" in kinds
 
 
 def _compressed(model: PreTrainedModel) -> RankoptQuantizer | None:

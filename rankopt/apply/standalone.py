@@ -234,6 +234,9 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         # What is quantised cannot change its dtype, and this can.
         model.is_quantized = False
         for module in model.modules():
+            if isinstance(getattr(module, "index", None), Tensor):
+                # The first versions of transformers 5 cast whole numbers with what is kept wide.
+                module.index = module.index.long()
             if hasattr(module, "config"):
                 vars(module.config).pop("_is_quantized", None)
         model._weight_conversions = []

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from rankopt.apply.quantizer import RankoptQuantizer
 from rankopt.errors import ModelError, few, first_line
-from rankopt.model.loading import leaves_on_disk
+from rankopt.model.loading import builds_empty
 from rankopt.model.rounding import PARTS, holds_rounded, in_parts
 from rankopt.model.weights import tensor_of
 
@@ -46,7 +46,7 @@ def require_reloadable(
     if not isinstance(getattr(model, "hf_quantizer", None), RankoptQuantizer | None):
         return
     _require_code(model, folder)
-    found, report = _loaded(model, folder, leaves_on_disk())
+    found, report = _loaded(model, folder, builds_empty())
     if found.device.type == "meta" and found._weight_conversions:
         found, report = _loaded(model, folder, False)
     ours = in_parts(model.state_dict())

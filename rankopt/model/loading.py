@@ -12,6 +12,8 @@ from rankopt.model.checkpoint import what_is_wrong
 from rankopt.model.offloaded import files_of_weights
 from rankopt.model.weights import embedding_of
 
+#: The transformers that first dispatches a model of which all weights are on disk.
+DISK_SINCE = (5, 13)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -35,11 +37,19 @@ def hide_bars() -> None:
         enable_progress_bars()
 
 
-def leaves_on_disk() -> bool:
+def builds_empty() -> bool:
     """Whether models can be loaded without their values: with an accelerate that is not too old."""
     from transformers.utils import is_accelerate_available
 
     return bool(is_accelerate_available())
+
+
+def leaves_on_disk() -> bool:
+    """Whether all weights of a model can stay in their files; old transformers lose them."""
+    import transformers
+
+    here = tuple(map(int, transformers.__version__.split(".")[:2]))
+    return builds_empty() and here >= DISK_SINCE
 
 
 def load_model(
@@ -62,7 +72,7 @@ def load_model(
     Raises:
         ModelError: not found, damaged, without a head whose loss is known, or without all of its
             weights, which transformers would draw at random.
-        OptionError: an unknown dtype.
+        OptionError: an unknown dtype, or a transformers that cannot leave all on disk.
     """
     if dtype not in DTYPES:
         raise OptionError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
@@ -71,6 +81,12 @@ def load_model(
 
     from rankopt.model.tasks import task_of_architecture
 
+    if device_map == "disk" and not leaves_on_disk():
+        raise OptionError(
+            "device_map disk, which leaves all weights in their files, takes accelerate 1.5 and "
+            f"transformers {'.'.join(map(str, DISK_SINCE))} or later; here is transformers "
+            f"{transformers.__version__}: pip install --upgrade accelerate transformers"
+        )
     spread: dict[str, Any] = {}
     if device_map is not None:
         # A string is a device, or a way to spread: the disk is neither.

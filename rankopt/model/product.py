@@ -31,7 +31,9 @@ class Order:
 
     def of(self, columns: Tensor) -> Tensor:
         """Columns in this order."""
-        return columns.index_select(1, self.index.argsort() if self.sends else self.index)
+        # The first versions of transformers 5 cast whole numbers, and ask for weights meanwhile.
+        index = self.index.long()
+        return columns.index_select(1, index.argsort() if self.sends else index)
 
     def undone(self, columns: Tensor) -> Tensor:
         """What was put in this order as it was before."""

@@ -134,11 +134,12 @@ def test_the_loss_that_the_solver_saw_is_that_of_the_factors(kind: str) -> None:
 @pytest.mark.parametrize("kind", tiny.MODELS)
 def test_factors_of_full_rank_leave_the_logits_alone(kind: str) -> None:
     batches = tiny.batches(tiny.MODELS[kind]())
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+    for dtype, tolerance in ((torch.float32, 2e-3), (torch.float64, 1e-10)):
         dense = tiny.MODELS[kind]().to(dtype)
         modules, before = find_layers(dense).modules, logits(dense)
         objective = ModelLoss(task_of(dense), Estimator())
-        seen = gather(dense, modules, batches[:1], objective, STATISTICS)
+        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batches[0].items()}
+        seen = gather(dense, modules, [batch], objective, STATISTICS)
         for name in BUILT_IN:
             model, method, new = copy.deepcopy(dense), find_backend(name), {}
             for layer, module in modules.items():

@@ -310,7 +310,7 @@ def test_what_was_written_wrong_is_not_left(
         save_file(state, path, metadata={"format": "pt"})
 
     if not lean:
-        monkeypatch.setattr("rankopt.apply.verify.leaves_on_disk", lambda: False)
+        monkeypatch.setattr("rankopt.apply.verify.builds_empty", lambda: False)
     save_model(model, tmp_path / "right")
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", writes_wrong)
     with pytest.raises(ModelError, match=message):
