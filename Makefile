@@ -76,8 +76,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "installing rankopt[all,dev] into $(VENV) (a minute or two)"
-	@$(PIP) --editable ".[all,dev]"
+	@echo "installing rankopt[all,quantize,dev] into $(VENV) (a minute or two)"
+	@$(PIP) --editable ".[all,quantize,dev]"
 	@touch $@
 
 $(VENV)/.dist: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -10,13 +10,14 @@ are read, there are the parts of a weight instead: ``qdata``, two values of 4 bi
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from rankopt._register import quiet
-from rankopt.errors import MissingExtraError, ModelError
+from rankopt.errors import MissingExtraError, ModelError, first_line
 from rankopt.layers import GROUP, Bits
 
 PARTS = ("qdata", "scale")
@@ -32,7 +33,8 @@ def require_torchao(purpose: str) -> Any:
         purpose: that it is needed for.
 
     Raises:
-        MissingExtraError: it is not installed, or too old.
+        MissingExtraError: it is not installed.
+        ModelError: it is too old, or none for this torch.
     """
     try:
         with quiet():
@@ -41,6 +43,13 @@ def require_torchao(purpose: str) -> Any:
             for name in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "IntxWeightOnlyConfig"):
                 getattr(quantization, name)
     except (ImportError, AttributeError) as error:
+        if find_spec("torchao"):
+            # Each release is built for some releases of torch.
+            raise ModelError(
+                f"{purpose} needs torchao 0.18 or later, of a release for torch "
+                f"{torch.__version__}; the one that is here is none ({first_line(error)}): "
+                "pip install --upgrade torch torchao"
+            ) from error
         raise MissingExtraError(purpose, "torchao (0.18 or later)", "quantize") from error
     return quantization
 

@@ -34,7 +34,7 @@ from tests.cli.test_cli import Run, done
 from tests.cli.test_cli import run as run
 from tests.rounded import KINDS, WIDE, prepared, with_bits
 
-pytest.importorskip("torchao")
+pytest.importorskip("torchao", exc_type=ImportError)
 
 Saved = Callable[..., tuple[Any, Plan, Path]]
 FORMS = ["pairs", "pivoted"]

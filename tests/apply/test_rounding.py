@@ -33,7 +33,7 @@ from rankopt.plan.plan import Plan
 from tests import tiny
 from tests.rounded import KINDS, WIDE, prepared, with_bits
 
-pytest.importorskip("torchao")
+pytest.importorskip("torchao", exc_type=ImportError)
 
 FORMS = ["pairs", "pivoted"]
 

@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_bits_from_the_data_to_the_folder(folder: Path, run: Run) -> None:
-    pytest.importorskip("torchao")
+    pytest.importorskip("torchao", exc_type=ImportError)
     data = ("--data", "train.txt", "--max-length", 16, "--batch-size", 4)
     out = done(run("profile", "model", *data, "--bits", 8, 4, "-o", "p.st"))
     assert "in truncation" in out and "in 8 bits" in out and "in 4 bits" in out

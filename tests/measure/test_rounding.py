@@ -33,7 +33,7 @@ def statistics(weight: Tensor, x: Tensor, g: Tensor) -> Statistics:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rounding_is_that_of_torchao(bits: Bits, dtype: torch.dtype) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", exc_type=ImportError)
     from torchao.quantization.granularity import PerGroup
 
     torch.manual_seed(0)
