@@ -125,58 +125,26 @@ def _at(
     metric: Metric,
 ) -> Tensor:
     """Twice the loss at some ranks, from the factors themselves."""
-    changes = Changes(weight, seen, metric)
+    wide, tall = weight.double(), weight.shape[0] > weight.shape[1]
+    wide = wide.T if tall else wide
+    back = torch.linalg.pinv(wide)
+    energy = (
+        seen.gradient_energy / seen.units if tall else seen.input_energy / max(seen.positions, 1.0)
+    ) * (1.0 + kronecker.DAMPING)
+    inside = float((back @ metric.outer @ back.T).trace())
+    outside = max(energy - inside, 0.0) / max(wide.shape[1] - wide.shape[0], 1)
+    inner = metric.inner
+    assert inner is not None
     found = []
     for place, rank in enumerate(ranks):
-        lost = weight.double()
+        lost = wide
         if rank:
             there = made.made
             up, down = there[place] if there else backend.factors(weight, made.kept, rank)
-            lost = lost - up.double() @ down.double()
-        found.append(changes.twice(lost))
+            product = up.double() @ down.double()
+            lost = wide - (product.T if tall else product)
+        mixing = lost @ back
+        rest = lost - mixing @ wide
+        spread = mixing @ metric.outer @ mixing.T + outside * (rest @ rest.T)
+        found.append((inner * spread).sum())
     return torch.stack(found)
-
-
-class Changes:
-    """What any change of a weight loses, its part in the span of the rows and the rest.
-
-    Args:
-        weight: W, shape ``(out, in)``.
-        seen: statistics of the layer, with both moments.
-        metric: the backend kronecker's of them, if it is there already.
-        rtol: share of the largest singular value of W below which a direction counts as outside
-            of the span; by default what rounding in float64 makes of none. A change that knows
-            nothing of W, and so has a part in all directions, is divided by the smallest.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        seen: Statistics,
-        metric: Metric | None = None,
-        rtol: float | None = None,
-    ) -> None:
-        self._tall = weight.shape[0] > weight.shape[1]
-        wide = weight.double()
-        self._wide = wide = wide.T if self._tall else wide
-        self._metric = metric or kronecker.BACKEND.metric(weight, seen)
-        self._back = torch.linalg.pinv(wide, rtol=rtol)
-        energy = (
-            seen.gradient_energy / seen.units
-            if self._tall
-            else seen.input_energy / max(seen.positions, 1.0)
-        ) * (1.0 + kronecker.DAMPING)
-        inside = float((self._back @ self._metric.outer @ self._back.T).trace())
-        self._outside = max(energy - inside, 0.0) / max(wide.shape[1] - wide.shape[0], 1)
-
-    def twice(self, change: Tensor) -> Tensor:
-        """Twice the loss in nats of a unit of a change of W, shape ``(out, in)``."""
-        lost = change.double()
-        lost = lost.T if self._tall else lost
-        mixing = lost @ self._back
-        rest = lost - mixing @ self._wide
-        spread = mixing @ self._metric.outer @ mixing.T + self._outside * (rest @ rest.T)
-        inner = self._metric.inner
-        assert inner is not None
-        total: Tensor = (inner * spread).sum()
-        return total

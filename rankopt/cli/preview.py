@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from rankopt.apply.apply import Planned
-from rankopt.backends import find_backends, valued
+from rankopt.backends import find_backends, rounding, valued
 from rankopt.cli.tables import coverage
 from rankopt.errors import NotFiniteError, few, printable
 from rankopt.measure.accumulate import eager
@@ -74,9 +74,9 @@ def profile_preview(
     halves = asked.cross_fit and valued.any_fitted(chosen.values())
     rounds = 1 if asked.again is None else 2
     at_a_time = min(asked.layers_at_a_time or len(layers), len(layers))
-    sums = bytes_of_pass(
-        selection, valued.needs_of(chosen.values(), asked.moments), (1 + halves) * rounds
-    )
+    needs = valued.needs_of(chosen.values(), asked.moments)
+    needs |= rounding.NEEDS if asked.bits else frozenset()
+    sums = bytes_of_pass(selection, needs, (1 + halves) * rounds)
     passes = math.ceil(len(layers) / at_a_time) * rounds
     lines = [
         f"{type(model).__name__}, {loss.task}: {loss.estimator.kind} Fisher per "

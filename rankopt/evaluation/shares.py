@@ -130,7 +130,7 @@ class _Subject:
                 divergences(self.task, logits_of(model, one)[0].double(), dense, one["labels"])
                 for one, dense in zip(self.ready, self.dense, strict=True)
             ]
-        return float(torch.cat(found).mean())
+        return float(torch.cat(found).mean().detach())
 
 
 #: A context in which the model is changed; yields what the profile says that it loses, per unit.

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from rankopt.backends import find_backends, valued
+from rankopt.backends import find_backends, rounding, valued
 from rankopt.backends.base import Backend, recomputable
 from rankopt.data.mixtures import Mixture
 from rankopt.errors import OptionError, few
@@ -168,6 +168,7 @@ def profile_model(
         cross_fit = cross_fit and valued.any_fitted(chosen.values())
         workers = workers_of(device_of(model), workers)
         needs = valued.needs_of(chosen.values(), moments)
+        needs |= rounding.NEEDS if bits else frozenset()
         subject = Subject(model, selection, loss, processes, form)
         subject, silent, batches = _examined(subject, batches, around)
         selection = subject.selection
