@@ -2,8 +2,8 @@
 
 The second-order estimates of both kinds of change rank layers and ranks well, and are off by
 factors of their own: truncation takes from all layers what they have in common and adds up to
-several times the sum of its parts, rounding errors are independent and cancel
-(experiments/18_rank_and_bits). Where both are on offer, one has to be told in terms of the other.
+several times the sum of its parts, rounding errors are independent (experiments/18_rank_and_bits).
+Where both are on offer, one has to be told in terms of the other.
 So a few models are measured: of an exact plan, and with all weights rounded. What is measured is
 the divergence from the dense model (see rankopt.refinement.divergence), which needs few examples.
 """

@@ -3,9 +3,8 @@
 Each option of a layer, a rank or dense, is on offer with its weights rounded, too, where that was
 measured. What it loses is the sum of two estimates, of truncation and of rounding, each multiplied
 with what its kind of change was measured to lose of what the profile says (see
-rankopt.evaluation.shares): rounding errors are many and independent, while those of truncation take
-away what layers have in common, so that second order is too little for the one and too much for the
-other (experiments/18_rank_and_bits).
+rankopt.evaluation.shares): rounding errors are many and independent, while truncation takes away
+what layers have in common, and second order says too little of it (experiments/18_rank_and_bits).
 """
 
 import dataclasses
