@@ -55,13 +55,18 @@ def measure_comparison(
     Raises:
         NotFiniteError: the dense model's loss is NaN or infinite.
         ModelError: the profiles are of different models.
-        OptionError: a row was planned from none of them.
+        OptionError: a row was planned from none of them, or rounds layers.
         ResultsError: the file holds results of another model or other data.
     """
     named = {"": profiles} if isinstance(profiles, Profile) else dict(profiles)
     _require_one_model(named)
     by_digest = {profile.digest(): profile for profile in named.values()}
     for row in rows:
+        if any(entry.bits for entry in row.plan.layers):
+            raise OptionError(
+                f"{row.strategy} at {row.keep:g} rounds layers, and results have ranks only: "
+                "measure it with rankopt.measure_rows, or plan it without bits"
+            )
         if row.plan.profile_digest not in by_digest:
             raise OptionError(f"{row.strategy} at {row.keep:g} is of none of the profiles given")
     job = _Job(model, batches, also or {}, None if file is None else Path(file))

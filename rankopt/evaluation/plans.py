@@ -126,7 +126,8 @@ def measure_rows(
     measure = PlanEvaluator(model, profile, batches, False, per_example, also or {})
     seen: dict[Any, Evaluation] = {}
     for row in bar(rows, "Compare", "plan", progress):
-        model_of = row.plan.backend, row.plan.form, tuple(row.plan.ranks.items())
+        bits = tuple(entry.bits for entry in row.plan.layers)
+        model_of = row.plan.backend, row.plan.form, tuple(row.plan.ranks.items()), bits
         if model_of not in seen:
             seen[model_of] = measure(row.plan)
         yield row, seen[model_of]

@@ -55,6 +55,10 @@ def export_ranks(plan: Plan | LoraPlan, kind: str) -> str:
             f"{kind} has ranks of compressed layers, and this plan has those of adapters: give "
             f"one of {', '.join(_OF_LORA)}"
         )
+    if isinstance(plan, Plan) and any(entry.bits for entry in plan.layers):
+        raise OptionError(
+            "the plan rounds layers, and what is exported has ranks only: plan without bits"
+        )
     found = _WRITERS[kind](plan)
     return found if isinstance(found, str) else json.dumps(found, indent=1) + "\n"
 

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rankopt import Plan, Profile, make_plan
+from rankopt import (
+    ComparedPlan,
+    Plan,
+    Profile,
+    Strategy,
+    export_ranks,
+    make_plan,
+    measure_comparison,
+)
 from rankopt.errors import InfeasibleBudgetError, OptionError, PlanError, ProfileError
 from rankopt.layers import AS_IS, BITS, DENSE, GROUP, Form, Layer
 from rankopt.profile.curves import LossCurve
@@ -271,3 +279,15 @@ def test_bytes_of_layers_are_those_of_their_matrices() -> None:
     ]
     # Of 64 rows 32 are kept, and 32 are made of them.
     assert layer.bytes_of(ranks, "pivoted", 8)[0] == 32 * 96 + 32 * 32 + 4 * 64
+
+
+def test_what_has_ranks_only_takes_no_bits() -> None:
+    profile = with_rounding("pivoted")
+    budget = profile.info.planned_bytes // 8
+    plan = make_plan(profile, max_bytes=budget, bits=BITS)
+    for kind in ("peft", "csv", "json"):
+        with pytest.raises(OptionError, match="plan without bits"):
+            export_ranks(plan, kind)
+    row = ComparedPlan(Strategy("exact"), 0.5, plan, 0.0)
+    with pytest.raises(OptionError, match="rounds layers"):
+        measure_comparison(None, profile, [row], [])  # type: ignore[arg-type]
