@@ -32,7 +32,8 @@ def with_bits(offered: Allocation, profile: Profile, bits: Sequence[Bits]) -> Al
         ProfileError: the profile has no such losses.
     """
     _require_comparable(offered, profile, bits)
-    shares = profile.backend(offered.backend).measured_shares or (1.0,) * (1 + len(BITS))
+    measured_shares = profile.backend(offered.backend).measured_shares
+    shares = measured_shares or (1.0,) * (1 + len(BITS))
     of_truncation, *of_bits = shares
     share_of = dict(zip(profile.info.bits, of_bits, strict=False))
     ranks, groups, lost_shares, widths = [], [], [], []
@@ -62,12 +63,14 @@ def with_bits(offered: Allocation, profile: Profile, bits: Sequence[Bits]) -> Al
         groups.append(Group(group.name, group.cost[at], loss))
         more = (loss - truncated[at]) / (whole * of_truncation or 1.0)
         lost_shares.append(np.minimum(lost[at] + more, 1.0))
+    per, how = offered.unit.split(" (")[0], "as measured" if measured_shares else "not scaled"
     return dataclasses.replace(
         offered,
         ranks=tuple(ranks),
         groups=tuple(groups),
         lost_shares=tuple(lost_shares),
         bits=tuple(widths),
+        unit=f"{per} (estimates of truncation and rounding, {how})",
     )
 
 

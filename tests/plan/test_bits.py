@@ -135,6 +135,7 @@ def test_no_choice_of_ranks_and_bits_is_better(form: Form, shares: tuple[float, 
         assert size == plan.limits[0].spent <= budget
         info = profile.info
         assert plan.size.model_bytes == info.model_bytes - info.planned_bytes + size
+        assert ("as measured" if shares else "not scaled") in plan.certificate.unit
         assert plan.predicted == pytest.approx(loss * info.units / info.targets)
         assert Plan.from_json(plan.to_json()) == plan
 
