@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from rankopt.evaluation.plans import measure_rows as measure_rows
     from rankopt.evaluation.search import SearchedPlan as SearchedPlan
     from rankopt.evaluation.search import search_plan as search_plan
-    from rankopt.evaluation.shares import measure_shares as measure_shares
     from rankopt.measure.measure import profile_model as profile_model
     from rankopt.model.lowrank import LowRank as LowRank
     from rankopt.model.lowrank import LowRankLinear as LowRankLinear
@@ -81,7 +80,6 @@ _TORCH = {
     "refine": "rankopt.refinement.refinement",
     "save_model": "rankopt.apply.saving",
     "search_plan": "rankopt.evaluation.search",
-    "measure_shares": "rankopt.evaluation.shares",
     "text_batches": "rankopt.data.batches",
 }
 
@@ -126,7 +124,6 @@ __all__ = [
     "make_plan",
     "measure_comparison",
     "measure_rows",
-    "measure_shares",
     "profile_model",
     "refine",
     "save_model",

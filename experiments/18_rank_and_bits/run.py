@@ -34,8 +34,7 @@ TASKS = (
     Task("mrpc", "sentence1", "sentence2", epochs=3),
 )
 BITS = (8, 4)
-#: Rows of the profile, and others that tell what truncation and rounding lose.
-CALIBRATION, APART = 1024, 256
+CALIBRATION = 1024
 #: Budgets, as shares of the bytes of all weights in 8 and in 4 bits.
 BUDGETS = (("8 bits", 8, 1.0), ("3/4 of 8 bits", 8, 0.75), ("4 bits", 4, 1.0),
            ("3/4 of 4 bits", 4, 0.75), ("half of 4 bits", 4, 0.5))  # fmt: skip
@@ -49,14 +48,12 @@ class Way:
         name: in the table.
         bits: on offer beside the 16 that the weights have.
         dense: whether no layer may be of lower rank.
-        scaled: whether losses are multiplied with the shares that were measured.
         only: plain rounding: for the budget of so many bits alone.
     """
 
     name: str
     bits: tuple[int, ...] = ()
     dense: bool = False
-    scaled: bool = True
     only: int | None = None
 
 
@@ -68,27 +65,20 @@ WAYS = (
     Way("ranks and 8 bits", (8,)),
     Way("ranks and 4 bits", (4,)),
     Way("ranks and bits", BITS),
-    Way("ranks and bits, not scaled", BITS, scaled=False),
 )
 
 
 def planned(profile: Any, way: Way, budget: int) -> Any:
-    """The plan of a way, proven, and the profile that it is of; None if nothing fits."""
+    """The plan of a way, proven; None if nothing fits."""
     from rankopt import InfeasibleBudgetError, make_plan
 
-    if not way.scaled:
-        backends = tuple(
-            each.model_copy(update={"measured_shares": ()}) for each in profile.info.backends
-        )
-        info = profile.info.model_copy(update={"backends": backends})
-        profile = dataclasses.replace(profile, info=info)
     pins: Any = {"*": "dense"} if way.dense else {}
     try:
         plan = make_plan(profile, max_bytes=budget, bits=way.bits, pins=pins)
     except InfeasibleBudgetError:
         return None
     assert plan.certificate.status == "optimal" and plan.limits[0].spent <= budget
-    return plan, profile
+    return plan
 
 
 def logits_of(model: Any, batches: Sequence[Any]) -> tuple[Any, Any]:
@@ -118,44 +108,34 @@ def compared(dense: Any, other: Any, labels: Any) -> dict[str, float]:
     }
 
 
-def profiled(
-    model: Any,
-    calibration: Sequence[Any],
-    apart: Sequence[Any],
-    bits: Sequence[int],
-    file: Path,
-) -> Any:
+def profiled(model: Any, calibration: Sequence[Any], bits: Sequence[int], file: Path) -> Any:
     """As the command makes it, with the weights' bytes counted as those of 16 bits.
 
     They are computed with in float32: in bfloat16 nothing tells 8 bits from dense.
     """
-    from rankopt import Compressed, Profile, measure_shares, profile_model
+    from rankopt import Compressed, Profile, profile_model
 
     if not file.is_file():
         how: Any = {"cross_fit": True, "again": Compressed(needed=False), "bits": bits}
         found = profile_model(model, calibration, **how)
         layers = tuple(layer.model_copy(update={"itemsize": 2}) for layer in found.info.layers)
         info = found.info.model_copy(update={"layers": layers})
-        measure_shares(model, dataclasses.replace(found, info=info), apart).save(file)
+        dataclasses.replace(found, info=info).save(file)
     return Profile.load(file)
 
 
 def run(task: Task, source: str, data: Path | None, folder: Path) -> dict[str, Any]:
     """All budgets and ways on one task."""
-    from rankopt.data.mixtures import parted
-
     rows = rows_of(task, data, "train")
     model, tokenizer = fine_tuned(task, source, rows, folder)
     dev = batches_of(task, rows_of(task, data, "dev"), tokenizer, BATCH)
-    batches = batches_of(task, rows, tokenizer, 16, CALIBRATION + APART)
-    calibration, apart = parted(batches, 1 + CALIBRATION // APART)
-    return measured(model, calibration, apart, dev, BITS, folder)
+    calibration = batches_of(task, rows, tokenizer, 16, CALIBRATION)
+    return measured(model, calibration, dev, BITS, folder)
 
 
 def measured(
     model: Any,
     calibration: Sequence[Any],
-    apart: Sequence[Any],
     dev: Sequence[Any],
     bits: Sequence[int],
     folder: Path,
@@ -163,7 +143,7 @@ def measured(
     """All budgets and ways of one model; what the folder has is not measured again."""
     from rankopt import applied
 
-    profile = profiled(model, calibration, apart, bits, folder / "profile.safetensors")
+    profile = profiled(model, calibration, bits, folder / "profile.safetensors")
     file = folder / "measured.json"
     seen: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.is_file() else {}
     dense, labels = logits_of(model, dev)
@@ -176,13 +156,12 @@ def measured(
         for way in WAYS:
             if not {*way.bits} <= {*bits} or (way.only and (way.only, 1.0) != (width, share)):
                 continue
-            found_plan = planned(profile, way, int(share * plain))
-            if found_plan is None:
+            plan = planned(profile, way, int(share * plain))
+            if plan is None:
                 continue
-            plan, its = found_plan
             key = json.dumps([[entry.rank, entry.bits] for entry in plan.layers])
             if key not in seen:
-                with applied(model, plan, its, progress=False):
+                with applied(model, plan, profile, progress=False):
                     seen[key] = compared(dense, logits_of(model, dev)[0], labels)
                 file.write_text(json.dumps(seen))
             row = {
@@ -200,15 +179,11 @@ def measured(
             }
             found.append(row)
             print(row, flush=True)
-    (backend,) = profile.info.backends
     return {
         "rows": found,
         "dense": compared(dense, dense, labels),
         "layers": len(profile.info.layers),
         "bytes_in_16_bits": profile.info.planned_bytes,
-        "measured_shares": dict(
-            zip(("truncation", *map(str, bits)), backend.measured_shares, strict=True)
-        ),
     }
 
 
@@ -216,11 +191,9 @@ def table(tasks: dict[str, Any]) -> str:
     """Markdown, one table for each task."""
     parts = []
     for name, found in tasks.items():
-        shares = ", ".join(f"{s:.2g} ({kind})" for kind, s in found["measured_shares"].items())
         parts += [
             f"{name}: {found['layers']} layers, {found['bytes_in_16_bits']:,} bytes in 16 bits; "
-            f"dense accuracy {found['dense']['accuracy']:.3f}. On rows apart measured, as a "
-            f"share of what the profile says: {shares}\n",
+            f"dense accuracy {found['dense']['accuracy']:.3f}\n",
             "| budget | way | bytes | predicted | KL from dense | accuracy | difference "
             "| layers: dense, low rank | bits: 16, 8, 4 |",
             "|---|---|---|---|---|---|---|---|---|",
@@ -251,7 +224,6 @@ def full(names: Sequence[str], data: Path | None, folder: Path) -> None:
         "python": platform.python_version(),
         "seed": SEED,
         "calibration": CALIBRATION,
-        "apart": APART,
         "command": f"python experiments/{HERE.name}/run.py" + (" --data FOLDER" if data else ""),
     }
     results = HERE / "results.json"
@@ -281,7 +253,7 @@ def quick(folder: Path) -> None:
         {"input_ids": torch.randint(3, 64, (8, 9)), "labels": torch.randint(0, 2, (8,))}
         for _ in range(4)
     ]
-    first, again = (measured(model, data[1:], data[:1], data, bits, folder) for _ in range(2))
+    first, again = (measured(model, data, data, bits, folder) for _ in range(2))
     assert first == again and first["rows"]
     ways = {row["way"] for row in first["rows"]}
     assert ways == {way.name for way in WAYS if {*way.bits} <= {*bits}}

@@ -266,18 +266,13 @@ def profile_summary(profile: Profile) -> str:
         lines.append(f"  rounds      half of it measured again under {info.again}")
     if info.cross_fit:
         lines.append("  losses      cross-fitted: half on data that did not make the factors")
+    if info.bits:
+        lines.append(f"  rounding    to {' and '.join(map(str, info.bits))} bits: losses measured")
     if info.stopped is not None:
         lines.append(f"  stopped     {info.stopped}")
     for backend in info.backends:
         scales = ", ".join(f"{scale.name} ({scale.unit})" for scale in backend.scales)
         lines.append(f"  backend     {backend.name}, {backend.source}; scales: {scales}")
-        kinds = ["truncation", *(f"{bits} bits" for bits in info.bits)]
-        shares = [
-            f"{share:.3g} of it in {kind}"
-            for kind, share in zip(kinds, backend.measured_shares, strict=False)
-        ]
-        if shares:
-            lines.append(f"  measured    of what it predicts: {', '.join(shares)}")
     lines += _certainty(profile)
     lines += coverage(
         len(info.layers),

@@ -70,29 +70,6 @@ class Mixture(Sequence[Batch]):
         )
 
 
-def parted(batches: Sequence[Batch], every: int) -> tuple[Sequence[Batch], Sequence[Batch]]:
-    """The batches without each so-manyth, and those: some that are not measured with the others.
-
-    Args:
-        batches: of one source or a mixture, which the rest is as well.
-        every: one of so many is apart; of fewer the last. A single batch is in both parts.
-    """
-    count = len(batches)
-    if count < 2:
-        return batches, batches
-    apart = set(range(every - 1, count, every)) or {count - 1}
-    rest = [batch for number, batch in enumerate(batches) if number not in apart]
-    others = [batches[number] for number in sorted(apart)]
-    if not isinstance(batches, Mixture):
-        return rest, others
-    order, place = list[int](), 0
-    for number, batch in enumerate(batches):
-        size = len(next(iter(batch.values())))
-        order += [] if number in apart else batches.order[place : place + size]
-        place += size
-    return dataclasses.replace(batches, batches=rest, order=tuple(order)), others
-
-
 def mixture(
     items: Sequence[Sequence[T]],
     weights: Sequence[float] | None = None,

@@ -107,7 +107,7 @@ def plan_of(
 def _predicted(profile: Profile, offered: Allocation, solution: Solution) -> float | None:
     """Nats per target, whatever the objective and the scale that the plan was made with."""
     backend, info = profile.backend(offered.backend), profile.info
-    if offered.bits:  # of truncation and of rounding, as measured
+    if offered.bits:  # of truncation and of rounding, in nats
         return solution.loss * info.units / info.targets
     scale = next((scale for scale in backend.scales if scale.unit.startswith("nats")), None)
     if scale is None:

@@ -1,10 +1,9 @@
 """Bits beside ranks: what rounding weights to 8 or 4 bits saves in bytes, and what it loses.
 
 Each option of a layer, a rank or dense, is on offer with its weights rounded, too, where that was
-measured. What it loses is the sum of two estimates, of truncation and of rounding, each multiplied
-with what its kind of change was measured to lose of what the profile says (see
-rankopt.evaluation.shares): rounding errors are many and independent, while truncation takes away
-what layers have in common, and second order says too little of it (experiments/18_rank_and_bits).
+measured. What it loses is the sum of two second-order estimates, of truncation and of rounding.
+Both say too little where much is lost, and alike: scaled by what was measured of each, plans got no
+better (experiments/LOG.md).
 """
 
 import dataclasses
@@ -32,10 +31,6 @@ def with_bits(offered: Allocation, profile: Profile, bits: Sequence[Bits]) -> Al
         ProfileError: the profile has no such losses.
     """
     _require_comparable(offered, profile, bits)
-    measured_shares = profile.backend(offered.backend).measured_shares
-    shares = measured_shares or (1.0,) * (1 + len(BITS))
-    of_truncation, *of_bits = shares
-    share_of = dict(zip(profile.info.bits, of_bits, strict=False))
     ranks, groups, lost_shares, widths = [], [], [], []
     for layer, own, group, lost, whole in zip(
         offered.layers,
@@ -45,32 +40,29 @@ def with_bits(offered: Allocation, profile: Profile, bits: Sequence[Bits]) -> Al
         offered.full_losses,
         strict=True,
     ):
-        truncated = group.loss * of_truncation
-        places, losses = [np.arange(own.size)], [truncated]
+        places, losses = [np.arange(own.size)], [group.loss]
         kinds = [np.full(own.size, AS_IS, dtype=np.int64)]
         measured = profile.rounding_of(offered.backend, layer.name)
         for width in (each for each in BITS if each in bits and each in measured):
             kept = np.flatnonzero(_whole(own))
-            more = _between(layer, own[kept], measured[width], offered) * share_of[width]
+            more = _between(layer, own[kept], measured[width], offered)
             # The last option stays the dense one as it is.
             places.insert(0, kept)
-            losses.insert(0, truncated[kept] + more)
+            losses.insert(0, group.loss[kept] + more)
             kinds.insert(0, np.full(kept.size, width, dtype=np.int64))
         at = np.concatenate(places)
         ranks.append(own[at])
         widths.append(np.concatenate(kinds))
         loss = np.concatenate(losses)
         groups.append(Group(group.name, group.cost[at], loss))
-        more = (loss - truncated[at]) / (whole * of_truncation or 1.0)
+        more = (loss - group.loss[at]) / (whole or 1.0)
         lost_shares.append(np.minimum(lost[at] + more, 1.0))
-    per, how = offered.unit.split(" (")[0], "as measured" if measured_shares else "not scaled"
     return dataclasses.replace(
         offered,
         ranks=tuple(ranks),
         groups=tuple(groups),
         lost_shares=tuple(lost_shares),
         bits=tuple(widths),
-        unit=f"{per} (estimates of truncation and rounding, {how})",
     )
 
 

@@ -55,20 +55,16 @@ class BackendInfo(Grown):
         source: the paper.
         loaded_from: the ``module:object`` that was named, if it was no installed backend. Planning
             finds the backend by it too; nothing is imported because it is written here.
-        measured_shares: what models lose, as a share of what the profile says of them: where the
-            profile's plan truncates, and where all is rounded to each of its bits. Divides what
-            the two kinds of loss say of each other; 1 where nothing was measured.
         scales: at least one; the first is the default.
     """
 
     model_config = STRICT
-    later: ClassVar[tuple[str, ...]] = ("loaded_from", "measured_shares")
+    later: ClassVar[tuple[str, ...]] = ("loaded_from",)
 
     name: _Name
     source: str
     loaded_from: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")] | None = None
     scales: Annotated[tuple[ScaleInfo, ...], Field(min_length=1)]
-    measured_shares: tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = ()
 
     def find_scale(self, name: str | None = None) -> ScaleInfo:
         """The scale by name, or the default.
@@ -177,11 +173,6 @@ class ProfileInfo(Grown):
     @model_validator(mode="after")
     def _consistent(self) -> "ProfileInfo":
         for backend in self.backends:
-            if len(backend.measured_shares) not in (0, 1 + len(self.bits)):
-                raise ValueError(
-                    f"backend {backend.name} has {len(backend.measured_shares)} measured shares "
-                    f"for truncation and {len(self.bits)} widths"
-                )
             for scale in backend.scales:
                 if len(scale.factors) != len(self.layers):
                     raise ValueError(

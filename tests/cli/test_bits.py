@@ -24,13 +24,9 @@ def test_bits_from_the_data_to_the_folder(folder: Path, run: Run) -> None:
     pytest.importorskip("torchao", exc_type=ImportError)
     data = ("--data", "train.txt", "--max-length", 16, "--batch-size", 4)
     out = done(run("profile", "model", *data, "--bits", 8, 4, "-o", "p.st"))
-    assert "in truncation" in out and "in 8 bits" in out and "in 4 bits" in out
+    assert "rounding    to 8 and 4 bits" in out
     profile = Profile.load("p.st")
     assert profile.info.bits == (8, 4)
-    assert len(profile.info.backends[0].measured_shares) == 3
-    # One batch of eight tells what truncation and rounding lose, and is not profiled.
-    plain = done(run("profile", "model", *data, "--json", "-o", "plain.st"))
-    assert profile.examples < json.loads(plain)["examples"] < profile.examples * 8 / 6
     budget = profile.info.planned_bytes // 6
     asked = ("plan", "p.st", "--max-bytes", budget)
     out = done(run(*asked, "--bits", 4, 8, "-o", "plan.json"))

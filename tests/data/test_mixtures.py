@@ -12,7 +12,7 @@ import torch
 
 from rankopt import Profile, profile_model
 from rankopt.data import Columns, DataSource, load_batches, load_mixture, mixture
-from rankopt.data.mixtures import Mixture, interleaved, parted, shares
+from rankopt.data.mixtures import interleaved, shares
 from rankopt.errors import DataError, OptionError
 from tests import tiny
 
@@ -216,17 +216,3 @@ def test_a_profile_records_what_it_has_seen_and_goes_on_with_the_same_bits(
     profile_model(model, found, **checkpoint)
     with pytest.raises(DataError):
         profile_model(model, other, **checkpoint)
-
-
-def test_parts_of_a_mixture_know_their_sources() -> None:
-    batches = [{"input_ids": torch.full((2, 3), n)} for n in range(9)]
-    order = tuple(n % 2 if n < 10 else 1 for n in range(18))
-    whole = Mixture(batches, ("a", "b"), (1.0, 1.0), order)
-    rest, apart = parted(whole, 4)
-    assert [int(each["input_ids"][0, 0]) for each in apart] == [3, 7]
-    assert isinstance(rest, Mixture) and len(rest) == 7
-    assert rest.order == order[:6] + order[8:14] + order[16:]
-    assert sum(source.examples for source in rest.sources(14)) == 14
-    few = parted(batches[:3], 4)
-    assert [len(part) for part in few] == [2, 1]
-    assert parted(batches[:1], 4) == (batches[:1], batches[:1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rankopt import Profile, make_plan, measure_shares, profile_model
+from rankopt import Profile, make_plan, profile_model
 from rankopt.backends import find_backend
 from rankopt.backends.rounding import rounded, rounding_losses
 from rankopt.backends.statistics import Statistics
@@ -145,21 +145,21 @@ def model_and_batches(head: bool = True) -> tuple[Any, list[Any]]:
     return model, batches
 
 
-def test_a_profile_with_bits_plans_bytes_and_knows_what_was_measured(tmp_path: Any) -> None:
+def test_a_profile_with_bits_plans_bytes(tmp_path: Any) -> None:
     model, batches = model_and_batches()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     profile = profile_model(model, batches, bits=(4, 8), cross_fit=True)
     assert profile.info.bits == (8, 4)
-    shared = measure_shares(model, profile, batches, keep=0.7)
-    after = model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    (backend,) = shared.info.backends
-    assert len(backend.measured_shares) == 3 and min(backend.measured_shares) > 0
-    # What is predicted with the share is what was measured, here of all weights in 4 bits.
+    profile.save(tmp_path / "p.st")
+    profile = Profile.load(tmp_path / "p.st")
     names = {layer.name: "dense" for layer in profile.info.layers}
     least = sum(int(x.bytes_of(np.array(DENSE), "pivoted", 4)) for x in profile.info.layers)
-    plan = make_plan(shared, max_bytes=least, bits=(8, 4), pins=names)  # type: ignore[arg-type]
+    plan = make_plan(profile, max_bytes=least, bits=(8, 4), pins=names)  # type: ignore[arg-type]
     assert {entry.bits for entry in plan.layers} == {4}
+    (backend,) = profile.backends
+    lost = [profile.rounding_of(backend, name)[4][-1] for name in names]
+    per_target = profile.info.units / profile.info.targets
+    assert plan.predicted == pytest.approx(sum(lost) * per_target, rel=1e-12)
+    # What it says is what is measured, as far as second order goes: here within a factor.
     with torch.no_grad():
         dense = torch.cat([model(**batch).logits for batch in batches]).double()
         for name in names:
@@ -167,9 +167,8 @@ def test_a_profile_with_bits_plans_bytes_and_knows_what_was_measured(tmp_path: A
             linear.weight.data = rounded(linear.weight.data, 4)
         other = torch.cat([model(**batch).logits for batch in batches]).double()
     p, q = dense.log_softmax(-1), other.log_softmax(-1)
-    assert plan.predicted == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
-    shared.save(tmp_path / "p.st")
-    assert Profile.load(tmp_path / "p.st").info == shared.info
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    assert kl / 4 < plan.predicted < kl * 4
 
 
 def test_what_cannot_be_rounded_is_not_offered() -> None:
@@ -189,25 +188,14 @@ def test_what_cannot_be_rounded_is_not_offered() -> None:
     assert set(profile.rounding_of(backend, down.name)) == {8}  # 80 inputs are no whole groups
 
 
-def test_gpt2_is_rounded_as_its_matrices_are_written_elsewhere() -> None:
+def test_gpt2_has_losses_of_the_transposes_that_it_keeps() -> None:
     model = tiny.gpt2(n_embd=64)
     ids = torch.randint(3, tiny.VOCABULARY, (4, 9))
-    batches = [{"input_ids": ids, "labels": ids}]
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    profile = measure_shares(model, profile_model(model, batches, bits=(8,)), batches)
-    assert all(torch.equal(x, model.state_dict()[name]) for name, x in before.items())
-    assert len(profile.info.backends[0].measured_shares) == 2
-
-
-def test_models_without_predictions_have_no_shares() -> None:
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-
-    def loss(model: nn.Module, batch: Tensor) -> Tensor:
-        return (model(batch) - 1.0).square().sum(-1)
-
-    batches = [torch.randn(8, 64)]
-    profile = profile_model(model, batches, loss_fn=loss, bits=(8,))
-    assert measure_shares(model, profile, batches) is profile
+    profile = profile_model(model, [{"input_ids": ids, "labels": ids}], bits=(8,))
+    (backend,) = profile.backends
+    for layer in profile.info.layers:
+        lost = profile.rounding_of(backend, layer.name)
+        assert set(lost) == {8} and (lost[8] > 0).all()
 
 
 @pytest.mark.parametrize(

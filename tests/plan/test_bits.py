@@ -28,20 +28,11 @@ pytest.importorskip("cvxpy")
 SHAPES = ((64, 96), (96, 64), (96, 96))
 
 
-def with_rounding(form: Form = "pairs", seed: int = 0, shares: tuple[float, ...] = ()) -> Profile:
+def with_rounding(form: Form = "pairs", seed: int = 0) -> Profile:
     """A made-up profile whose last layer has 50 inputs: no whole groups."""
     profile = synthetic_profile((*SHAPES, (64, 50)), seed=seed, backends=("fwsvd",))
     rng = np.random.default_rng(seed)
-    info = profile.info.model_copy(
-        update={
-            "bits": BITS,
-            "form": form,
-            "backends": tuple(
-                each.model_copy(update={"measured_shares": shares})
-                for each in profile.info.backends
-            ),
-        }
-    )
+    info = profile.info.model_copy(update={"bits": BITS, "form": form})
     (backend,) = profile.backends
     # Spectra that fall slowly, as those of weights do: truncation is no bargain.
     curves = {
@@ -72,11 +63,10 @@ def options(profile: Profile, layer: Layer, bits: tuple[int, ...]) -> Iterator[t
     scale = info.scales[0]
     factor = scale.factors[profile.info.layers.index(layer)]
     curve = profile.loss_curve(info.name, layer.name, scale.name)
-    shares = info.measured_shares or (1.0, 1.0, 1.0)
     at = layer.rounded_ranks(form)
     out, into = layer.out_features, layer.in_features
     for rank in (*range(1, layer.largest_rank(form) + 1), None):
-        truncated = curve.lost(rank) * factor * shares[0]
+        truncated = curve.lost(rank) * factor
         if rank is None:
             matrices = [(out, into)]
         elif form == "pairs":
@@ -97,13 +87,12 @@ def options(profile: Profile, layer: Layer, bits: tuple[int, ...]) -> Iterator[t
                 size = numbers // 2 + numbers // 32 * layer.itemsize
             lost = measured[width]
             own = lost[-1] if rank is None else np.interp(rank, at[:-1], lost[:-1])
-            yield rank, width, size, truncated + float(own) * shares[1 + BITS.index(width)]
+            yield rank, width, size, truncated + float(own)
 
 
 @pytest.mark.parametrize("form", ["pairs", "pivoted"])
-@pytest.mark.parametrize("shares", [(), (5.0, 1.5, 0.4)], ids=["as said", "as measured"])
-def test_no_choice_of_ranks_and_bits_is_better(form: Form, shares: tuple[float, ...]) -> None:
-    profile = with_rounding(form, shares=shares)
+def test_no_choice_of_ranks_and_bits_is_better(form: Form) -> None:
+    profile = with_rounding(form)
     # Of all options of a layer only those that no cheaper one beats can be in the best choice.
     fronts = []
     for layer in profile.info.layers:
@@ -135,7 +124,6 @@ def test_no_choice_of_ranks_and_bits_is_better(form: Form, shares: tuple[float, 
         assert size == plan.limits[0].spent <= budget
         info = profile.info
         assert plan.size.model_bytes == info.model_bytes - info.planned_bytes + size
-        assert ("as measured" if shares else "not scaled") in plan.certificate.unit
         assert plan.predicted == pytest.approx(loss * info.units / info.targets)
         assert Plan.from_json(plan.to_json()) == plan
 
@@ -207,9 +195,8 @@ def test_mistakes_say_what_is_missing() -> None:
 
 
 def test_without_bits_nothing_is_rounded_and_files_say_nothing_of_it() -> None:
-    profile = with_rounding("pivoted", shares=(5.0, 1.5, 0.4))
-    (bare,) = (each.model_copy(update={"measured_shares": ()}) for each in profile.info.backends)
-    info = profile.info.model_copy(update={"bits": (), "backends": (bare,)})
+    profile = with_rounding("pivoted")
+    info = profile.info.model_copy(update={"bits": ()})
     plain = dataclasses.replace(profile, info=info, rounding={})
     budget = profile.info.planned_bytes // 3
     ours = make_plan(profile, max_bytes=budget)
@@ -240,7 +227,7 @@ def test_files_that_do_not_add_up_are_refused(change: dict[str, Any], says: str)
 
 
 def test_profiles_with_rounding_are_saved_and_checked(tmp_path: Any) -> None:
-    profile = with_rounding("pivoted", shares=(5.0, 1.5, 0.4))
+    profile = with_rounding("pivoted")
     profile.save(tmp_path / "p.st")
     again = Profile.load(tmp_path / "p.st")
     assert again.info == profile.info and again.digest() == profile.digest()
@@ -253,18 +240,6 @@ def test_profiles_with_rounding_are_saved_and_checked(tmp_path: Any) -> None:
     short: Any = {backend: {name: {8: np.zeros(1)}}}
     with pytest.raises(ProfileError, match=f"{name}: rounding to 8 bits"):
         dataclasses.replace(profile, rounding=short)
-    info = profile.info.model_copy(
-        update={
-            "backends": tuple(
-                each.model_copy(update={"measured_shares": (1.0,)})
-                for each in profile.info.backends
-            )
-        }
-    )
-    wrong = dataclasses.replace(profile, info=info)
-    wrong.save(tmp_path / "wrong.st")
-    with pytest.raises(ProfileError, match="measured shares"):
-        Profile.load(tmp_path / "wrong.st")
 
 
 def test_bytes_of_layers_are_those_of_their_matrices() -> None:

@@ -40,10 +40,6 @@ A profile that was interrupted goes on where it was when the same command is cal
 """
 
 
-#: With --bits one batch of so many is not profiled, but tells what truncation and rounding lose.
-APART = 8
-
-
 @with_data(examples=256, mixed=True)
 def profile(
     ctx: typer.Context,
@@ -184,8 +180,6 @@ def profile(
     source = asked.read(model)
     from rankopt.apply.compressed import Compressed
     from rankopt.cli.tables import profile_summary
-    from rankopt.data.mixtures import parted
-    from rankopt.evaluation.shares import measure_shares
     from rankopt.measure.measure import profile_model
     from rankopt.measure.processes import Processes
     from rankopt.plan.stability import Stability
@@ -195,8 +189,6 @@ def profile(
         raise RankoptError("--stable-keep and --stable-tolerance are shares between 0 and 1")
     processes = Processes.join()
     loaded, batches = source.load(dtype, device_map)
-    # Factors lose less of the data that made them, and rounding does not know of it.
-    batches, apart = parted(batches, APART) if bits else (batches, [])
     options: dict[str, Any] = {
         "backends": tuple(backend or ["kronecker"]),
         "moments": moments,
@@ -234,8 +226,6 @@ def profile(
             progress=None if processes.rank == 0 else False,
         )
         if processes.rank == 0:
-            if found.info.bits and processes.count == 1:
-                found = measure_shares(loaded, found, apart)
             found.save(output)
     for partial in partials if resumable else ():
         with contextlib.suppress(FileNotFoundError):
