@@ -152,11 +152,11 @@ def test_a_profile_with_bits_plans_bytes(tmp_path: Any) -> None:
     profile.save(tmp_path / "p.st")
     profile = Profile.load(tmp_path / "p.st")
     names = {layer.name: "dense" for layer in profile.info.layers}
-    least = sum(int(x.bytes_of(np.array(DENSE), "pivoted", 4)) for x in profile.info.layers)
-    plan = make_plan(profile, max_bytes=least, bits=(8, 4), pins=names)  # type: ignore[arg-type]
-    assert {entry.bits for entry in plan.layers} == {4}
+    least = sum(int(x.bytes_of(np.array(DENSE), "pivoted", 8)) for x in profile.info.layers)
+    plan = make_plan(profile, max_bytes=least, bits=(8,), pins=names)  # type: ignore[arg-type]
+    assert {entry.bits for entry in plan.layers} == {8}
     (backend,) = profile.backends
-    lost = [profile.rounding_of(backend, name)[4][-1] for name in names]
+    lost = [profile.rounding_of(backend, name)[8][-1] for name in names]
     per_target = profile.info.units / profile.info.targets
     assert plan.predicted == pytest.approx(sum(lost) * per_target, rel=1e-12)
     # What it says is what is measured, as far as second order goes: here within a factor.
@@ -164,7 +164,7 @@ def test_a_profile_with_bits_plans_bytes(tmp_path: Any) -> None:
         dense = torch.cat([model(**batch).logits for batch in batches]).double()
         for name in names:
             linear = model.get_submodule(name)
-            linear.weight.data = rounded(linear.weight.data, 4)
+            linear.weight.data = rounded(linear.weight.data, 8)
         other = torch.cat([model(**batch).logits for batch in batches]).double()
     p, q = dense.log_softmax(-1), other.log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
