@@ -10,7 +10,6 @@ are read, there are the parts of a weight instead: ``qdata``, two values of 4 bi
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any, Self, cast
 
 import torch
@@ -43,7 +42,7 @@ def require_torchao(purpose: str) -> Any:
             for name in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "IntxWeightOnlyConfig"):
                 getattr(quantization, name)
     except (ImportError, AttributeError) as error:
-        if find_spec("torchao"):
+        if getattr(error, "name", None) != "torchao":
             # Each release is built for some releases of torch.
             raise ModelError(
                 f"{purpose} needs torchao 0.18 or later, of a release for torch "

@@ -110,6 +110,7 @@ def test_it_comes_back_to_the_bit_and_is_as_small_as_planned(
     assert torch.equal(logits(found.dequantize()), logits(dense.to(dtype)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_in_another_process(kind: str, saved: Saved, tmp_path: Path) -> None:
     model, _, folder = saved(kind)
@@ -127,6 +128,7 @@ def test_in_another_process(kind: str, saved: Saved, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tmp_path), str(folder)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only_dense", [False, True])
 def test_without_rankopt_transformers_stops(only_dense: bool, tmp_path: Path) -> None:
     model = WIDE["bert"]()

@@ -300,6 +300,7 @@ def test_all_layers_of_a_backend_that_needs_no_data() -> None:
     assert model_size(model).model_bytes == plan.size.model_bytes
 
 
+@pytest.mark.slow
 def test_torchao_says_nothing_on_import() -> None:
     code = (
         "import rankopt\n"
