@@ -53,11 +53,21 @@ SAMPLE = (
     "ViTForImageClassification",
     "XLNetForSequenceClassification",
 )
+#: A few that stay with the fast tests.
+QUICK = (
+    "RobertaForSequenceClassification",
+    "ViTForImageClassification",
+    "XLNetForSequenceClassification",
+    "BartForConditionalGeneration",
+)
 HEADS = heads()
 REST = [name for name in HEADS if name not in SAMPLE]
 
 
-@pytest.mark.parametrize("architecture", SAMPLE)
+@pytest.mark.parametrize(
+    "architecture",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLE],
+)
 def test_a_sample_goes_all_the_way(architecture: str) -> None:
     found = walk(architecture, HEADS[architecture])
     assert found.outcome == "ok", f"{found.stage}: {found.reason}"
