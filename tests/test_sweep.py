@@ -66,7 +66,10 @@ REST = [name for name in HEADS if name not in SAMPLE]
 
 @pytest.mark.parametrize(
     "architecture",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLE],
+    [
+        name if name in QUICK else pytest.param(name, marks=(pytest.mark.slow, pytest.mark.sweep))
+        for name in SAMPLE
+    ],
 )
 def test_a_sample_goes_all_the_way(architecture: str) -> None:
     found = walk(architecture, HEADS[architecture])
