@@ -161,7 +161,7 @@ class Planned:
         require_unquantised(model)
         known = {entry.name for entry in profile.info.left_alone}
         _require_same(found, plan, allow_other_weights, known)
-        bits = {entry.layer.name: entry.bits for entry in plan.layers if entry.bits is not None}
+        bits = plan.bits
         for name in bits:
             require_roundable(name, found.modules[name], "a plan that rounds weights")
         layers = {layer.name: layer for layer in found.layers}

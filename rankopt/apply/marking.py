@@ -45,8 +45,7 @@ def attach(model: nn.Module, plan: Plan) -> Ties | None:
     before = _untie(model, ranks)
     after = model.all_tied_weights_keys
     ties = after if after != before.keys[model] else None
-    bits = {entry.layer.name: entry.bits for entry in plan.layers if entry.bits is not None}
-    config = RankoptConfig(ranks, plan.backend, ties=ties, form=plan.form, bits=bits)
+    config = RankoptConfig(ranks, plan.backend, ties=ties, form=plan.form, bits=plan.bits)
     quantizer = RankoptQuantizer(config)
     quantizer.plan = plan
     quantizer.attach(model)

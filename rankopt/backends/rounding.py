@@ -21,6 +21,7 @@ The two losses, of truncation and of rounding, add up.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,9 +63,9 @@ def rounding_losses(
     made: Decomposition,
     ranks: IntArray,
     form: Form,
-    bits: Bits,
-) -> Tensor:
-    """Losses of rounding in nats of a unit, float64, shape of ``ranks``.
+    bits: Sequence[Bits],
+) -> dict[Bits, Tensor]:
+    """Bits -> losses of rounding to them in nats of a unit, float64, shape of ``ranks``.
 
     Args:
         backend: that made the decomposition.
@@ -73,19 +74,19 @@ def rounding_losses(
         made: of this weight.
         ranks: of the factors, with DENSE; for 4 bits in whole groups.
         form: in which the factors are kept.
-        bits: 8 or 4.
+        bits: 8, 4.
     """
     worth = _Worth(weight, seen)
-    found = []
+    found: list[Tensor] = []
     for rank in ranks.tolist():
         if rank == DENSE:
-            lost = worth.of_weight(_error(weight, bits))
+            lost = worth.of_weight(weight, bits)
         else:
             up, down = (each.to(weight.dtype) for each in backend.factors(weight, made.kept, rank))
             kind: Any = kind_of(False, (len(up), down.shape[1]), form)
             lost = worth.of_factors(kind.from_factors(down, up, None), bits)
         found.append(lost)
-    return torch.stack(found)
+    return dict(zip(bits, torch.stack(found, 1), strict=True))
 
 
 def _error(matrix: Tensor, bits: Bits) -> Tensor:
@@ -103,12 +104,12 @@ class _Worth:
         self._inputs = seen.need("second_moment").double() / max(seen.input_energy, 1e-300)
         self._gradients = seen.need("gradient_moment").double() / max(seen.gradient_energy, 1e-300)
 
-    def of_weight(self, error: Tensor) -> Tensor:
+    def of_weight(self, weight: Tensor, bits: Sequence[Bits]) -> Tensor:
         total = self._rows.sum()
-        lost = self._columns @ error @ self._rows
+        lost = torch.stack([self._columns @ _error(weight, each) @ self._rows for each in bits])
         return lost / total if total > 0 else lost
 
-    def of_factors(self, low: LowRank, bits: Bits) -> Tensor:
+    def of_factors(self, low: LowRank, bits: Sequence[Bits]) -> Tensor:
         down, up = (factor.weight.detach() for factor in (low.down, low.up))
         rows, columns, sends, reads = self._rows, self._columns, up.double(), down.double()
         index: Any = getattr(low, "index", None)
@@ -120,8 +121,12 @@ class _Worth:
         elif isinstance(low, PivotedRows):
             columns = columns[index.argsort()[low.rank :]]
             sends = torch.cat([own, sends])[index]
-        return self._sent(sends) @ _error(down, bits) @ rows + columns @ (
-            _error(up, bits) @ self._read(reads)
+        sent, read = self._sent(sends), self._read(reads)
+        return torch.stack(
+            [
+                sent @ _error(down, each) @ rows + columns @ (_error(up, each) @ read)
+                for each in bits
+            ]
         )
 
     def _sent(self, sends: Tensor) -> Tensor:

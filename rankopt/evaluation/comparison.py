@@ -62,7 +62,7 @@ def measure_comparison(
     _require_one_model(named)
     by_digest = {profile.digest(): profile for profile in named.values()}
     for row in rows:
-        if any(entry.bits for entry in row.plan.layers):
+        if row.plan.bits:
             raise OptionError(
                 f"{row.strategy} at {row.keep:g} rounds layers, and results have ranks only: "
                 "measure it with rankopt.measure_rows, or plan it without bits"

@@ -126,8 +126,8 @@ def measure_rows(
     measure = PlanEvaluator(model, profile, batches, False, per_example, also or {})
     seen: dict[Any, Evaluation] = {}
     for row in bar(rows, "Compare", "plan", progress):
-        bits = tuple(entry.bits for entry in row.plan.layers)
-        model_of = row.plan.backend, row.plan.form, tuple(row.plan.ranks.items()), bits
+        kept = tuple(row.plan.ranks.items()), tuple(row.plan.bits.items())
+        model_of = row.plan.backend, row.plan.form, kept
         if model_of not in seen:
             seen[model_of] = measure(row.plan)
         yield row, seen[model_of]

@@ -214,10 +214,10 @@ def _of_group(
                 of_others = moments and backend.name != kronecker.BACKEND.name
                 nats = valued(backend, weight, statistics, made) if of_others else None
             values.append(None if nats is None else nats.cpu().numpy())
-            at = layer.rounded_ranks(form)
-            for width in () if mine.on_grid else bits:
-                lost = rounding_losses(backend, weight, statistics, made, at, form, width)
-                rounding[width] = lost.cpu().numpy()
+            if bits and not mine.on_grid:
+                at = layer.rounded_ranks(form)
+                lost = rounding_losses(backend, weight, statistics, made, at, form, bits)
+                rounding = {width: each.cpu().numpy() for width, each in lost.items()}
         except (RankoptError, MemoryError):
             raise
         except Exception as error:

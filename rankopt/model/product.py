@@ -31,13 +31,16 @@ class Order:
 
     def of(self, columns: Tensor) -> Tensor:
         """Columns in this order."""
-        # The first versions of transformers 5 cast whole numbers, and ask for weights meanwhile.
-        index = self.index.long()
-        return columns.index_select(1, index.argsort() if self.sends else index)
+        return columns.index_select(1, self._places(self.sends))
 
     def undone(self, columns: Tensor) -> Tensor:
         """What was put in this order as it was before."""
-        return columns.index_select(1, self.index if self.sends else self.index.argsort())
+        return columns.index_select(1, self._places(not self.sends))
+
+    def _places(self, inverse: bool) -> Tensor:
+        # The first versions of transformers 5 cast whole numbers, and ask for weights meanwhile.
+        index = self.index.long()
+        return index.argsort() if inverse else index
 
 
 def product(

@@ -55,7 +55,7 @@ def export_ranks(plan: Plan | LoraPlan, kind: str) -> str:
             f"{kind} has ranks of compressed layers, and this plan has those of adapters: give "
             f"one of {', '.join(_OF_LORA)}"
         )
-    if isinstance(plan, Plan) and any(entry.bits for entry in plan.layers):
+    if isinstance(plan, Plan) and plan.bits:
         raise OptionError(
             "the plan rounds layers, and what is exported has ranks only: plan without bits"
         )

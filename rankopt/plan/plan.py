@@ -290,6 +290,11 @@ class Plan(Grown):
         """Layer name -> rank, None for dense."""
         return {entry.layer.name: entry.rank for entry in self.layers}
 
+    @property
+    def bits(self) -> dict[str, Bits]:
+        """Layer name -> what its weights are rounded to, of those that are."""
+        return {entry.layer.name: entry.bits for entry in self.layers if entry.bits is not None}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; a reader never sees half of it.
 

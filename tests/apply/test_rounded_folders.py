@@ -1,6 +1,5 @@
 """Rounded models in folders: small, reloaded to the bit, and never silently something else."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModel
 
 from rankopt import (
@@ -30,6 +28,7 @@ from rankopt.model.loading import load_model
 from rankopt.model.rounding import bits_of, in_parts
 from rankopt.model.size import model_size
 from tests import tiny
+from tests.apply.test_reload import load, logits
 from tests.cli.test_cli import Run, done
 from tests.cli.test_cli import run as run
 from tests.rounded import KINDS, WIDE, prepared, with_bits
@@ -57,17 +56,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         return made[key]
 
     return build
-
-
-def logits(model: Any) -> Tensor:
-    aligned = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        found: Tensor = aligned(**tiny.batches(model)[0]).logits
-    return found
-
-
-def load(model: Any, folder: Path, **options: Any) -> Any:
-    return type(model).from_pretrained(folder, **options)
 
 
 def require_same(found: Any, wanted: Any) -> None:

@@ -91,7 +91,7 @@ def test_losses_are_those_of_errors_of_these_sizes(shape: tuple[int, int], form:
     low = kind.from_factors(down, up, None)
     before, matrices = low.weight.double(), [low.down.weight.detach(), low.up.weight.detach()]
     for bits in BITS:
-        found = rounding_losses(backend, weight, seen, made, ranks, form, bits)
+        found = rounding_losses(backend, weight, seen, made, ranks, form, BITS)[bits]
         assert found.shape == (2,) and (found > 0).all()
         lost = torch.zeros(2, dtype=torch.float64)
         for _ in range(40):
@@ -122,7 +122,7 @@ def test_inputs_that_meet_no_gradient_cost_nothing() -> None:
     def lost(x: Tensor, g: Tensor) -> Tensor:
         seen = statistics(weight, x, g)
         made = backend.decompose(weight, seen, 64)
-        return rounding_losses(backend, weight, seen, made, ranks, "pairs", 8)
+        return rounding_losses(backend, weight, seen, made, ranks, "pairs", (8,))[8]
 
     plain = lost(x, g)
     x[:20] *= 100.0
