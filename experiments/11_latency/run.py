@@ -27,6 +27,8 @@ import resumable  # noqa: E402 (beside the folders of the experiments)
 FORMS = ("pairs", "pivoted")
 KEEPS = (0.8, 0.5)
 MULTIPLES = (1, 8, 16, 64)
+#: Tokens of a round of decoding; then the cache is cut to what it was.
+STEPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +96,9 @@ def seconds(models: Sequence[Any], load: Load, rounds: int) -> list[float]:
     """Median time of each model under a load; they take turns."""
     import torch
 
-    calls = [_call(model, load) for model in models]
     found: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
+        calls = [_call(model, load) for model in models]
         for _ in range(rounds + 1):
             for call, times in zip(calls, found, strict=True):
                 times.append(call())
@@ -125,13 +127,15 @@ def _call(model: Any, load: Load) -> Callable[[], float]:
 
         return prefill
 
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
     def decode() -> float:
-        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
         start = clock()
-        for _ in range(4):
-            cache = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-            cache = cache.past_key_values
-        return (clock() - start) / 4
+        for _ in range(STEPS):
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        spent = (clock() - start) / STEPS
+        cache.crop(load.tokens)
+        return spent
 
     return decode
 
