@@ -33,7 +33,7 @@ from rankopt.model.lowrank import (
     OfEmbedding,
     OfLinear,
 )
-from rankopt.model.product import Order, product
+from rankopt.model.product import Order, ordered, product
 from rankopt.model.rounding import plain
 
 #: What no coefficient exceeds. Exchanges become many below it, and gain little.
@@ -101,9 +101,9 @@ class PivotedColumns(OfLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., in)`` -> ``(..., out)``."""
-        pivots, others = self.index[: self.rank], self.index[self.rank :]
-        kept = x.index_select(-1, pivots) + self.down(x.index_select(-1, others))
-        y: Tensor = self.up(kept)
+        shares = [self.rank, self.in_features - self.rank]
+        parts = torch.split(ordered(x, self.index), shares, -1)
+        y: Tensor = self.up(parts[0] + self.down(parts[1]))
         return y
 
 
@@ -140,7 +140,7 @@ class PivotedRows(OfLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., in)`` -> ``(..., out)``."""
         kept = self.down(x)
-        y = torch.cat([kept, self.up(kept)], -1).index_select(-1, self.index)
+        y = ordered(torch.cat([kept, self.up(kept)], -1), self.index)
         return y if self.bias is None else y + self.bias
 
 
@@ -166,7 +166,7 @@ class PivotedEmbedding(OfEmbedding):
     def forward(self, index: Tensor) -> Tensor:
         """Shape ``(...)`` of indices -> ``(..., d)``."""
         kept = self.down(index)
-        return torch.cat([kept, self.up(kept)], -1).index_select(-1, self.index)
+        return ordered(torch.cat([kept, self.up(kept)], -1), self.index)
 
 
 def kind_of(dense_is_embedding: bool, shape: tuple[int, int], form: Form) -> type[LowRank]:
