@@ -4,6 +4,7 @@ The rows come through the datasets library (nyu-mll/glue), or from a folder with
 NAME/dev.tsv.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ class Task:
         training: rows to fine-tune on, at equal distances over the split; None is all.
         label: column of the label in the files; the library calls it ``label``.
         classes: how many; 1 is a regression.
+        left_out: one of so many training rows decides which epoch's state is taken, the one with
+            the least loss on them, and is not learned from; 0 takes the last state.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Task:
     training: int | None = None
     label: str = "label"
     classes: int = 2
+    left_out: int = 0
 
     @property
     def kind(self) -> str:
@@ -117,14 +121,20 @@ def fine_tuned(
     torch.manual_seed(SEED)
     auto: Any = transformers.AutoModelForSequenceClassification
     model = auto.from_pretrained(source, num_labels=task.classes, dtype=torch.float32)
-    train(model, batches_of(task, rows, tokenizer, BATCH), task.epochs, folder / "epochs.pt")
+    every = task.left_out
+    learned = [row for number, row in enumerate(rows) if not every or number % every]
+    batches = batches_of(task, learned, tokenizer, BATCH)
+    others = batches_of(task, rows[::every], tokenizer, BATCH) if every else []
+    train(model, batches, task.epochs, folder / "epochs.pt", others)
     with whole_folder(made) as whole:
         model.save_pretrained(whole)
     (folder / "epochs.pt").unlink()
     return model.eval(), tokenizer
 
 
-def train(model: Any, batches: Sequence[Any], epochs: int, kept: Path) -> None:
+def train(
+    model: Any, batches: Sequence[Any], epochs: int, kept: Path, left_out: Sequence[Any] = ()
+) -> None:
     """AdamW in float32, with linear warm-up over a tenth of the steps and linear decay.
 
     Args:
@@ -132,10 +142,13 @@ def train(model: Any, batches: Sequence[Any], epochs: int, kept: Path) -> None:
         batches: to learn from.
         epochs: over them.
         kept: file with the state after each epoch, to go on from.
+        left_out: batches; the state after the epoch with the least loss on them is taken, the last
+            one if there are none.
     """
     import torch
     import transformers
 
+    from rankopt import evaluate
     from rankopt.files import whole_file
 
     parameters = [each for each in model.parameters() if each.requires_grad]
@@ -143,10 +156,10 @@ def train(model: Any, batches: Sequence[Any], epochs: int, kept: Path) -> None:
     steps = epochs * len(batches)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    first = 0
+    first, losses, best = 0, list[float](), None
     if kept.is_file():
         state = torch.load(kept, weights_only=True)
-        first = state["epochs"]
+        first, losses, best = state["epochs"], state["losses"], state["best"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
     for epoch in range(first, epochs):
@@ -160,8 +173,15 @@ def train(model: Any, batches: Sequence[Any], epochs: int, kept: Path) -> None:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        print(f"{kept.parent.name}: epoch {epoch + 1} of {epochs}", flush=True)
+        if left_out:
+            losses.append(evaluate(model, left_out).loss)
+            if losses[-1] == min(losses):
+                best = copy.deepcopy(model.state_dict())
+        of_others = f", loss {losses[-1]:.4f}" if left_out else ""
+        print(f"{kept.parent.name}: epoch {epoch + 1} of {epochs}{of_others}", flush=True)
         with whole_file(kept) as file:
             states = {name: part.state_dict() for name, part in parts.items()}
-            torch.save({"epochs": epoch + 1, **states}, file)
+            torch.save({"epochs": epoch + 1, "losses": losses, "best": best, **states}, file)
+    if best is not None:
+        model.load_state_dict(best)
     model.eval()

@@ -76,6 +76,7 @@ def protocol(folder: Path, calibration: Path | None, held_out: Path | None) -> P
     from rankopt.demo import smollm2
     from rankopt.model.loading import load_model, load_tokenizer
 
+    folder.mkdir(parents=True, exist_ok=True)
     source = str(smollm2(folder / "model"))
     model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
     text = texts(calibration, "validation")

@@ -235,6 +235,7 @@ def prepared(
         from rankopt.demo import smollm2
         from rankopt.model.loading import load_model, load_tokenizer
 
+        folder.mkdir(parents=True, exist_ok=True)
         source = str(smollm2(folder / "model"))
         model, tokenizer = load_model(source, "float32"), load_tokenizer(source)
         text, test = wikitext.texts(files[0], "validation"), wikitext.texts(files[1], "test")

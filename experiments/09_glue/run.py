@@ -63,11 +63,11 @@ class Size:
     """
 
     tasks: tuple[Task, ...] = (
-        Task("sst2", "sentence", None, epochs=2, training=20_000),
-        Task("mrpc", "sentence1", "sentence2", epochs=4),
-        Task("stsb", "sentence1", "sentence2", epochs=4, label="score", classes=1),
-        Task("rte", "sentence1", "sentence2", epochs=6),
-        Task("cola", "sentence", None, epochs=5),
+        Task("sst2", "sentence", None, epochs=2, training=20_000, left_out=10),
+        Task("mrpc", "sentence1", "sentence2", epochs=4, left_out=10),
+        Task("stsb", "sentence1", "sentence2", epochs=4, label="score", classes=1, left_out=10),
+        Task("rte", "sentence1", "sentence2", epochs=5, left_out=10),
+        Task("cola", "sentence", None, epochs=5, left_out=10),
     )
     keeps: tuple[float, ...] = (0.9, 0.75, 0.5, 0.35)
     samples: int = 3
@@ -80,7 +80,7 @@ class Size:
 
 QUICK = Size(
     (
-        Task("words", "sentence1", "sentence2", epochs=1),
+        Task("words", "sentence1", "sentence2", epochs=2, left_out=10),
         Task("score", "sentence1", "sentence2", epochs=1, label="score", classes=1),
     ),
     (0.5,),

@@ -6,6 +6,7 @@ interval by Student's t over the differences of the tasks.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -84,6 +85,7 @@ def table(found: Mapping[str, Any]) -> str:
     text = [f"Dense: {', '.join(dense)}."]
     if any("auto" in each for each in tasks.values()):
         text += _average(tasks)
+        text += _divergences(tasks)
         text += _predictions(tasks)
     if any("thesis" in each for each in tasks.values()):
         text += _thesis(tasks)
@@ -116,13 +118,15 @@ def _keeps(lines: Iterable[Mapping[str, Any]]) -> list[float]:
     return sorted({line["keep"] for line in lines}, reverse=True)
 
 
-def _scores(tasks: Mapping[str, Any], part: str, strategy: str, keep: float) -> dict[str, float]:
-    """Task -> score of a strategy, of those that have one."""
+def _scores(
+    tasks: Mapping[str, Any], part: str, strategy: str, keep: float, what: str = "score"
+) -> dict[str, float]:
+    """Task -> score of a strategy, or another figure, of those that have one."""
     return {
-        task: line["score"]
+        task: line[what]
         for task, each in tasks.items()
         for line in each.get(part, [])
-        if (line["strategy"], line["keep"]) == (strategy, keep) and line["score"] is not None
+        if (line["strategy"], line["keep"]) == (strategy, keep) and line[what] is not None
     }
 
 
@@ -153,6 +157,40 @@ def _average(tasks: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _divergences(tasks: Mapping[str, Any]) -> list[str]:
+    every = [line for each in tasks.values() for line in each.get("auto", [])]
+    keeps, rows = _keeps(every), []
+    for strategy in dict.fromkeys(line["strategy"] for line in every):
+        cells = [strategy]
+        for keep in keeps:
+            ours, theirs = (
+                _scores(tasks, "auto", name, keep, "divergence") for name in (strategy, DEFAULT)
+            )
+            logs = [math.log(ours[task] / theirs[task]) for task in ours if task in theirs]
+            cells.append(_factor(logs) if strategy != DEFAULT else "1")
+        rows.append(cells)
+    return [
+        "",
+        "## Divergence from the dense model",
+        "",
+        f"KL on the dev split (of the regression the squared distance) over that of `{DEFAULT}`: "
+        "geometric mean over the tasks, and its interval by Student's t over their logarithms.",
+        *_rows(["strategy", *(f"kept {keep:g}" for keep in keeps)], rows),
+    ]
+
+
+def _factor(logs: Sequence[float]) -> str:
+    """The mean factor, and the ends of its interval."""
+    from rankopt.results.summary import interval_of
+
+    mean, half_width = interval_of(logs)
+    if mean is None:
+        return "-"
+    ends = () if half_width is None else (mean - half_width, mean + half_width)
+    low_high = ", ".join(f"{math.exp(end):.3g}" for end in ends)
+    return f"{math.exp(mean):.3g}" + (f" [{low_high}]" if ends else "")
+
+
 def _predictions(tasks: Mapping[str, Any]) -> list[str]:
     backends = dict.fromkeys(name for each in tasks.values() for name in each.get("predicted", ()))
     rows = [
@@ -163,8 +201,8 @@ def _predictions(tasks: Mapping[str, Any]) -> list[str]:
         "",
         "## Predicted against measured",
         "",
-        "Spearman's correlation of predicted increase and measured loss over strategies and "
-        "budgets, with the interval of a bootstrap over them.",
+        "Spearman's correlation of predicted increase and measured divergence from the dense model "
+        "over strategies and budgets, with the interval of a bootstrap over them.",
         *_rows(["backend", *tasks], rows),
     ]
 
@@ -253,7 +291,7 @@ def _search(tasks: Mapping[str, Any]) -> list[str]:
 
 
 def _task(task: str, each: Mapping[str, Any]) -> list[str]:
-    """Score and loss of every strategy; bold beyond what chance explains."""
+    """Score and divergence of every strategy; bold beyond what chance explains."""
     keeps, rows = _keeps(each["auto"]), []
     for strategy in dict.fromkeys(line["strategy"] for line in each["auto"]):
         by_keep = {x["keep"]: x for x in each["auto"] if x["strategy"] == strategy}
@@ -262,7 +300,7 @@ def _task(task: str, each: Mapping[str, Any]) -> list[str]:
             if line is None:
                 cells.append("")
                 continue
-            shown = f"{_points(line['score'])} / {line['loss']:.3f}"
+            shown = f"{_points(line['score'])} / {line['divergence']:.4f}"
             sure = line["against"] is not None and line["against"]["corrected"] < 0.05
             cells.append(f"**{shown}**" if sure else shown)
         rows.append([strategy, *cells])
@@ -270,7 +308,7 @@ def _task(task: str, each: Mapping[str, Any]) -> list[str]:
         "",
         f"## {task}",
         "",
-        f"Score / loss; bold where it differs from `{DEFAULT}` (p below .05 after Holm's "
-        "correction).",
+        f"Score / divergence from the dense model; bold where the score (of a regression the "
+        f"loss) differs from that of `{DEFAULT}` (p below .05 after Holm's correction).",
         *_rows(["strategy", *(f"kept {keep:g}" for keep in keeps)], rows),
     ]

@@ -134,7 +134,7 @@ def _call(model: Any, load: Load) -> Callable[[], float]:
         for _ in range(STEPS):
             model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
         spent = (clock() - start) / STEPS
-        cache.crop(load.tokens)
+        cache.crop(-STEPS)
         return spent
 
     return decode
@@ -189,6 +189,7 @@ def full(device: str, dtype: str, folder: Path) -> None:
     from rankopt.model.loading import load_model
 
     torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
     dense = load_model(str(smollm2(folder / "model")), "float32").eval()
     ids = torch.arange(1, 65)[None]
     compressed = plans(dense, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -198,7 +199,7 @@ def full(device: str, dtype: str, folder: Path) -> None:
         for keep in KEEPS
         for form in FORMS
     ]
-    whole = functools.partial(measure, dense, compressed, loads=LOADS, rounds=9)
+    whole = functools.partial(measure, dense, compressed, loads=LOADS, rounds=5)
     resumable.measure_rows(HERE, rows, dict, whole, table)
 
 

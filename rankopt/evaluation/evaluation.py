@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from rankopt.model.size import model_size
 from rankopt.model.tasks import LossFunction, in_eval
 from rankopt.model.weights import device_of, unwrapped
 from rankopt.progress import bar
+from rankopt.refinement.divergence import divergences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Evaluation:
             for regressions. Where it is NaN or infinite, measuring ended with that batch.
         metrics: ``perplexity`` of language models, ``accuracy`` of classifiers (``f1`` and
             ``matthews`` too if there are two classes), ``pearson`` and ``spearman`` of regressions;
-            none of ``custom`` losses. None where a metric is not defined.
+            none of ``custom`` losses. None where a metric is not defined. Of plans that are
+            compared, but for language models, ``divergence`` too: how far the predictions are from
+            the dense model's, mean over all targets (KL, or the squared distance of regressions;
+            see refinement.divergence). That is what a profile predicts.
         examples: seen.
         targets: predicted tokens, or labels.
         planned_parameters: weights of the planned layers, as they are now.
@@ -123,12 +127,23 @@ def measured(
     *,
     layers: Iterable[Layer] | None = None,
     per_example: bool = False,
+    dense: Sequence[Tensor] | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
-    """See evaluate; of a loss that was settled, the first batch is run once."""
+    """See evaluate; of a loss that was settled, the first batch is run once.
+
+    Args:
+        model: see evaluate.
+        batches: see evaluate.
+        loss: whose likelihood ``dense`` is of, if that is given.
+        layers: see evaluate.
+        per_example: see evaluate.
+        dense: see kept_logits; then the divergence is among the metrics.
+        progress: see evaluate.
+    """
     model = unwrapped(model)
     device = device_of(model)
-    summed, examples, targets = 0.0, 0, 0
+    summed, apart, examples, targets = 0.0, 0.0, 0, 0
     notes: list[str] = []
     truths: list[Tensor] = []
     guesses: list[Tensor] = []
@@ -155,6 +170,11 @@ def measured(
                 guesses.append(guess.cpu())
                 if per_example and loss.task != "regression":
                     correct += _correct(ready["labels"], found.output.logits)
+                if dense is not None:
+                    # In float32 a small divergence is what is left of larger terms.
+                    logits = found.output.logits.cpu().double(), dense[number].double()
+                    each = divergences(loss.task, *logits, ready["labels"].cpu())
+                    apart += float(each.sum())
     if not examples:
         raise DataError("no batches were given")
     loss_mean, task = summed / targets, loss.task
@@ -168,6 +188,8 @@ def measured(
     elif truths:
         metrics, undefined = _metrics(task, torch.cat(truths), torch.cat(guesses))
         notes += undefined
+        if dense is not None:
+            metrics["divergence"] = apart / targets
     size = model_size(model, layers)
     return Evaluation(
         task,

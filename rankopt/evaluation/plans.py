@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rankopt.apply.apply import FactorCache, applied
 from rankopt.errors import NotFiniteError
@@ -20,6 +20,7 @@ from rankopt.plan.compare import ComparedPlan
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 from rankopt.progress import bar
+from rankopt.refinement.divergence import kept_logits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class PlanEvaluator:
         Raises:
             NotFiniteError: its loss is NaN or infinite; says in which batch.
         """
-        found = self._evaluated(self.model)
+        found = self._evaluated(self.model, [None] * len(self._losses))
         if not math.isfinite(found.loss):
             raise NotFiniteError(
                 f"the dense model's {found.notes[0]}: no plan can be compared with that; look at "
@@ -66,10 +67,11 @@ class PlanEvaluator:
         Raises:
             PlanError, ModelError: see apply_plan.
         """
+        logits = self._dense_logits
         with applied(
             self.model, plan, self.profile, self._cache, progress=self.progress
         ) as compressed:
-            return self._evaluated(compressed)
+            return self._evaluated(compressed, logits)
 
     @functools.cached_property
     def _losses(self) -> list[Loss]:
@@ -83,7 +85,16 @@ class PlanEvaluator:
             losses.append(loss)
         return losses
 
-    def _evaluated(self, model: nn.Module) -> Evaluation:
+    @functools.cached_property
+    def _dense_logits(self) -> list[list[Tensor] | None]:
+        """Of each data; the model is dense."""
+        model, data = unwrapped(self.model), (self.batches, *self.also.values())
+        return [
+            kept_logits(model, listed(batches), loss)
+            for batches, loss in zip(data, self._losses, strict=True)
+        ]
+
+    def _evaluated(self, model: nn.Module, logits: Sequence[Sequence[Tensor] | None]) -> Evaluation:
         layers, data = self.profile.info.layers, (self.batches, *self.also.values())
         found, *others = (
             measured(
@@ -92,9 +103,12 @@ class PlanEvaluator:
                 loss,
                 layers=layers,
                 per_example=self.per_example and number == 0,
+                dense=dense,
                 progress=self.progress,
             )
-            for number, (batches, loss) in enumerate(zip(data, self._losses, strict=True))
+            for number, (batches, loss, dense) in enumerate(
+                zip(data, self._losses, logits, strict=True)
+            )
         )
         return dataclasses.replace(found, also=dict(zip(self.also, others, strict=True)))
 

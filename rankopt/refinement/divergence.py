@@ -7,15 +7,17 @@ what that is for normal distributions of variance 1/2. Targets are the terms of 
 so padding and ignored labels are none.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from rankopt.measure.loss import Loss
 from rankopt.model.inputs import IGNORED
 from rankopt.model.likelihood import aligned, likelihood
-from rankopt.model.tasks import Batch, mean_loss, to_device
+from rankopt.model.tasks import Batch, in_eval, mean_loss, to_device
 from rankopt.model.weights import device_of
 
 
@@ -62,3 +64,29 @@ def divergence(model: nn.Module, dense: nn.Module, task: str, ready: Batch) -> T
         target, _ = logits_of(dense, ready)
     logits, _ = logits_of(model, ready)
     return divergences(task, logits, target.to(logits.device), ready["labels"].to(logits.device))
+
+
+@torch.no_grad()
+def kept_logits(dense: nn.Module, batches: Iterable[Any], loss: Loss) -> list[Tensor] | None:
+    """Logits of every batch, in main memory, to measure the divergence of many models from.
+
+    Args:
+        dense: in eval mode while it runs.
+        batches: held-out data.
+        loss: the model's own, settled.
+
+    Returns:
+        None of language models, whose logits are as many as targets times tokens of the
+        vocabulary, and where the output has no logits for its labels.
+    """
+    if loss.task.endswith("-lm"):
+        return None
+    device, found = device_of(dense), []
+    with in_eval(dense):
+        for number, batch in enumerate(batches):
+            ready = loss.ready(batch, device, number)
+            logits, output = logits_of(dense, ready)
+            if not distillable(loss.task, output, ready["labels"]):
+                return None
+            found.append(logits.cpu())
+    return found

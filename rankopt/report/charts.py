@@ -182,11 +182,12 @@ def layer_chart(names: Sequence[str], unit: str, y: ScaleType, look: Palette) ->
     }
 
 
-def predicted_chart(backends: Sequence[str], scale: ScaleType, look: Palette) -> Spec:
+def predicted_chart(backends: Sequence[str], what: str, scale: ScaleType, look: Palette) -> Spec:
     """Measured increase against the predicted one: data sets ``points`` and ``diagonal``.
 
     Args:
         backends: in the order of their colours.
+        what: was measured; see increase_name.
         scale: of both axes.
         look: see Palette.
     """
@@ -208,7 +209,7 @@ def predicted_chart(backends: Sequence[str], scale: ScaleType, look: Palette) ->
         "height": _HEIGHT,
         "encoding": {
             "x": _losses("predicted", "predicted increase of the loss of a target", scale),
-            "y": _losses("measured", "measured increase over dense", scale),
+            "y": _losses("measured", f"measured {what}", scale),
         },
         "layer": _above_zero(scale, [diagonal, points], "predicted", "measured"),
     }

@@ -26,7 +26,7 @@ from rankopt.report.shown import Shown, shown_plans, shown_results
 from rankopt.report.views import View, curves_of, frontiers_of, rounded, total, views_of
 from rankopt.report.words import certificates_of, correlations_of, facts_of, measured_of
 from rankopt.results.results import Results
-from rankopt.results.summary import Line, prediction, summarise
+from rankopt.results.summary import Line, increase_name, increases, prediction, summarise
 
 Content = dict[str, Any]
 #: Of the heat map: as wide as a page if the columns allow it, in pixels.
@@ -115,7 +115,7 @@ def content_of(
         content |= _measured(results, summarise(results, against), against)
         backends = list(dict.fromkeys(point["backend"] for point in content["points"]))
         content["charts"]["predicted"] = {
-            scale: predicted_chart(backends, scale, look) for scale in SCALES
+            scale: predicted_chart(backends, content["increase"], scale, look) for scale in SCALES
         }
     return content
 
@@ -228,21 +228,23 @@ def _ranks(places: Sequence[Any], look: Palette) -> Spec:
 
 def _measured(results: Results, lines: Sequence[Line], against: str | None) -> Content:
     dense = results.dense.loss
+    measured = [None] * len(lines) if dense is None else increases(lines, dense)
     points: list[dict[str, Any]] = [
         {
             "strategy": printable(line.strategy),
             "keep": line.keep,
             "backend": printable(line.plans[0].backend),
             "predicted": line.predicted,
-            "measured": line.loss - dense,
+            "measured": increase,
         }
-        for line in lines
-        if dense is not None and line.predicted is not None and line.loss is not None
+        for line, increase in zip(lines, measured, strict=True)
+        if line.predicted is not None and increase is not None
     ]
     ranked = {} if dense is None else prediction(lines, dense)
     values = [float(point[name]) for point in points for name in ("predicted", "measured")]
     return {
         "points": points,
+        "increase": increase_name(lines),
         "diagonal": {
             "log": _diagonal([value for value in values if value > 0]),
             "linear": _diagonal(values),

@@ -7,6 +7,8 @@ from rankopt.results.results import MeasuredPlan as MeasuredPlan
 from rankopt.results.results import Results as Results
 from rankopt.results.summary import Line as Line
 from rankopt.results.summary import compared_with as compared_with
+from rankopt.results.summary import increase_name as increase_name
+from rankopt.results.summary import increases as increases
 from rankopt.results.summary import lines_of as lines_of
 from rankopt.results.summary import prediction as prediction
 from rankopt.results.summary import summarise as summarise

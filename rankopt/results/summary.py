@@ -136,6 +136,37 @@ def compared_with(lines: Sequence[Line], against: str) -> list[Line]:
     ]
 
 
+def increases(lines: Sequence[Line], dense: float) -> list[float | None]:
+    """What was measured of what a plan predicts, of each line.
+
+    A profile predicts how far the predictions go from the dense model's. The loss rises by as much
+    on average if the dense model is right about its own errors; that of a model too sure of itself
+    falls when it is damaged. So it is the divergence where all lines have one, else the loss over
+    dense.
+
+    Args:
+        lines: see summarise.
+        dense: loss of the dense model.
+
+    Returns:
+        None where a loss is not finite.
+    """
+    if _have_divergence(lines):
+        return [line.metrics.get("divergence") for line in lines]
+    return [None if line.loss is None else line.loss - dense for line in lines]
+
+
+def increase_name(lines: Sequence[Line]) -> str:
+    """What increases returns, in words."""
+    return "divergence from dense" if _have_divergence(lines) else "increase over dense"
+
+
+def _have_divergence(lines: Sequence[Line]) -> bool:
+    """Of every line with a finite loss: an older file may have some without."""
+    finite = [line for line in lines if line.loss is not None]
+    return bool(finite) and all(line.metrics.get("divergence") is not None for line in finite)
+
+
 def prediction(lines: Sequence[Line], dense: float) -> dict[str, Correlation]:
     """Whether predictions order plans as their measured losses do.
 
@@ -144,17 +175,16 @@ def prediction(lines: Sequence[Line], dense: float) -> dict[str, Correlation]:
         dense: loss of the dense model.
 
     Returns:
-        Backend -> correlation of predicted and measured increase; see correlation for those that
-        have none.
+        Backend -> correlation of predicted and measured increase (see increases); see correlation
+        for those that have none.
 
     Raises:
         MissingExtraError: scipy is not there.
     """
     found: dict[str, list[tuple[float, float]]] = {}
-    for line in lines:
-        if line.predicted is not None and line.loss is not None:
-            pair = line.predicted, line.loss - dense
-            found.setdefault(line.plans[0].backend, []).append(pair)
+    for line, increase in zip(lines, increases(lines, dense), strict=True):
+        if line.predicted is not None and increase is not None:
+            found.setdefault(line.plans[0].backend, []).append((line.predicted, increase))
     correlated = {name: correlation(*zip(*pairs, strict=True)) for name, pairs in found.items()}
     return {name: each for name, each in correlated.items() if each is not None}
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
 
 from rankopt import profile_model
 from rankopt.apply.apply import applied
@@ -13,6 +15,7 @@ from rankopt.errors import ModelError, OptionError, RankoptError, ResultsError
 from rankopt.evaluation import plans as measuring
 from rankopt.evaluation.comparison import measure_comparison
 from rankopt.evaluation.evaluation import evaluate
+from rankopt.evaluation.plans import measure_rows
 from rankopt.plan.compare import Strategy, compare
 from rankopt.results import Results, summarise
 from tests import tiny
@@ -143,3 +146,50 @@ def test_classifiers_say_which_examples_they_get_right(made: Any) -> None:
     (line, _) = summarise(found, "exact")
     assert line.against is not None and line.against.test == "McNemar"
     assert dataclasses.asdict(line.against)["what"] == "accuracy"
+
+
+@torch.no_grad()
+def logits_of(model: Any, batches: Any) -> list[torch.Tensor]:
+    return [model(**batch).logits.double() for batch in batches]
+
+
+def apart(name: str, dense: list[torch.Tensor], compressed: Any, batches: Any) -> float:
+    """Mean distance of the predictions, in the words of torch.distributions."""
+    terms = []
+    for batch, theirs, ours in zip(batches, dense, logits_of(compressed, batches), strict=True):
+        if name == "bert-regression":
+            terms.append((ours - theirs).square().flatten())
+            continue
+        each = kl_divergence(Categorical(logits=theirs), Categorical(logits=ours))
+        terms.append(each[batch["labels"] != -100].flatten())
+    return float(torch.cat(terms).mean())
+
+
+@pytest.mark.parametrize("name", ["bert-classification", "bert-regression", "bert-tokens"])
+def test_the_divergence_from_the_dense_model_is_measured(name: str, tmp_path: Path) -> None:
+    model = tiny.MODELS[name]()
+    batches = tiny.batches(model, count=5)
+    profile = profile_model(model, batches[:2], form="pivoted")
+    rows = list(compare(profile, [0.7, 0.3], STRATEGIES))
+    file, also = tmp_path / "r.json", {"other": batches[3:]}
+    measure_comparison(model, profile, rows[:2], batches[2:3], also=also, file=file)
+    found = measure_comparison(model, profile, rows, batches[2:3], also=also, file=file)
+    assert "divergence" not in found.dense.metrics
+    dense, of_others = logits_of(model.eval(), batches[2:3]), logits_of(model, batches[3:])
+    for row, plan in zip(rows, found.plans, strict=True):
+        with applied(model, row.plan, profile) as compressed:
+            wanted = apart(name, dense, compressed, batches[2:3])
+            of_other = apart(name, of_others, compressed, batches[3:])
+        assert plan.measured is not None and wanted > 0
+        assert plan.measured.metrics["divergence"] == pytest.approx(wanted, rel=1e-4, abs=1e-8)
+        divergence = plan.measured.of_others["divergence of other"]
+        assert divergence == pytest.approx(of_other, rel=1e-4, abs=1e-8)
+    ((_, alone),) = measure_rows(model, profile, rows[:1], batches[2:3])
+    assert alone.metrics["divergence"] == found.plans[0].measured.metrics["divergence"]  # type: ignore[union-attr]
+
+
+def test_language_models_have_a_loss_only(made: Any) -> None:
+    model, profiles, rows, batches = made
+    found = measure_comparison(model, profiles, rows[:1], batches)
+    assert found.plans[0].measured is not None
+    assert set(found.plans[0].measured.metrics) == {"perplexity"}

@@ -32,7 +32,9 @@ def test_predicted_and_measured(scale: Any) -> None:
         for loss in LOSSES
     ]
     ends = [{"predicted": 0.01, "measured": 0.01}, {"predicted": 1.0, "measured": 1.0}]
-    found = places(predicted_chart(["b"], scale, PAPER), points=points, diagonal=ends)
+    found = places(
+        predicted_chart(["b"], "increase over dense", scale, PAPER), points=points, diagonal=ends
+    )
     heights = [y for _, y in found]
     if scale == "log":
         assert len(found) == 3

@@ -9,7 +9,17 @@ import pytest
 from rankopt.errors import ResultsError
 from rankopt.plan.compare import Strategy, compare
 from rankopt.profile.profile import Profile
-from rankopt.results import Measured, MeasuredPlan, Results, compared_with, prediction, summarise
+from rankopt.results import (
+    Line,
+    Measured,
+    MeasuredPlan,
+    Results,
+    compared_with,
+    increase_name,
+    increases,
+    prediction,
+    summarise,
+)
 from rankopt.results.correlation import Correlation
 from rankopt.results.results import calibration_of
 from tests.synthetic import synthetic_profile
@@ -158,6 +168,40 @@ def test_predictions_are_correlated_for_each_backend() -> None:
     lines = summarise(found.model_copy(update={"plans": told}))
     assert prediction(lines, dense) == {"fwsvd": Correlation(*[pytest.approx(1.0)] * 3, 6)}
     assert prediction(lines[:2], dense) == {}
+
+
+def test_what_is_predicted_is_the_divergence_where_all_have_one() -> None:
+    """Here it rises where the loss falls, as of a model that is too sure of itself."""
+    found = results(1)
+    dense = found.dense.loss
+    assert dense is not None
+
+    def with_divergence(which: slice) -> list[Line]:
+        plans = list(found.plans)
+        for place in range(len(plans))[which]:
+            row = plans[place]
+            assert row.measured is not None and row.measured.loss is not None
+            value = {"divergence": 9.0 - row.measured.loss}
+            changed = row.measured.model_copy(update={"metrics": value})
+            plans[place] = row.model_copy(update={"measured": changed})
+        plans = [row.model_copy(update={"predicted": row.keep + k}) for k, row in enumerate(plans)]
+        return summarise(found.model_copy(update={"plans": tuple(plans)}))
+
+    some, all_of_them = with_divergence(slice(1, None)), with_divergence(slice(None))
+    assert increases(some, dense) == [line.loss - dense for line in some if line.loss is not None]
+    assert increase_name(some) == "increase over dense"
+    assert increases(all_of_them, dense) == [9.0 - (line.loss or 0.0) for line in all_of_them]
+    assert increase_name(all_of_them) == "divergence from dense"
+    (ours,) = prediction(all_of_them, dense).values()
+    (by_loss,) = prediction(some, dense).values()
+    assert ours.rho == pytest.approx(-by_loss.rho)
+    # One that is not finite has neither, and does not turn the others back.
+    broken = Measured(loss=None, metrics={"accuracy": None}, examples=30, targets=30)
+    first = all_of_them[0].plans[0].model_copy(update={"measured": broken})
+    plans = (first, *(row for line in all_of_them[1:] for row in line.plans))
+    lines = summarise(found.model_copy(update={"plans": plans}))
+    assert increases(lines, dense)[0] is None and None not in increases(lines, dense)[1:]
+    assert increase_name(lines) == "divergence from dense"
 
 
 def test_a_loss_that_is_not_finite_has_no_mean() -> None:

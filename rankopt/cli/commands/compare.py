@@ -27,7 +27,15 @@ from rankopt.files import RESULTS, is_format, require_file
 from rankopt.plan.compare import DEFAULT_STRATEGIES, GRAMMAR, Strategy, spread
 from rankopt.plan.compare import compare as compared
 from rankopt.profile.profile import Profile
-from rankopt.results import Line, Measured, MeasuredPlan, compared_with, lines_of, prediction
+from rankopt.results import (
+    Line,
+    Measured,
+    MeasuredPlan,
+    compared_with,
+    increase_name,
+    lines_of,
+    prediction,
+)
 
 EXAMPLES = """\b
 Examples:
@@ -190,7 +198,8 @@ def _prediction(lines: Sequence[Line], dense: Measured | None) -> str:
         return ""
     found = prediction(lines, dense.loss)
     each = (f"{name} {its} of {its.count} plans" for name, its in found.items())
-    return f"predicted against measured, Spearman: {', '.join(each)}" if found else ""
+    what = increase_name(lines)
+    return f"predicted against measured {what}, Spearman: {', '.join(each)}" if found else ""
 
 
 #: Plans whose realised budgets differ by more than this share of the planned layers are told.
