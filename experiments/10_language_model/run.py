@@ -2,6 +2,7 @@
 
     python experiments/10_language_model/run.py --folder lm-run       SmolLM2; rankopt[demo,data]
     python experiments/10_language_model/run.py --model NAME --protocol arena --folder arena-run
+    python experiments/10_language_model/run.py --only closed         one sample of the calibration
     python experiments/10_language_model/run.py --quick               tiny random models, no figure
 
 Raw WikiText-2 comes through the datasets library, or from text files: --held-out FILE is the test
@@ -38,6 +39,8 @@ SAMPLED_SOLVERS = ("uniform", "threshold", "exact")
 PAIRS = ("uniform/pairs@fwsvd", "threshold/pairs@fwsvd", "exact/pairs@kronecker")
 KEEPS = (0.9, 0.8, 0.65, 0.5)
 DEFAULT = "exact@kronecker"
+#: The first sample of the calibration text with every strategy, and the others with some.
+PARTS = ("closed", "samples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +119,14 @@ class Work:
             profile_model(self.model, batches, **how).save(path)
         return Profile.load(path)
 
-    def measured(self) -> Any:
+    def measured(self, parts: Sequence[str] = PARTS) -> Any:
         """Results of every strategy; those that the folder has are not measured again."""
         from rankopt import Strategy, compare, measure_comparison, text_batches
 
         cut = self.protocol
         batches = text_batches(self.held_out, self.tokenizer, cut.length, 1, cut.held_out)
-        profiles = {str(n): self.profile(n) for n in range(cut.samples)}
+        samples = range("closed" not in parts, cut.samples if "samples" in parts else 1)
+        profiles = {str(n): self.profile(n) for n in samples}
         rows = []
         for name, profile in profiles.items():
             first = name == "0"
@@ -262,7 +266,7 @@ def full(given: argparse.Namespace, folder: Path) -> None:
         {"python-help": python_help(tokenizer, cut.length)},
         folder,
     )
-    results = work.measured()
+    results = work.measured(given.only or PARTS)
     found = summed_up(results)
     check(found)
     settings = {name: version(name) for name in ("rankopt", "torch", "transformers")}
@@ -310,6 +314,7 @@ def quick() -> None:
             device="cpu",
             calibration=words,
             held_out=words,
+            only=["closed"],
         )
         full(given, Path(temporary) / "arena")
 
@@ -321,6 +326,7 @@ def main() -> None:
         "--model", help="a folder or a hub name; SmolLM2-135M-Instruct if not given"
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, default="windows")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part of the strategies")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     wikitext.run(parser, quick, full)
