@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from rankopt.layers import Bits, Form
 from rankopt.model.lowrank import LowRank
 from rankopt.model.pivoted import kind_of
-from rankopt.model.rounding import Parts, plain, rounded
+from rankopt.model.rounding import Parts, packed, plain
 from rankopt.model.weights import is_conv1d, tensor_of, weight_of, weight_shape
 
 
@@ -76,7 +76,7 @@ def empty_in_place_of(
 def round_factors(low: LowRank, bits: Bits) -> None:
     """Round the factors of a layer that is not an embedding's, in place."""
     for factor in (low.down, low.up):
-        factor.weight = rounded(factor.weight, bits)
+        factor.weight = packed(factor.weight, bits)
 
 
 def rounded_linear(dense: nn.Module, bits: Bits) -> nn.Linear:
@@ -91,7 +91,7 @@ def rounded_linear(dense: nn.Module, bits: Bits) -> nn.Linear:
     if bias is not None and bias.is_meta:
         bias = tensor_of(dense, "bias")
     found = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
-    found.weight = rounded(weight_of(dense), bits)
+    found.weight = packed(weight_of(dense), bits)
     if bias is not None:
         found.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
     return found.train(dense.training)

@@ -79,8 +79,9 @@ def require_roundable(name: str, module: nn.Module, purpose: str) -> None:
 
 
 @torch.no_grad()
-def rounded(weight: Tensor, bits: Bits) -> nn.Parameter:
-    """A weight ``(out, in)``, rounded; of 4 bits ``in`` is a multiple of 32. It does not learn.
+def packed(weight: Tensor, bits: Bits) -> nn.Parameter:
+    """A weight ``(out, in)`` rounded and packed; of 4 bits ``in`` is a multiple of 32. It does not
+    learn.
 
     Raises:
         MissingExtraError: torchao is not there.
@@ -99,7 +100,7 @@ def rounded(weight: Tensor, bits: Bits) -> nn.Parameter:
 
 
 def bits_of(weight: Tensor | None) -> Bits | None:
-    """What a weight is rounded to as ``rounded`` does it; None of all others."""
+    """What a weight is rounded to as ``packed`` does it; None of all others."""
     # By name: nothing is rounded where torchao has not been imported.
     if not type(weight).__module__.startswith("torchao."):
         return None

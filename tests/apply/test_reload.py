@@ -24,6 +24,7 @@ from rankopt import (
     profile_model,
     save_model,
 )
+from rankopt.model.rounding import in_parts
 from rankopt.model.size import model_size
 from tests import tiny
 
@@ -59,7 +60,7 @@ def logits(model: Any) -> Tensor:
 
 
 def require_same_weights(found: Any, wanted: Any) -> None:
-    a, b = found.state_dict(), wanted.state_dict()
+    a, b = in_parts(found.state_dict()), in_parts(wanted.state_dict())
     assert list(a) == list(b)
     assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 

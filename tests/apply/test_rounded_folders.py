@@ -25,10 +25,10 @@ from rankopt import (
 from rankopt.apply.streaming import apply_streamed
 from rankopt.apply.verify import require_reloadable
 from rankopt.model.loading import load_model
-from rankopt.model.rounding import bits_of, in_parts
+from rankopt.model.rounding import bits_of
 from rankopt.model.size import model_size
 from tests import tiny
-from tests.apply.test_reload import load, logits
+from tests.apply.test_reload import load, logits, require_same_weights
 from tests.cli.test_cli import Run, done
 from tests.cli.test_cli import run as run
 from tests.rounded import KINDS, WIDE, prepared, with_bits
@@ -59,9 +59,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def require_same(found: Any, wanted: Any) -> None:
-    a, b = in_parts(found.state_dict()), in_parts(wanted.state_dict())
-    assert list(a) == list(b)
-    assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+    require_same_weights(found, wanted)
     kinds = [(n, type(p).__name__, p.requires_grad) for n, p in wanted.named_parameters()]
     assert [(n, type(p).__name__, p.requires_grad) for n, p in found.named_parameters()] == kinds
 

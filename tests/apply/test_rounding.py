@@ -27,7 +27,7 @@ from rankopt import (
 from rankopt.apply.quantizer import layers_of
 from rankopt.backends import find_backend
 from rankopt.layers import Bits
-from rankopt.model.rounding import bits_of, nbytes_of, parts_of, plain, rounded
+from rankopt.model.rounding import bits_of, nbytes_of, packed, parts_of, plain
 from rankopt.model.size import model_size
 from rankopt.plan.plan import Plan
 from tests import tiny
@@ -72,7 +72,7 @@ def test_a_rounded_weight_is_near_and_its_parts_are_small(bits: Bits, dtype: tor
     torch.manual_seed(0)
     weight = torch.randn(40, 96).to(dtype)
     weight[3] = 0.0
-    held = rounded(weight, bits)
+    held = packed(weight, bits)
     assert bits_of(held) == bits and not held.requires_grad and held.dtype == dtype
     assert torch.equal(plain(held), by_torchao(weight, bits)) and not plain(held)[3].any()
     parts = parts_of(held)

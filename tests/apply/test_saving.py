@@ -23,6 +23,7 @@ from transformers import (
 
 from rankopt import LowRank, ModelError, apply_plan, make_plan, profile_model, save_model
 from tests import tiny
+from tests.apply.test_reload import require_same_weights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -42,12 +43,6 @@ def reloaded(model: Any, folder: Path) -> Any:
     found, report = type(model).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     return found
-
-
-def require_same(found: Any, wanted: Any) -> None:
-    a, b = found.state_dict(), wanted.state_dict()
-    assert list(a) == list(b)
-    assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 def logits(model: Any) -> Tensor:
@@ -85,12 +80,12 @@ def test_converted_architectures_come_back(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "by transformers", max_shard_size="10KB")
     for folder in ("by rankopt", "by transformers"):
         found = reloaded(model, tmp_path / folder)
-        require_same(found, model)
+        require_same_weights(found, model)
         found.save_pretrained(tmp_path / f"{folder} again")
-        require_same(reloaded(model, tmp_path / f"{folder} again"), model)
+        require_same_weights(reloaded(model, tmp_path / f"{folder} again"), model)
     dense = found.dequantize()
     save_model(dense, tmp_path / "dense")
-    require_same(reloaded(model, tmp_path / "dense"), dense)
+    require_same_weights(reloaded(model, tmp_path / "dense"), dense)
     assert torch.allclose(logits(dense), logits(model), atol=1e-4)
     assert dense._weight_conversions is None, "the dense model is written as transformers does"
 
@@ -99,7 +94,7 @@ def test_a_dense_model_that_transformers_converts_is_compared_too(tmp_path: Path
     model = nomic()
     save_model(model, tmp_path / "dense")
     assert any("Wqkv" in name for name in load_file(tmp_path / "dense" / "model.safetensors"))
-    require_same(reloaded(model, tmp_path / "dense"), model)
+    require_same_weights(reloaded(model, tmp_path / "dense"), model)
 
 
 def test_folders_in_the_format_of_transformers_are_still_read(tmp_path: Path) -> None:
@@ -109,9 +104,9 @@ def test_folders_in_the_format_of_transformers_are_still_read(tmp_path: Path) ->
     model.save_pretrained(tmp_path / "old")
     assert any("experts.1." in name for name in load_file(tmp_path / "old" / "model.safetensors"))
     found = reloaded(model, tmp_path / "old")
-    require_same(found, model)
+    require_same_weights(found, model)
     found.save_pretrained(tmp_path / "new")
-    require_same(reloaded(model, tmp_path / "new"), model)
+    require_same_weights(reloaded(model, tmp_path / "new"), model)
 
 
 def test_a_config_in_a_config(tmp_path: Path) -> None:
@@ -133,9 +128,9 @@ def test_a_config_in_a_config(tmp_path: Path) -> None:
     profile = profile_model(model, batches, loss_fn=loss, include=["*.language_model.*.mlp.*"])
     apply_plan(model, make_plan(profile, keep=0.5), profile)
     save_model(model, tmp_path / "model")
-    require_same(reloaded(model, tmp_path / "model"), model)
+    require_same_weights(reloaded(model, tmp_path / "model"), model)
     base = AutoModel.from_pretrained(tmp_path / "model")
-    require_same(base, model.model)
+    require_same_weights(base, model.model)
     with pytest.raises(ModelError, match="LlamaModel is a part of a low-rank model"):
         model.model.language_model.save_pretrained(tmp_path / "part")
     model.model.vision_tower.save_pretrained(tmp_path / "dense part")
@@ -163,9 +158,9 @@ def test_the_dtype_changes_after_apply_and_after_reload(
         moved = MOVES[move](model)
         assert len({p.dtype for p in moved.parameters()}) == 1
         wanted = plain.to(moved.dtype) if move != "there and back" else moved
-        require_same(moved, wanted)
+        require_same_weights(moved, wanted)
         save_model(moved, tmp_path / "moved", overwrite=True)
-        require_same(reloaded(small, tmp_path / "moved"), moved)
+        require_same_weights(reloaded(small, tmp_path / "moved"), moved)
         dense = moved.dequantize()
         assert {p.dtype for p in dense.parameters()} == {moved.dtype}
         assert torch.isfinite(logits(dense)).all()
@@ -184,7 +179,7 @@ def test_dequantize_after_saving(dtype: Any, small: Any, tmp_path: Path) -> None
     assert {p.dtype for p in dense.parameters()} == {kind}
     assert (logits(dense).float() - wanted).abs().max() < 0.05 * wanted.abs().max()
     save_model(dense, tmp_path / "dense")
-    require_same(reloaded(small, tmp_path / "dense"), dense)
+    require_same_weights(reloaded(small, tmp_path / "dense"), dense)
 
 
 def test_a_class_that_keeps_layers_wider_is_no_loss(tmp_path: Path) -> None:
@@ -200,7 +195,7 @@ def test_a_class_that_keeps_layers_wider_is_no_loss(tmp_path: Path) -> None:
 def test_copies_and_configs_travel(small: Any, tmp_path: Path) -> None:
     for model in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         save_model(model, tmp_path / "model", overwrite=True)
-        require_same(reloaded(small, tmp_path / "model"), small)
+        require_same_weights(reloaded(small, tmp_path / "model"), small)
     config = pickle.loads(pickle.dumps(small.config))
     assert config.to_dict() == small.config.to_dict()
     assert json.loads(config.to_json_string())["quantization_config"]["own_names"] is True
@@ -209,9 +204,9 @@ def test_copies_and_configs_travel(small: Any, tmp_path: Path) -> None:
 def test_a_base_model_goes_on_by_itself(small: Any, tmp_path: Path) -> None:
     save_model(small, tmp_path / "headed")
     base = AutoModel.from_pretrained(tmp_path / "headed")
-    require_same(base, small.model)
+    require_same_weights(base, small.model)
     save_model(base, tmp_path / "base")
-    require_same(reloaded(base, tmp_path / "base"), small.model)
+    require_same_weights(reloaded(base, tmp_path / "base"), small.model)
     with pytest.raises(ModelError, match="a part of a low-rank model"):
         small.model.save_pretrained(tmp_path / "part")
     with pytest.raises(ModelError, match="dequantize the whole"):
@@ -220,7 +215,7 @@ def test_a_base_model_goes_on_by_itself(small: Any, tmp_path: Path) -> None:
 
 def test_a_compiled_model_is_saved_as_itself(small: Any, tmp_path: Path) -> None:
     save_model(torch.compile(small, backend="eager"), tmp_path / "model")
-    require_same(reloaded(small, tmp_path / "model"), small)
+    require_same_weights(reloaded(small, tmp_path / "model"), small)
 
 
 def another_head(model: Any) -> None:
@@ -264,7 +259,7 @@ def test_values_that_would_be_rounded_are_refused(small: Any, tmp_path: Path) ->
         save_model(model, tmp_path / "model")
     assert not os.listdir(tmp_path)
     save_model(model.float(), tmp_path / "model")
-    require_same(reloaded(small, tmp_path / "model"), model)
+    require_same_weights(reloaded(small, tmp_path / "model"), model)
 
 
 def a_bit(state: dict[str, Tensor], name: str) -> None:
@@ -343,4 +338,4 @@ def test_adapters_are_merged_first(small: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="merge them first"):
         save_model(wrapped, tmp_path / "model")
     save_model(wrapped.merge_and_unload(), tmp_path / "model")
-    require_same(reloaded(small, tmp_path / "model"), small)
+    require_same_weights(reloaded(small, tmp_path / "model"), small)
