@@ -63,7 +63,7 @@ class Size:
     """
 
     tasks: tuple[Task, ...] = (
-        Task("sst2", "sentence", None, epochs=2, training=10_000, left_out=10),
+        Task("sst2", "sentence", None, epochs=2, training=20_000),
         Task("mrpc", "sentence1", "sentence2", epochs=4, left_out=10),
         Task("stsb", "sentence1", "sentence2", epochs=4, label="score", classes=1, left_out=10),
         Task("rte", "sentence1", "sentence2", epochs=5, left_out=10),
