@@ -167,7 +167,7 @@ def _columns(lines: Sequence[Line]) -> dict[str, Callable[[Line], str]]:
     if not _are_measured(lines):
         return columns
     if any(line.predicted is not None for line in lines):
-        columns["predicted"] = lambda line: _figure(line.predicted, "+.4f")
+        columns["predicted"] = lambda line: _increase(line.predicted)
     columns["loss"] = lambda line: _figure(line.loss, ".4f")
     if any(line.half_width is not None for line in lines):
         columns["+-"] = lambda line: _figure(line.half_width, ".4f")
@@ -224,6 +224,11 @@ def reasons_of(found: "Evaluation | Measured", data: str = "") -> list[str]:
 def _metrics(measured: "Sequence[Evaluation | Measured]") -> list[str]:
     """Of all rows: one whose loss is not finite lacks some."""
     return list(dict.fromkeys(name for found in measured for name in found.metrics))
+
+
+def _increase(value: float | None) -> str:
+    """A divergence may be far below what four digits after the point show."""
+    return _figure(value, "+.4f" if value is None or abs(value) >= 1e-3 else "+.2g")
 
 
 def _figure(value: float | None, how: str) -> str:

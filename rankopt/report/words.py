@@ -132,7 +132,7 @@ def measured_of(results: Results, lines: Sequence[Line], against: str | None) ->
         row += [_loss(line.half_width)] if several else []
         row += [_figure(line.metrics.get(name)) for name in metrics]
         row += [_loss(line.also.get(name)) for name in others]
-        row += [_loss(line.predicted)]
+        row += [_figure(line.predicted)]
         row += [_figure(line.stability, ".2f")] if several else []
         row += _difference(line) if against is not None else []
         rows.append(row)

@@ -77,7 +77,7 @@ def test_backends_forms_and_calibrations_in_one_table(
     assert bare == {"exact/pairs@kronecker"}
     table = done(run(*given))
     assert all(name in table for name in ("+-", "stability", "difference", "predicted"))
-    assert "predicted against measured, Spearman: kronecker " in table
+    assert "predicted against measured increase over dense, Spearman: kronecker " in table
 
 
 @pytest.mark.slow

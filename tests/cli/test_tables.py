@@ -154,3 +154,17 @@ def test_compare_in_a_narrow_terminal_and_through_a_pipe(tmp_path: Path) -> None
         for name in COLUMNS
         if name not in ("backend", "predicted", "loss", "perplexity")
     )
+
+
+@pytest.mark.parametrize(
+    ("predicted", "shown"), [(0.03084, "+0.0308"), (2.345e-6, "+2.3e-06"), (0.0, "+0"), (None, "-")]
+)
+def test_a_small_prediction_is_not_nothing(predicted: float | None, shown: str) -> None:
+    """Of classifiers it is a divergence, and those of good plans are millionths."""
+    rows = summarise(results(keeps=(0.5,), predicted=1.0))
+    rows[0] = dataclasses.replace(rows[0], predicted=predicted)
+    console = Console(width=400)
+    with console.capture() as captured:
+        console.print(comparison(rows, results().dense))
+    head, _, first, *_ = cells(captured.get())
+    assert first[head.index("predicted")] == shown
