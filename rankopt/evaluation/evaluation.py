@@ -1,15 +1,16 @@
 """The measured loss, the task's metric and the size of a model."""
 
+import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankopt.errors import DataError, MissingExtraError
+from rankopt.errors import DataError, MissingExtraError, ModelError
 from rankopt.layers import Layer
 from rankopt.measure.loss import Loss, Summed, find_loss
 from rankopt.model.inputs import IGNORED, listed
@@ -17,7 +18,7 @@ from rankopt.model.size import model_size
 from rankopt.model.tasks import LossFunction, in_eval
 from rankopt.model.weights import device_of, unwrapped
 from rankopt.progress import bar
-from rankopt.refinement.divergence import divergences
+from rankopt.refinement.divergence import DenseLogits, divergence_of, logits_of, require_alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Evaluation:
             for regressions. Where it is NaN or infinite, measuring ended with that batch.
         metrics: ``perplexity`` of language models, ``accuracy`` of classifiers (``f1`` and
             ``matthews`` too if there are two classes), ``pearson`` and ``spearman`` of regressions;
-            none of ``custom`` losses. None where a metric is not defined. Of plans that are
-            compared, but for language models, ``divergence`` too: how far the predictions are from
-            the dense model's, mean over all targets (KL, or the squared distance of regressions;
-            see refinement.divergence). That is what a profile predicts.
+            none of ``custom`` losses. None where a metric is not defined. Where the dense model is
+            given, and of plans that are compared but for language models, ``divergence`` too: how
+            far the predictions are from the dense model's, mean over all targets (KL in nats, or
+            the squared distance of regressions). That is what a profile predicts.
         examples: seen.
         targets: predicted tokens, or labels.
         planned_parameters: weights of the planned layers, as they are now.
@@ -86,6 +87,7 @@ def evaluate(
     layers: Iterable[Layer] | None = None,
     per_example: bool = False,
     also: Mapping[str, Iterable[Any]] | None = None,
+    dense: nn.Module | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
     """Measure a dense or compressed model; in eval mode, the model is left as it was.
@@ -101,21 +103,34 @@ def evaluate(
             (label smoothing), each example is run by itself for that.
         also: name -> batches of other domains, measured beside: what is compressed on one domain
             may be broken on another.
+        dense: the model that this one was compressed from: measures the divergence, too.
         progress: a bar on stderr; by default if it is a terminal.
 
     Raises:
         DataError: no batches, or batches without targets.
+        ModelError: ``dense`` is another model, or there are no logits to compare.
     """
     loss = find_loss(unwrapped(model), loss_fn)
+    if dense is not None:
+        if loss_fn is not None:
+            raise ModelError("of a loss_fn no predictions are known to compare: leave dense out")
+        require_alike(unwrapped(model), unwrapped(dense))
     layers = None if layers is None else list(layers)
 
     def on(data: Iterable[Any], per_example: bool = False) -> Evaluation:
         return measured(
-            model, data, loss, layers=layers, per_example=per_example, progress=progress
+            model,
+            data,
+            loss,
+            layers=layers,
+            per_example=per_example,
+            dense=None if dense is None else lambda _, ready: logits_of(dense, ready)[0],
+            progress=progress,
         )
 
-    found = on(batches, per_example)
-    others = {name: on(data) for name, data in (also or {}).items()}
+    with contextlib.nullcontext() if dense is None else in_eval(dense):
+        found = on(batches, per_example)
+        others = {name: on(data) for name, data in (also or {}).items()}
     return dataclasses.replace(found, also=others)
 
 
@@ -127,7 +142,7 @@ def measured(
     *,
     layers: Iterable[Layer] | None = None,
     per_example: bool = False,
-    dense: Sequence[Tensor] | None = None,
+    dense: DenseLogits | None = None,
     progress: bool | None = None,
 ) -> Evaluation:
     """See evaluate; of a loss that was settled, the first batch is run once.
@@ -138,7 +153,7 @@ def measured(
         loss: whose likelihood ``dense`` is of, if that is given.
         layers: see evaluate.
         per_example: see evaluate.
-        dense: see kept_logits; then the divergence is among the metrics.
+        dense: then the divergence is among the metrics.
         progress: see evaluate.
     """
     model = unwrapped(model)
@@ -164,17 +179,15 @@ def measured(
                 where = _where(found, number + 1, examples - found.examples)
                 notes.append(f"loss is {'NaN' if math.isnan(summed) else summed} ({where})")
                 break
+            if dense is not None:
+                logits = dense(number, ready)
+                apart += divergence_of(loss.task, found.output, logits, ready["labels"])
             if found.output is not None and not loss.task.endswith("-lm"):
                 truth, guess = _answers(loss.task, ready["labels"], found.output.logits)
                 truths.append(truth.cpu())
                 guesses.append(guess.cpu())
                 if per_example and loss.task != "regression":
                     correct += _correct(ready["labels"], found.output.logits)
-                if dense is not None:
-                    # In float32 a small divergence is what is left of larger terms.
-                    logits = found.output.logits.cpu().double(), dense[number].double()
-                    each = divergences(loss.task, *logits, ready["labels"].cpu())
-                    apart += float(each.sum())
     if not examples:
         raise DataError("no batches were given")
     loss_mean, task = summed / targets, loss.task
@@ -188,8 +201,8 @@ def measured(
     elif truths:
         metrics, undefined = _metrics(task, torch.cat(truths), torch.cat(guesses))
         notes += undefined
-        if dense is not None:
-            metrics["divergence"] = apart / targets
+    if dense is not None:
+        metrics["divergence"] = apart / targets if math.isfinite(summed) else None
     size = model_size(model, layers)
     return Evaluation(
         task,

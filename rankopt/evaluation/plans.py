@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rankopt.apply.apply import FactorCache, applied
 from rankopt.errors import NotFiniteError
@@ -20,7 +20,7 @@ from rankopt.plan.compare import ComparedPlan
 from rankopt.plan.plan import Plan
 from rankopt.profile.profile import Profile
 from rankopt.progress import bar
-from rankopt.refinement.divergence import kept_logits
+from rankopt.refinement.divergence import DenseLogits, kept_logits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class PlanEvaluator:
         return losses
 
     @functools.cached_property
-    def _dense_logits(self) -> list[list[Tensor] | None]:
+    def _dense_logits(self) -> list[DenseLogits | None]:
         """Of each data; the model is dense."""
         model, data = unwrapped(self.model), (self.batches, *self.also.values())
         return [
@@ -94,7 +94,7 @@ class PlanEvaluator:
             for batches, loss in zip(data, self._losses, strict=True)
         ]
 
-    def _evaluated(self, model: nn.Module, logits: Sequence[Sequence[Tensor] | None]) -> Evaluation:
+    def _evaluated(self, model: nn.Module, logits: Sequence[DenseLogits | None]) -> Evaluation:
         layers, data = self.profile.info.layers, (self.batches, *self.also.values())
         found, *others = (
             measured(

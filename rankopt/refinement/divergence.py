@@ -7,18 +7,22 @@ what that is for normal distributions of variance 1/2. Targets are the terms of 
 so padding and ignored labels are none.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from rankopt.errors import ModelError
 from rankopt.measure.loss import Loss
-from rankopt.model.inputs import IGNORED
+from rankopt.model.inputs import IGNORED, limits_of
 from rankopt.model.likelihood import aligned, likelihood
-from rankopt.model.tasks import Batch, in_eval, mean_loss, to_device
+from rankopt.model.tasks import Batch, in_eval, mean_loss, task_of, to_device
 from rankopt.model.weights import device_of
+
+#: Number of a batch, and the batch as it is ready -> the dense model's logits.
+DenseLogits = Callable[[int, Batch], Tensor]
 
 
 def divergences(task: str, logits: Tensor, dense: Tensor, labels: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ def divergence(model: nn.Module, dense: nn.Module, task: str, ready: Batch) -> T
 
 
 @torch.no_grad()
-def kept_logits(dense: nn.Module, batches: Iterable[Any], loss: Loss) -> list[Tensor] | None:
+def kept_logits(dense: nn.Module, batches: Iterable[Any], loss: Loss) -> DenseLogits | None:
     """Logits of every batch, in main memory, to measure the divergence of many models from.
 
     Args:
@@ -81,7 +85,7 @@ def kept_logits(dense: nn.Module, batches: Iterable[Any], loss: Loss) -> list[Te
     """
     if loss.task.endswith("-lm"):
         return None
-    device, found = device_of(dense), []
+    device, found = device_of(dense), list[Tensor]()
     with in_eval(dense):
         for number, batch in enumerate(batches):
             ready = loss.ready(batch, device, number)
@@ -89,4 +93,57 @@ def kept_logits(dense: nn.Module, batches: Iterable[Any], loss: Loss) -> list[Te
             if not distillable(loss.task, output, ready["labels"]):
                 return None
             found.append(logits.cpu())
-    return found
+    return lambda number, ready: found[number]
+
+
+def require_alike(model: nn.Module, dense: nn.Module) -> None:
+    """Refuse a dense model whose predictions are of something else.
+
+    Raises:
+        ModelError: another task, vocabulary or number of labels; says which.
+    """
+    task, of_dense = task_of(model), task_of(dense)
+    named = ("tokens", "classes", "answers")
+    ours, theirs = limits_of(model, task), limits_of(dense, task)
+    pairs = {name: (getattr(ours, name), getattr(theirs, name)) for name in named}
+    different = [
+        f"it has {its} {name}, not {own}"
+        for name, (own, its) in pairs.items()
+        if None not in (own, its) and own != its
+    ]
+    if task != of_dense:
+        different = [f"its task is {of_dense}, not {task}"]
+    if different:
+        raise ModelError(
+            f"the dense model is not what the model was compressed from: {'; '.join(different)}"
+        )
+
+
+def divergence_of(task: str, output: Any, dense: Tensor, labels: Tensor) -> float:
+    """The loss of a batch, summed over its targets.
+
+    Args:
+        task: see tasks.
+        output: of the compressed model.
+        dense: logits of the dense model.
+        labels: as prepare returns them.
+
+    Raises:
+        ModelError: the models have logits of different shapes, or none for these labels.
+    """
+    if not distillable(task, output, labels):
+        raise ModelError(
+            f"no divergence of a {type(output).__name__} can be measured: it has no logits for its "
+            "labels; leave the dense model out"
+        )
+    logits = output.logits
+    if logits.shape != dense.shape:
+        raise ModelError(
+            f"logits of this model have the shape {tuple(logits.shape)}, of the dense one "
+            f"{tuple(dense.shape)}: give the model that it was compressed from"
+        )
+    if not task.endswith("-lm"):
+        # In float32 a small divergence is what is left of larger terms.
+        logits, labels = logits.cpu().double(), labels.cpu()
+    each = divergences(task, logits, dense.to(logits), labels)
+    return float(each.sum(dtype=torch.float64))

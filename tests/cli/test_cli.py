@@ -117,6 +117,11 @@ def test_whole_job_from_model_to_reloaded_loss(
 
     table = done(run("evaluate", smaller, *data[:-1]))
     assert f"{low['loss']:.6f}" in table and f"{made.size.model:,}" in table
+    beside = json.loads(done(run("evaluate", smaller, *data, "--dense", model)))
+    assert beside["loss"] == low["loss"] and beside["metrics"]["divergence"] > 0
+    assert beside["divergence of python-help"] > 0
+    same = json.loads(done(run("evaluate", model, *data, "--dense", model)))
+    assert same["metrics"]["divergence"] == pytest.approx(0, abs=1e-12)
 
 
 def test_profile_prints_what_it_measured_and_json_agrees(run: Run, files: Path) -> None:
@@ -273,6 +278,12 @@ MISTAKES: dict[str, tuple[str, str, int]] = {
     "no model": ("profile {f}/nomodel --data {t} -o {new}", "no config.json", 2),
     "no such model": ("evaluate {f}/nosuch --data {t}", "cannot load the model", 2),
     "too long": ("evaluate {m} --data {t} --max-length 129", "at most 128 tokens", 2),
+    "dense of another kind": (
+        "evaluate {m} --data {t} --no-also --dense {f}/bert",
+        "its task is",
+        2,
+    ),
+    "no dense model": ("evaluate {m} --data {t} --dense {f}/nosuch", "cannot load the model", 2),
     "unknown dtype": ("evaluate {m} --data {t} --dtype int3", "auto, float32", 2),
     "model without data": ("compare {p} --keep 0.5 --model {m}", "both --model and --data", 2),
     "data without model": ("compare {p} --keep 0.5 --data {t}", "both --model and --data", 2),

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.distributions import Categorical, kl_divergence
 
 from rankopt import profile_model
 from rankopt.apply.apply import applied
@@ -19,6 +17,7 @@ from rankopt.evaluation.plans import measure_rows
 from rankopt.plan.compare import Strategy, compare
 from rankopt.results import Results, summarise
 from tests import tiny
+from tests.evaluation.test_evaluation import apart
 
 STRATEGIES = tuple(map(Strategy.parse, ("uniform", "exact", "exact/maxmin")))
 
@@ -148,26 +147,9 @@ def test_classifiers_say_which_examples_they_get_right(made: Any) -> None:
     assert dataclasses.asdict(line.against)["what"] == "accuracy"
 
 
-@torch.no_grad()
-def logits_of(model: Any, batches: Any) -> list[torch.Tensor]:
-    return [model(**batch).logits.double() for batch in batches]
-
-
-def apart(name: str, dense: list[torch.Tensor], compressed: Any, batches: Any) -> float:
-    """Mean distance of the predictions, in the words of torch.distributions."""
-    terms = []
-    for batch, theirs, ours in zip(batches, dense, logits_of(compressed, batches), strict=True):
-        if name == "bert-regression":
-            terms.append((ours - theirs).square().flatten())
-            continue
-        each = kl_divergence(Categorical(logits=theirs), Categorical(logits=ours))
-        terms.append(each[batch["labels"] != -100].flatten())
-    return float(torch.cat(terms).mean())
-
-
 @pytest.mark.parametrize("name", ["bert-classification", "bert-regression", "bert-tokens"])
 def test_the_divergence_from_the_dense_model_is_measured(name: str, tmp_path: Path) -> None:
-    model = tiny.MODELS[name]()
+    dense, model = tiny.MODELS[name]().eval(), tiny.MODELS[name]()
     batches = tiny.batches(model, count=5)
     profile = profile_model(model, batches[:2], form="pivoted")
     rows = list(compare(profile, [0.7, 0.3], STRATEGIES))
@@ -175,11 +157,10 @@ def test_the_divergence_from_the_dense_model_is_measured(name: str, tmp_path: Pa
     measure_comparison(model, profile, rows[:2], batches[2:3], also=also, file=file)
     found = measure_comparison(model, profile, rows, batches[2:3], also=also, file=file)
     assert "divergence" not in found.dense.metrics
-    dense, of_others = logits_of(model.eval(), batches[2:3]), logits_of(model, batches[3:])
     for row, plan in zip(rows, found.plans, strict=True):
         with applied(model, row.plan, profile) as compressed:
-            wanted = apart(name, dense, compressed, batches[2:3])
-            of_other = apart(name, of_others, compressed, batches[3:])
+            wanted = apart(compressed.eval(), dense, batches[2:3])
+            of_other = apart(compressed, dense, batches[3:])
         assert plan.measured is not None and wanted > 0
         assert plan.measured.metrics["divergence"] == pytest.approx(wanted, rel=1e-4, abs=1e-8)
         divergence = plan.measured.of_others["divergence of other"]

@@ -1,5 +1,6 @@
 """Losses and metrics equal those computed by hand on the model's own predictions."""
 
+import copy
 import math
 from typing import Any
 
@@ -8,10 +9,13 @@ import torch
 from scipy import stats
 from sklearn import metrics
 from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
 from torch.nn.functional import cross_entropy, mse_loss
 
-from rankopt import DataError, evaluate
+from rankopt import DataError, ModelError, apply_plan, evaluate, make_plan, profile_model
+from rankopt.model.likelihood import aligned
 from rankopt.model.selection import find_layers
+from rankopt.model.tasks import prepare, task_of
 from tests import tiny
 
 Batch = dict[str, Any]
@@ -226,3 +230,54 @@ def test_losses_of_ones_own_are_handed_on() -> None:
         wanted = torch.cat([own(model, batch) for batch in batches])
     assert found.example_losses == pytest.approx(wanted.tolist())
     assert found.example_targets == (1,) * 6
+
+
+@torch.no_grad()
+def apart(model: Any, dense: Any, batches: Any) -> float:
+    """Mean KL of all targets (squared distance of numbers), in the words of torch.distributions."""
+    found = []
+    for batch in batches:
+        ready = prepare(task_of(dense), batch, torch.device("cpu"))
+        ours, theirs = (each(**ready).logits.double() for each in (model, dense))
+        if task_of(dense) == "regression":
+            found.append((ours - theirs).square().flatten())
+            continue
+        ours, labels = aligned(task_of(dense), ours, ready["labels"])
+        theirs, _ = aligned(task_of(dense), theirs, ready["labels"])
+        kl = kl_divergence(Categorical(logits=theirs), Categorical(logits=ours))
+        found.append(kl[labels != -100].flatten())
+    return float(torch.cat(found).mean())
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_the_divergence_from_a_dense_model_is_measured(name: str) -> None:
+    dense = tiny.MODELS[name]()
+    batches = tiny.batches(dense, count=4)
+    model = copy.deepcopy(dense)
+    profile = profile_model(model, batches[:2], form="pivoted")
+    apply_plan(model, make_plan(profile, keep=0.5), profile)
+    dense.train()
+    found = evaluate(model, batches[2:], also={"first": batches[:1]}, dense=dense)
+    assert dense.training
+    dense.eval()
+    kl = pytest.approx(apart(model.eval(), dense, batches[2:]), rel=1e-3, abs=1e-7)
+    assert found.metrics["divergence"] == kl
+    of_first = pytest.approx(apart(model, dense, batches[:1]), rel=1e-3, abs=1e-7)
+    assert found.of_others["divergence of first"] == of_first
+    same = evaluate(dense, batches[2:], dense=dense).metrics["divergence"]
+    assert same == pytest.approx(0.0, abs=1e-12)
+    assert "divergence" not in evaluate(dense, batches[2:]).metrics
+
+
+def test_a_dense_model_of_something_else_is_refused() -> None:
+    model, batches = tiny.bert(), tiny.batches(tiny.bert())
+    others = {
+        "its task is causal-lm, not sequence-classification": tiny.llama(),
+        "it has 3 classes, not 2": tiny.bert(num_labels=3),
+        "it has 100 tokens, not": tiny.bert(vocab_size=100),
+    }
+    for said, other in others.items():
+        with pytest.raises(ModelError, match=f"not what the model was compressed from: {said}"):
+            evaluate(model, batches, dense=other)
+    with pytest.raises(ModelError, match="of a loss_fn no predictions are known"):
+        evaluate(model, batches, dense=model, loss_fn=lambda model, batch: batch)
