@@ -34,21 +34,23 @@ def divergences(task: str, logits: Tensor, dense: Tensor, labels: Tensor) -> Ten
         dense: of the dense model, likewise.
         labels: as prepare returns them; only which are ignored is read.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    kept = torch.promote_types(logits.dtype, torch.float32)
+    # A small divergence is what is left of larger terms; a vocabulary is too wide for float64.
+    wide = kept if task.endswith("-lm") else torch.float64
     logits, dense = logits.to(wide), dense.to(wide)
     if task == "regression":
-        return (logits - dense).square().flatten()
+        return (logits - dense).square().flatten().to(kept)
     if labels.is_floating_point():
         chance = dense.sigmoid()
         yes = chance * (logsigmoid(dense) - logsigmoid(logits))
         no = (1.0 - chance) * (logsigmoid(-dense) - logsigmoid(-logits))
-        return (yes + no).flatten()
+        return (yes + no).flatten().to(kept)
     logits, targets = aligned(task, logits, labels)
     dense, _ = aligned(task, dense, labels)
     counted = targets != IGNORED
     q, p = logits[counted].log_softmax(-1), dense[counted].log_softmax(-1)
     # What a model never predicts (-inf) is no term.
-    return (p.exp() * (p - q).masked_fill(p == -torch.inf, 0.0)).sum(-1)
+    return (p.exp() * (p - q).masked_fill(p == -torch.inf, 0.0)).sum(-1).to(kept)
 
 
 def logits_of(model: nn.Module, ready: Batch) -> tuple[Tensor, Any]:
@@ -142,8 +144,5 @@ def divergence_of(task: str, output: Any, dense: Tensor, labels: Tensor) -> floa
             f"logits of this model have the shape {tuple(logits.shape)}, of the dense one "
             f"{tuple(dense.shape)}: give the model that it was compressed from"
         )
-    if not task.endswith("-lm"):
-        # In float32 a small divergence is what is left of larger terms.
-        logits, labels = logits.cpu().double(), labels.cpu()
-    each = divergences(task, logits, dense.to(logits), labels)
+    each = divergences(task, logits, dense.to(logits.device), labels)
     return float(each.sum(dtype=torch.float64))

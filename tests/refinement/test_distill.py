@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,42 +9,28 @@ from torch import nn
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 from rankopt import apply_plan, make_plan, profile_model, refine, save_model
-from rankopt.model.likelihood import aligned
 from rankopt.model.lowrank import LowRank
 from rankopt.model.tasks import prepare, task_of
 from rankopt.refinement import fit
 from rankopt.refinement.divergence import divergence, divergences
 from rankopt.refinement.fit import Fit, Recipe
 from tests import tiny
+from tests.evaluation.test_evaluation import apart
 from tests.refinement.small import RECIPE, bits, changed, compressed
 
 NAMES = ("llama", "gpt2", "bert-classification", "bert-regression", "bert-tokens", "t5", "albert")
-
-
-def by_hand(model: Any, dense: Any, batch: Any) -> float:
-    """Mean divergence over the targets of a batch, in the words of torch.distributions."""
-    task = task_of(model)
-    ready = prepare(task, batch, torch.device("cpu"))
-    with torch.no_grad():
-        ours, theirs = model(**ready).logits, dense(**ready).logits
-    if task == "regression":
-        return float((ours - theirs).square().mean())
-    ours, labels = aligned(task, ours, ready["labels"])
-    theirs, _ = aligned(task, theirs, ready["labels"])
-    apart = kl_divergence(Categorical(logits=theirs), Categorical(logits=ours))
-    return float(apart[labels != -100].mean())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_held_out_divergence_falls(name: str) -> None:
     model, dense, batches = compressed(name)
     start, teacher = bits(model), bits(dense)
-    before = by_hand(model, dense, batches[7])
+    before = apart(model, dense, [batches[7]])
     rate = 1e-3 if name.startswith("bert") else 3e-3
     found = refine(model, dense, batches, **{**RECIPE, "learning_rate": rate})
     # A divergence is the little that is left of logits in float32.
-    assert found.before == pytest.approx(before, rel=1e-4, abs=1e-7)
-    assert found.after == pytest.approx(by_hand(model, dense, batches[7]), rel=1e-4, abs=1e-7)
+    assert found.before == pytest.approx(before, rel=1e-4, abs=3e-8)
+    assert found.after == pytest.approx(apart(model, dense, [batches[7]]), rel=1e-4, abs=3e-8)
     assert found.after < (0.96 if name == "bert-regression" else 0.9) * found.before
     assert changed(start, model) and not changed(teacher, dense)
     # Three in a batch; of steps that are taken back, as of these two, none are counted.
@@ -149,7 +134,7 @@ def test_held_out_batches_may_be_given() -> None:
     model, dense, batches = compressed()
     found = refine(model, dense, iter(batches[:3]), held_out=batches[3:5], **RECIPE)
     assert found.held_out == 36 and found.targets == 3 * 18
-    both = (by_hand(model, dense, batch) for batch in batches[3:5])
+    both = (apart(model, dense, [batch]) for batch in batches[3:5])
     assert found.after == pytest.approx(sum(both) / 2, rel=1e-5)
 
 
