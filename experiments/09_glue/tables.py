@@ -8,7 +8,7 @@ interval by Student's t over the differences of the tasks.
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 METRICS = {"mrpc": ("f1",), "cola": ("matthews",), "stsb": ("pearson", "spearman")}
@@ -50,6 +50,20 @@ def summed_up(kept: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 {**row, "score": score(task, row)} for row in files["learned"]["rows"]
             ]
     return {"tasks": tasks}
+
+
+def merged(earlier: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Results with those parts of the earlier ones that were not measured now.
+
+    Args:
+        earlier: what results.json holds; nothing is taken of another protocol or other versions.
+        found: what the folder has.
+    """
+    if earlier.get("settings") != found["settings"]:
+        return dict(found)
+    before, now = earlier["tasks"], found["tasks"]
+    tasks = {name: {**before.get(name, {}), **now.get(name, {})} for name in {**before, **now}}
+    return {**found, "tasks": tasks}
 
 
 def lines(task: str, results: Any) -> list[dict[str, Any]]:
@@ -135,47 +149,46 @@ def _apart(these: Mapping[str, float], those: Mapping[str, float]) -> list[float
 
 
 def _average(tasks: Mapping[str, Any]) -> list[str]:
-    every = [line for each in tasks.values() for line in each.get("auto", [])]
-    keeps, rows = _keeps(every), []
-    for strategy in dict.fromkeys(line["strategy"] for line in every):
-        cells = [strategy]
-        for keep in keeps:
-            ours = _scores(tasks, "auto", strategy, keep)
-            apart = _apart(ours, _scores(tasks, "auto", DEFAULT, keep))
-            shown = _points(_mean(ours.values()))
-            cells.append(
-                shown if strategy == DEFAULT or not apart else f"{shown} ({interval(apart)})"
-            )
-        rows.append(cells)
+    def cell(strategy: str, keep: float) -> str:
+        ours = _scores(tasks, "auto", strategy, keep)
+        apart = _apart(ours, _scores(tasks, "auto", DEFAULT, keep))
+        shown = _points(_mean(ours.values()))
+        return shown if strategy == DEFAULT or not apart else f"{shown} ({interval(apart)})"
+
     count = sum("auto" in each for each in tasks.values())
     return [
         "",
         "## Average",
         "",
         f"Mean score over {count} tasks, closed form (difference to `{DEFAULT}`).",
-        *_rows(["strategy", *(f"kept {keep:g}" for keep in keeps)], rows),
+        *_of_all(tasks, cell),
     ]
 
 
-def _divergences(tasks: Mapping[str, Any]) -> list[str]:
+def _of_all(tasks: Mapping[str, Any], cell: Callable[[str, float], str]) -> list[str]:
+    """A row for each strategy in closed form, a column for each budget."""
     every = [line for each in tasks.values() for line in each.get("auto", [])]
-    keeps, rows = _keeps(every), []
-    for strategy in dict.fromkeys(line["strategy"] for line in every):
-        cells = [strategy]
-        for keep in keeps:
-            ours, theirs = (
-                _scores(tasks, "auto", name, keep, "divergence") for name in (strategy, DEFAULT)
-            )
-            logs = [math.log(ours[task] / theirs[task]) for task in ours if task in theirs]
-            cells.append(_factor(logs) if strategy != DEFAULT else "1")
-        rows.append(cells)
+    keeps = _keeps(every)
+    strategies = dict.fromkeys(line["strategy"] for line in every)
+    rows = ([name, *(cell(name, keep) for keep in keeps)] for name in strategies)
+    return _rows(["strategy", *(f"kept {keep:g}" for keep in keeps)], rows)
+
+
+def _divergences(tasks: Mapping[str, Any]) -> list[str]:
+    def cell(strategy: str, keep: float) -> str:
+        ours, theirs = (
+            _scores(tasks, "auto", name, keep, "divergence") for name in (strategy, DEFAULT)
+        )
+        logs = [math.log(ours[task] / theirs[task]) for task in ours if task in theirs]
+        return _factor(logs) if strategy != DEFAULT else "1"
+
     return [
         "",
         "## Divergence from the dense model",
         "",
         f"KL on the dev split (of the regression the squared distance) over that of `{DEFAULT}`: "
         "geometric mean over the tasks, and its interval by Student's t over their logarithms.",
-        *_rows(["strategy", *(f"kept {keep:g}" for keep in keeps)], rows),
+        *_of_all(tasks, cell),
     ]
 
 

@@ -125,7 +125,8 @@ class Work:
 
         cut = self.protocol
         batches = text_batches(self.held_out, self.tokenizer, cut.length, 1, cut.held_out)
-        samples = range("closed" not in parts, cut.samples if "samples" in parts else 1)
+        begin = 0 if "closed" in parts else 1
+        samples = range(begin, cut.samples if "samples" in parts else 1)
         profiles = {str(n): self.profile(n) for n in samples}
         rows = []
         for name, profile in profiles.items():

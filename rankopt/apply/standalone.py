@@ -74,7 +74,7 @@ class LowRankLinear(LowRank):
 
 
 def ordered(x: Tensor, index: Tensor) -> Tensor:
-    """``x.index_select(-1, index)`` of a permutation, which takes up to 13 times as long on CPUs.
+    """``x.index_select(-1, index)`` of a permutation, which takes CPUs several times as long.
 
     Args:
         x: shape ``(..., n)``.

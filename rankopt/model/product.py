@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 
 def ordered(x: Tensor, index: Tensor) -> Tensor:
-    """``x.index_select(-1, index)`` of a permutation, which takes up to 13 times as long on CPUs.
+    """``x.index_select(-1, index)`` of a permutation, which takes CPUs several times as long.
 
     Args:
         x: shape ``(..., n)``.

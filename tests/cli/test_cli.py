@@ -278,11 +278,7 @@ MISTAKES: dict[str, tuple[str, str, int]] = {
     "no model": ("profile {f}/nomodel --data {t} -o {new}", "no config.json", 2),
     "no such model": ("evaluate {f}/nosuch --data {t}", "cannot load the model", 2),
     "too long": ("evaluate {m} --data {t} --max-length 129", "at most 128 tokens", 2),
-    "dense of another kind": (
-        "evaluate {m} --data {t} --no-also --dense {f}/bert",
-        "its task is",
-        2,
-    ),
+    "another dense": ("evaluate {m} --data {t} --no-also --dense {f}/bert", "its task is", 2),
     "no dense model": ("evaluate {m} --data {t} --dense {f}/nosuch", "cannot load the model", 2),
     "unknown dtype": ("evaluate {m} --data {t} --dtype int3", "auto, float32", 2),
     "model without data": ("compare {p} --keep 0.5 --model {m}", "both --model and --data", 2),
