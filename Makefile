@@ -36,7 +36,7 @@ experiments: $(VENV)/.experiments
 	done
 
 # The oldest versions that pyproject.toml promises, each at its lower bound; uv finds them. torch comes from the
-# registry here, which may mean gigabytes. A few tests do not pass there yet: texts of schemas, which pydantic changes.
+# registry here, which may mean gigabytes. Tests that need torchao are left out, as it is for newer ones of torch.
 test-min:
 	$(PYTHON) -m venv $(VENV)/min
 	$(VENV)/min/bin/python -m pip install --quiet uv

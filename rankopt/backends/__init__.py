@@ -86,6 +86,7 @@ def _checked(loaded: object, what: str) -> Backend:
     try:
         sound = (
             isinstance(loaded, Backend)
+            and hasattr(loaded, "name")  # from Python 3.12 on isinstance asks no property
             and isinstance(loaded.source, str)
             and isinstance(loaded.needs, Set)
             and isinstance(loaded.scales, Mapping)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 from jsonschema import Draft202012Validator
 
@@ -24,9 +25,26 @@ def validators() -> dict[str, Draft202012Validator]:
     return {name: Draft202012Validator(schema) for name, schema in published.items()}
 
 
+def fields(schema: Any) -> Any:
+    """A schema without what earlier versions of pydantic do not say of dataclasses."""
+    if isinstance(schema, list):
+        return [fields(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    unsaid = {"additionalProperties", "description"}
+    return {
+        key: fields(value)
+        for key, value in schema.items()
+        if key not in unsaid or isinstance(value, dict)
+    }
+
+
 def test_the_published_schema_is_what_the_command_prints(run: Run) -> None:
     """After a change that is meant: rankopt schema > docs/reference/output.schema.json."""
-    assert json.loads(done(run("schema"))) == json.loads(PUBLISHED.read_text("utf-8"))
+    printed, published = json.loads(done(run("schema"))), json.loads(PUBLISHED.read_text("utf-8"))
+    if tuple(map(int, pydantic.VERSION.split(".")[:2])) < (2, 14):
+        printed, published = fields(printed), fields(published)
+    assert printed == published
     assert json.loads(done(run("schema", "refine")))["title"] == "rankopt refine --json"
     code, out, err = run("schema", "apply")
     assert (code, out) == (2, "") and "'apply' prints no JSON" in err

@@ -120,9 +120,8 @@ def in_double(model: Any) -> Any:
 
 
 def wide(batch: Batch) -> Batch:
-    """Pictures and sound in float64."""
-    given = ("pixel_values", "input_features")
-    return {name: x.double() if name in given else x for name, x in batch.items()}
+    """Pictures, sound and scores in float64."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
 
 
 def targets_by_hand(model: Any, batches: list[Batch]) -> int:

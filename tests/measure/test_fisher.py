@@ -48,7 +48,7 @@ def test_sums_equal_squared_gradients_of_single_examples(kind: str) -> None:
         assert difference(found[statistic], expected) < 1e-10, statistic
         most = 1e-5
         if kind == "t5":
-            most = min(max(most, 3 * difference(by_statistic(own)[statistic], expected)), 1e-3)
+            most = min(max(most, 3 * difference(by_statistic(own)[statistic], expected)), 2e-3)
         assert difference(in_float32[statistic], expected) < most, statistic
     assert profile.examples == 6
     assert profile.info.targets == targets_by_hand(model, batches)
@@ -171,7 +171,7 @@ def test_causal_labels_are_the_input_and_are_not_shifted_twice(kind: str) -> Non
 @pytest.mark.parametrize("kind", tiny.MODELS)
 def test_tokens_in_padding_change_nothing(kind: str) -> None:
     model = tiny.MODELS[kind]().double()
-    batches = tiny.batches(model)
+    batches = [wide(batch) for batch in tiny.batches(model)]
     garbage = [
         {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 9)}
         for batch in batches

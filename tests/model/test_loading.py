@@ -120,7 +120,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a word for a size": (
         "one",
         lambda f: edit(f / "config.json", hidden_size="large"),
-        "hidden_size.*expected int, got str",
+        "hidden_size.*expected int, got str|must be tuple of ints, ?but got str",
     ),
     "an unknown word": (
         "one",

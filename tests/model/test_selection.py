@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.dinov2 import modeling_dinov2
 
 from rankopt import LowRankLinear, ModelError
 from rankopt.layers import fingerprint
@@ -21,6 +22,10 @@ _BERT = [
 ]
 _T5 = [f"SelfAttention.{part}" for part in "qkvo"]
 _T5_MLP = ["DenseReluDense.wi", "DenseReluDense.wo"]
+_DINO = [f"attention.{part}_proj" for part in "qkvo"]
+if hasattr(modeling_dinov2, "Dinov2SelfAttention"):  # before transformers named them anew
+    _DINO = [f"attention.attention.{part}" for part in ("query", "key", "value")]
+    _DINO.append("attention.output.dense")
 
 #: Every planned layer by name, written out by hand.
 PLANNED = {
@@ -56,7 +61,7 @@ PLANNED = {
     "dinov2": [
         f"dinov2.encoder.layer.{n}.{kind}"
         for n in range(2)
-        for kind in (*(f"attention.{part}_proj" for part in "qkvo"), "mlp.fc1", "mlp.fc2")
+        for kind in (*_DINO, "mlp.fc1", "mlp.fc2")
     ],
     "whisper": [
         f"model.{side}.layers.{n}.{kind}"

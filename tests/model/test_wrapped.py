@@ -1,7 +1,7 @@
 """Offloaded, compiled and wrapped models give the profile and the logits of the plain model."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def test_an_offloaded_model_is_measured_and_compressed_like_the_plain_one(
     assert torch.allclose(logits(found), wanted, atol=1e-5)
 
 
-class Lent:
+class Lent(Mapping[str, Tensor]):
     """What a hook of accelerate's reads from: copies, of which is known how many are in memory."""
 
     def __init__(self, weights: Any, alive: "list[weakref.ref[Any]]") -> None:
@@ -106,8 +106,11 @@ class Lent:
         self.alive.append(weakref.ref(array))
         return torch.from_numpy(array)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.weights
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 def lent(model: Any) -> "list[weakref.ref[Any]]":

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.vit import modeling_vit
 
 from rankopt import ModelError, refine
 from rankopt.refinement import walk
@@ -19,7 +20,11 @@ NAMES = {
     "bert-classification": ["bert.encoder.layer.0", "bert.encoder.layer.1"],
     "t5": ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"],
     "whisper": [f"model.{x}.layers.{k}" for x in ("encoder", "decoder") for k in (0, 1)],
-    "vit": ["vit.layers.0", "vit.layers.1"],
+    # Earlier releases of transformers have an encoder between.
+    "vit": [
+        f"vit.{'encoder.layer' if hasattr(modeling_vit, 'ViTEncoder') else 'layers'}.{n}"
+        for n in range(2)
+    ],
 }
 
 
