@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from rankopt._version import __version__
-from rankopt.cli.command import Command
+from rankopt.cli.command import QUIET, VERBOSE, Command
 from rankopt.cli.commands import (
     apply,
     compare,
@@ -29,9 +29,8 @@ from rankopt.cli.commands import (
     report,
     schema,
 )
-from rankopt.cli.options import tell
+from rankopt.cli.options import Verbose, talk, tell
 from rankopt.errors import RankoptError
-from rankopt.progress import Quiet
 
 app = typer.Typer(
     help="Decide how many ranks each layer of a neural network deserves.\n\n"
@@ -73,21 +72,13 @@ def _options(
     ] = False,
     quiet: Annotated[
         bool,
-        typer.Option("-q", "--quiet", help="Results, warnings and errors only; no bars or notes."),
+        typer.Option(*QUIET, help="Results, warnings and errors only; no bars or notes."),
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="Show where an error comes from.")
+        bool, typer.Option(*VERBOSE, help="Show where an error comes from.")
     ] = False,
 ) -> None:
-    Quiet.on, _Verbose.on = quiet, verbose
-    if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-
-
-class _Verbose:
-    """What ``rankopt -v`` sets: for the report of a fault."""
-
-    on = False
+    talk(quiet=quiet, verbose=verbose)
 
 
 def _terminated(number: int, _: object) -> None:
@@ -105,7 +96,7 @@ def main() -> None:
     try:
         app()
     except RankoptError as error:
-        if _Verbose.on:
+        if Verbose.on:
             traceback.print_exc()
         tell(f"error: {error}")
         sys.exit(error.exit_code)

@@ -11,7 +11,12 @@ from typing import Any
 from typer.core import TyperCommand, TyperOption
 
 from rankopt.cli.data import REPEATED
+from rankopt.cli.options import Verbose, talk
 from rankopt.errors import RankoptError, WriteError, first_line
+from rankopt.progress import Quiet
+
+#: Options of ``rankopt`` itself that are understood behind a command, too.
+QUIET, VERBOSE = ("-q", "--quiet"), ("-v", "--verbose")
 
 
 class Command(TyperCommand):
@@ -22,7 +27,12 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option before each of its values."""
+        """Repeat the option before each of its values; take what is said of all commands."""
+        talk(
+            quiet=Quiet.on or not {*QUIET}.isdisjoint(args),
+            verbose=Verbose.on or not {*VERBOSE}.isdisjoint(args),
+        )
+        args = [arg for arg in args if arg not in (*QUIET, *VERBOSE)]
         repeatable = {
             name
             for param in self.params

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -44,6 +45,19 @@ PinOption = Annotated[
     ),
 ]
 MultipleOption = Annotated[int, typer.Option(help="Offer only multiples of this rank.")]
+
+
+class Verbose:
+    """Whether an error also shows where it comes from, for the report of a fault."""
+
+    on = False
+
+
+def talk(*, quiet: bool, verbose: bool) -> None:
+    """How much is said from now on, by transformers and datasets, too."""
+    Quiet.on, Verbose.on = quiet, verbose
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def note(text: str) -> None:
@@ -131,7 +145,10 @@ def microseconds_of(text: str | None) -> float | None:
 
 def _number(option: str, text: str, units: Mapping[str, int]) -> int:
     """Rounded down."""
-    return math.floor(_fraction(option, text, units))
+    found = _fraction(option, text, units)
+    if 0 < found < 1:
+        raise OptionError(f"{option} takes 1 or more, not {text!r}")
+    return math.floor(found)
 
 
 def _fraction(option: str, text: str, units: Mapping[str, int]) -> Fraction:

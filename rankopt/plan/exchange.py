@@ -104,7 +104,7 @@ def imported_plan(
     profile: Profile,
     text: str,
     *,
-    form: Form = "pairs",
+    form: Form | None = None,
     backend: str | None = None,
     scale: str | None = None,
 ) -> Plan:
@@ -113,7 +113,8 @@ def imported_plan(
     Args:
         profile: what every rank loses.
         text: of the file.
-        form: how the matrices are kept; other tools have pairs.
+        form: how the matrices are kept; by default that of a plan of rankopt, and pairs, which
+            other tools have.
         backend: see make_plan.
         scale: see make_plan.
 
@@ -123,9 +124,15 @@ def imported_plan(
     """
     layers = profile.info.layers
     ranks = import_ranks(text, layers)
+    if form is None:
+        form = Plan.from_json(text).form if _is_plan(text) else "pairs"
     cost = sum(layer.cost(ranks[layer.name], form) for layer in layers)
     pins: Pins = {name: "dense" if rank is None else rank for name, rank in ranks.items()}
     return make_plan(profile, max_params=cost, pins=pins, form=form, backend=backend, scale=scale)
+
+
+def _is_plan(text: str) -> bool:
+    return text.lstrip().startswith("{") and parse(text).get("format") == PLAN
 
 
 def _low(plan: Plan | LoraPlan) -> dict[str, int]:

@@ -78,6 +78,8 @@ def test_quiet_shows_results_only(run: Run, files: Path, tmp_path: Path) -> None
     assert (code, err) == (0, "") and "planned " in out
     code, out, err = run("profile", files / "model", *data, "-o", path, "--force")
     assert code == 0 and "profile written to" in err, "the next call is not quiet"
+    code, out, err = run("profile", files / "model", "-q", *data, "-o", path, "--force")
+    assert (code, err) == (0, "") and "planned " in out
     code, out, err = run("--quiet", "plan", path, "--keep", 7)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
 
@@ -85,6 +87,7 @@ def test_quiet_shows_results_only(run: Run, files: Path, tmp_path: Path) -> None
 def test_verbose_shows_where_an_error_comes_from(run: Run, tmp_path: Path) -> None:
     code, _, err = run("-v", "plan", tmp_path / "missing", "--keep", 0.5)
     assert code == 2 and err.startswith("Traceback") and err.splitlines()[-1].startswith("error: ")
+    assert run("plan", tmp_path / "missing", "--keep", 0.5, "--verbose") == (code, "", err)
     code, _, err = run("plan", tmp_path / "missing", "--keep", 0.5)
     assert code == 2 and "Traceback" not in err
 

@@ -81,6 +81,7 @@ def test_pictures_without_a_page(run: Run, folder: Path) -> None:
         ("best.json -o p.st --force", "p.st is read, too"),
         ("best.json -o page.html", "--force"),
         ("best.json -o none/r.html", "does not exist"),
+        ("best.json -o r.PDF", "the page is HTML, name it r.html; pictures"),
         ("best.json --png sub --force", "was not written by rankopt"),
         ("best.json --png . --force", "one of them is or lies in the other"),
         ("best.json -o r.html --layer magic", "no layer 'magic' is planned"),

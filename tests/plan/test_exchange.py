@@ -12,6 +12,7 @@ from rankopt.plan.exchange import KINDS, export_ranks, import_ranks, imported_pl
 from rankopt.plan.plan import Plan
 from rankopt.plan.planner import make_plan
 from rankopt.profile.profile import Profile
+from tests.plan.test_forms import pivoted
 from tests.synthetic import synthetic_profile
 
 
@@ -41,6 +42,15 @@ def test_what_goes_out_comes_back(profile: Profile, plan: Plan, kind: str) -> No
 
 def test_a_plan_is_read_as_its_ranks(profile: Profile, plan: Plan) -> None:
     assert import_ranks(plan.to_json(), profile.info.layers) == plan.ranks
+
+
+def test_a_plan_keeps_its_form_unless_another_is_wanted() -> None:
+    profile = pivoted()
+    plan = make_plan(profile, keep=0.9)
+    again = imported_plan(profile, plan.to_json())
+    assert (again.form, again.ranks, again.size) == ("pivoted", plan.ranks, plan.size)
+    with pytest.raises(OptionError, match="the largest that saves parameters in the form pairs is"):
+        imported_plan(profile, plan.to_json(), form="pairs")
 
 
 def test_what_is_written(profile: Profile, plan: Plan) -> None:

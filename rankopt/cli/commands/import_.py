@@ -39,8 +39,11 @@ def import_(
     profile: ProfileArgument,
     file: Annotated[Path, typer.Argument(help="Ranks of another tool, or your own.")],
     form: Annotated[
-        str, typer.Option(help="pairs or pivoted: how a low rank is kept; theirs are pairs.")
-    ] = "pairs",
+        str | None,
+        typer.Option(
+            help="pairs or pivoted: how a low rank is kept; of a plan its own, else pairs."
+        ),
+    ] = None,
     backend: BackendOption = None,
     scale: ScaleOption = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Plan to write.")] = None,
@@ -51,19 +54,22 @@ def import_(
     if output is not None:
         require_file(output, is_format(PLAN), overwrite=force, apart_from=(profile, file))
     loaded, text = Profile.load(profile), _text(file)
-    how = {"form": cast("Form", form), "backend": backend, "scale": scale}
     try:
-        made = imported_plan(loaded, text, **how)  # type: ignore[arg-type]
+        made = imported_plan(
+            loaded, text, form=cast("Form | None", form), backend=backend, scale=scale
+        )
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from error
     if output is not None:
         made.save(output)
         note(f"plan written to {output}")
     show(made.to_json() if as_json else str(made))
-    best = make_plan(loaded, max_params=made.size.planned, **how)  # type: ignore[arg-type]
+    best = make_plan(
+        loaded, max_params=made.size.planned, form=made.form, backend=backend, scale=scale
+    )
     lost, least = made.certificate.loss, best.certificate.loss
     note(
-        f"at as many parameters in {form} the exact plan is expected to lose "
+        f"at as many parameters in {made.form} the exact plan is expected to lose "
         + (f"{least / lost:.1%} of that" if lost > 0.0 else "nothing either")
     )
 

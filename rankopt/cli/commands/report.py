@@ -49,6 +49,11 @@ def report(
     read = (profile, *(files or ()))
     if output is not None:
         require_file(output, is_report, overwrite=force, apart_from=read)
+        if output.suffix.lower() not in ("", ".html", ".htm"):
+            raise RankoptError(
+                f"{output}: the page is HTML, name it {output.with_suffix('.html')}; pictures go "
+                "to a folder (--png)"
+            )
     if png is not None:
         require_free(png, force, kind=PICTURES, apart_from=(*read, output))
     if format_of(profile) in (PLAN, RESULTS):
