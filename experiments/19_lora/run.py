@@ -227,7 +227,7 @@ class Bench:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            seen += float(loss) / steps
+            seen += loss.item() / steps
         model.eval()
         lost = correct = count = 0.0
         with torch.no_grad():
