@@ -249,9 +249,10 @@ def make_lora_plan(
         weights.append(full if objective == "total" else float(curve.full > 0))
     if all(offered.size == 1 for offered in ranks):
         cheapest = min(layer.cost(multiple) for layer in layers)
+        within = "" if largest is None else f"max_rank={largest} and "
         raise OptionError(
             f"no layer can be given an adapter: of the ranks that {measured.name} was measured at, "
-            f"none is a multiple of rank_multiple={multiple} and within max_rank={largest} and the "
+            f"none is a multiple of rank_multiple={multiple} and within {within}the "
             f"budget of {budget:,} parameters; the smallest adapter has {cheapest:,}"
         )
     groups = tuple(
