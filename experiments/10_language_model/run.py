@@ -3,6 +3,7 @@
     python experiments/10_language_model/run.py --folder lm-run       SmolLM2; rankopt[demo,data]
     python experiments/10_language_model/run.py --model NAME --protocol arena --folder arena-run
     python experiments/10_language_model/run.py --only closed         one sample of the calibration
+    python experiments/10_language_model/run.py --backend kronecker   some of the strategies
     python experiments/10_language_model/run.py --quick               tiny random models, no figure
 
 Raw WikiText-2 comes through the datasets library, or from text files: --held-out FILE is the test
@@ -119,8 +120,11 @@ class Work:
             profile_model(self.model, batches, **how).save(path)
         return Profile.load(path)
 
-    def measured(self, parts: Sequence[str] = PARTS) -> Any:
-        """Results of every strategy; those that the folder has are not measured again."""
+    def measured(self, parts: Sequence[str] = PARTS, backends: Sequence[str] = BACKENDS) -> Any:
+        """Results of every strategy with these backends, and what the folder has of others.
+
+        What it has is not measured again.
+        """
         from rankopt import Strategy, compare, measure_comparison, text_batches
 
         cut = self.protocol
@@ -137,7 +141,8 @@ class Work:
                 for solver in (SOLVERS if first else SAMPLED_SOLVERS)
             ]
             strategies += PAIRS if first else ()
-            rows += compare(profile, cut.keeps, [Strategy.parse(text) for text in strategies])
+            asked = [Strategy.parse(text) for text in strategies if text.split("@")[1] in backends]
+            rows += compare(profile, cut.keeps, asked) if asked else []
         file = self.folder / "results.json"
         return measure_comparison(self.model, profiles, rows, batches, also=self.also, file=file)
 
@@ -267,7 +272,7 @@ def full(given: argparse.Namespace, folder: Path) -> None:
         {"python-help": python_help(tokenizer, cut.length)},
         folder,
     )
-    results = work.measured(given.only or PARTS)
+    results = work.measured(given.only or PARTS, given.backend or BACKENDS)
     found = summed_up(results)
     check(found)
     settings = {name: version(name) for name in ("rankopt", "torch", "transformers")}
@@ -316,6 +321,7 @@ def quick() -> None:
             calibration=words,
             held_out=words,
             only=["closed"],
+            backend=["kronecker"],
         )
         full(given, Path(temporary) / "arena")
 
@@ -328,6 +334,7 @@ def main() -> None:
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, default="windows")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part of the strategies")
+    parser.add_argument("--backend", choices=BACKENDS, action="append", help="whose strategies")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     wikitext.run(parser, quick, full)
