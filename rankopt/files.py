@@ -208,8 +208,16 @@ def require_free(
 
 
 def partial_of(path: str | os.PathLike[str]) -> Path:
-    """What a stopped run leaves of an output, beside it, to go on with."""
+    """What a stopped run leaves of an output, beside it, to go on with.
+
+    Raises:
+        RankoptError: the output is the root of the file system.
+    """
     target = Path(path)
+    if target.name in ("", ".."):
+        target = Path(os.path.abspath(target))
+    if not target.name:
+        raise RankoptError(f"cannot write {target}: nothing lies beside it: name something in it")
     return target.with_name(f"{target.name}.partial")
 
 

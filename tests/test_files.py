@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rankopt.errors import RankoptError, WriteError
-from rankopt.files import require_free, whole_file, whole_folder
+from rankopt.files import partial_of, require_free, whole_file, whole_folder
 from rankopt.profile.spilled import SpilledArrays
 from rankopt.profile.tensors import DTYPES, LazyArray, write_safetensors
 
@@ -375,3 +375,14 @@ def test_arrays_are_spilled_from_several_threads(tmp_path: Path) -> None:
                 assert set(arrays[f"{thread}/{n}"].tolist()) == {1000 * thread + n}
         assert len(set(arrays["shared"].tolist())) == 1
         assert len(list(arrays.folder.iterdir())) == 201
+
+
+def test_what_a_stopped_run_leaves_lies_beside_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside = tmp_path.with_name(f"{tmp_path.name}.partial")
+    assert [partial_of(name) for name in (".", "", "sub/..")] == [beside] * 3
+    assert partial_of("sub/p.st") == Path("sub/p.st.partial")
+    with pytest.raises(RankoptError, match="cannot write /: nothing lies beside it"):
+        partial_of("/")

@@ -10,9 +10,9 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperOption
 
-from rankopt.cli.data import REPEATED
+from rankopt.cli.data import MAY_BE_EMPTY, REPEATED
 from rankopt.cli.options import Verbose, talk
-from rankopt.errors import RankoptError, WriteError, first_line
+from rankopt.errors import OptionError, RankoptError, WriteError, first_line
 from rankopt.progress import Quiet
 
 #: Options of ``rankopt`` itself that are understood behind a command, too.
@@ -27,12 +27,20 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option before each of its values; take what is said of all commands."""
+        """Repeat the option before each of its values; take what is said of all commands.
+
+        Raises:
+            OptionError: an empty value.
+        """
         talk(
             quiet=Quiet.on or not {*QUIET}.isdisjoint(args),
             verbose=Verbose.on or not {*VERBOSE}.isdisjoint(args),
         )
         args = [arg for arg in args if arg not in (*QUIET, *VERBOSE)]
+        for place, arg in enumerate(args):
+            if not arg and (place == 0 or args[place - 1] not in MAY_BE_EMPTY):
+                before = " ".join(["rankopt", str(ctx.info_name), *args[:place]])
+                raise OptionError(f"after '{before}' comes an empty value: is a variable not set?")
         repeatable = {
             name
             for param in self.params

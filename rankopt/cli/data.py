@@ -29,8 +29,10 @@ _ALSO = (
     "Another domain, measured beside: as --data. If not given, language models are also measured "
     "on python-help, 16 windows of Python's help texts."
 )
+#: Of one of several files; empty is as if it were not given.
+MAY_BE_EMPTY = ("--split", "--text-column", "--pair-column", "--label-column")
 #: Given once for each source: what stands behind their value may be the model.
-REPEATED = ("--data", "--also", "--split", "--text-column", "--pair-column", "--label-column")
+REPEATED = ("--data", "--also", *MAY_BE_EMPTY)
 
 
 @dataclasses.dataclass(frozen=True)

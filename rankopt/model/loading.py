@@ -227,7 +227,7 @@ def require_model(name: str) -> None:
                 f"{name} holds an adapter of PEFT and not the model that it is for: load them "
                 "together, merge_and_unload, save_pretrained, and give that folder"
                 if adapter
-                else f"{name} is not a transformers model folder: it has no config.json"
+                else f"{path} is not a transformers model folder: it has no config.json"
             )
     elif path.exists():
         raise ModelError(

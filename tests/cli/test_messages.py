@@ -1,6 +1,7 @@
 """What the library says of its parameters is said of options; what cannot be is said early."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -97,6 +98,32 @@ def test_messages_speak_of_options(
     (line,) = err.splitlines()
     assert wanted in line
     assert not any(name in line for name in OPTIONS if "_" in name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "before"),
+    [
+        ("plan '' --keep 0.5", "rankopt plan"),
+        ("profile {m} --data ''", "rankopt profile {m} --data"),
+        ("profile {m} --data {t} -o ''", "rankopt profile {m} --data {t} -o"),
+        ("compare {p} --keep 0.5 --strategy exact ''", "--keep 0.5 --strategy exact"),
+    ],
+)
+def test_an_empty_value_is_no_path(
+    run: Run, files: Path, profile_file: Path, arguments: str, before: str
+) -> None:
+    named = {"m": files / "model", "t": files / "train.txt", "p": profile_file}
+    code, out, err = run(*shlex.split(arguments.format(**named)))
+    assert (code, out) == (2, "")
+    assert err.endswith(f"{before.format(**named)}' comes an empty value: is a variable not set?\n")
+
+
+@pytest.mark.parametrize(("output", "said"), [(".", ". is a folder"), ("/", "cannot write /")])
+def test_a_profile_is_no_folder(run: Run, files: Path, output: str, said: str) -> None:
+    before = sorted(files.iterdir())
+    code, out, err = run("profile", files / "model", "--data", files / "train.txt", "-o", output)
+    assert (code, out) == (2, "") and err.startswith(f"error: {said}") and err.count("\n") == 1
+    assert sorted(files.iterdir()) == before
 
 
 def test_another_budget_in_the_same_journal_is_said_to_be_one(
