@@ -30,6 +30,21 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def require_a(kind: type, value: object, error: "type[RankoptError]", instead: str) -> None:
+    """Refuse a path, say, in the place of what lies there.
+
+    Args:
+        kind: wanted.
+        value: given.
+        error: raised where it is of another kind.
+        instead: what to do.
+    """
+    if not isinstance(value, kind):
+        raise error(
+            f"wanted is a {kind.__name__}, not a value of type {type(value).__name__}: {instead}"
+        )
+
+
 def few(names: Iterable[str], shown: int = 3, between: str = ", ") -> str:
     """The first of some names, and how many more there are."""
     listed = list(names)

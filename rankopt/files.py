@@ -191,7 +191,9 @@ def require_free(
         if not target.exists():
             return target
         if Path.cwd().is_relative_to(place):
-            raise RankoptError(f"cannot write {target}: it is the current folder: name another")
+            raise RankoptError(
+                f"cannot write {target}: the current folder is it or lies in it: name another"
+            )
         if os.path.ismount(target):
             raise RankoptError(f"cannot write {target}: it is a mount point: name a folder in it")
         occupied = not target.is_dir() or any(target.iterdir())

@@ -12,7 +12,7 @@ from rankopt.apply.surgery import low_rank, replace, round_factors, rounded_line
 from rankopt.backends import find_backend
 from rankopt.backends.base import Backend, recomputable
 from rankopt.backends.statistics import Statistics
-from rankopt.errors import ModelError, OptionError, PlanError, few
+from rankopt.errors import ModelError, OptionError, PlanError, few, require_a
 from rankopt.layers import Bits
 from rankopt.model.lowrank import LowRank
 from rankopt.model.matrices import NOT_SELECTED
@@ -152,6 +152,8 @@ class Planned:
         cls, model: nn.Module, plan: Plan, profile: Profile, allow_other_weights: bool
     ) -> "Planned":
         """Of a model that is as apply_plan wants it; see there for the errors."""
+        require_a(Plan, plan, PlanError, "read it with rankopt.Plan.load")
+        require_a(Profile, profile, PlanError, "read it with rankopt.Profile.load")
         if plan.profile_digest != profile.digest():
             raise PlanError(
                 "the plan was made from another profile: give the profile that it was made from, "

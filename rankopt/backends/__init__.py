@@ -63,6 +63,8 @@ def find_backends(names: Iterable[str]) -> dict[str, Backend]:
     Raises:
         OptionError: see find_backend.
     """
+    if isinstance(names, str):
+        raise OptionError(f"backends are a list of names, not one text: give [{names!r}]")
     found = {}
     for name in names:
         backend = find_backend(name)

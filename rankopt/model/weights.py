@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from rankopt.errors import ModelError
+from rankopt.errors import ModelError, require_a
 from rankopt.model.offloaded import offload_hook
 from rankopt.model.sharded import has_shards, whole_of
 
@@ -65,9 +65,10 @@ def unwrapped(model: nn.Module, *, sharded: bool = False) -> nn.Module:
         sharded: take a model of which FSDP2 keeps a part here.
 
     Raises:
-        ModelError: DataParallel and FSDP, whose modules are not the model's own; and a sharded
-            model, if those are not taken.
+        ModelError: no module; DataParallel and FSDP, whose modules are not the model's own; and a
+            sharded model, if those are not taken.
     """
+    require_a(nn.Module, model, ModelError, "load it with transformers' from_pretrained")
     inner = model
     while True:
         if isinstance(inner, nn.DataParallel):

@@ -148,7 +148,8 @@ def at_least(info: ProfileInfo, kind: str, parameters: int) -> str:
 
 
 def _share(kind: str, share: float, whole: int) -> int:
-    if not (isinstance(share, int | float) and math.isfinite(share) and 0 < share <= 1):
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not (number and math.isfinite(share) and 0 < share <= 1):
         raise BudgetError(f"{kind} is a share above 0 and at most 1, got {share!r}")
     # In fractions of decimal text, so that 0.7 of 10 is 7 and not 6.
     return math.floor(Fraction(str(share)) * whole)

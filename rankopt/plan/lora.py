@@ -35,7 +35,7 @@ import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from rankopt._version import __version__
-from rankopt.errors import BudgetError, OptionError, PlanError, printable
+from rankopt.errors import BudgetError, OptionError, PlanError, ProfileError, printable, require_a
 from rankopt.files import LORA_PLAN, is_format, whole_file
 from rankopt.layers import FloatArray, IntArray, Layer
 from rankopt.plan.budget import whole_number
@@ -221,8 +221,9 @@ def make_lora_plan(
         BudgetError: no or two budgets, or one below 1.
         OptionError: an unknown solver, objective or scale, an option that the solver does not take,
             or no rank on offer that the budget allows.
-        ProfileError: the profile lacks the backend.
+        ProfileError: the profile lacks the backend, or is none.
     """
+    require_a(Profile, profile, ProfileError, "read it with rankopt.Profile.load")
     layers = profile.info.layers
     if objective not in get_args(LoraObjective):
         known = ", ".join(get_args(LoraObjective))

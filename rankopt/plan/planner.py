@@ -7,7 +7,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError, RankoptError
+from rankopt.errors import (
+    BudgetError,
+    InfeasibleBudgetError,
+    OptionError,
+    ProfileError,
+    RankoptError,
+    require_a,
+)
 from rankopt.layers import Bits, Form
 from rankopt.plan import heuristics
 from rankopt.plan.allocation import Allocation, Objective, allocation
@@ -124,8 +131,9 @@ def make_plan(
         OptionError: an unknown solver, objective, scale or form, an option that the solver does not
             take, a form that the profile does not reach, no layer with a rank that is a multiple,
             or a pin that names no layer or no rank on offer.
-        ProfileError: the profile lacks the backend.
+        ProfileError: the profile lacks the backend, or is none.
     """
+    require_a(Profile, profile, ProfileError, "read it with rankopt.Profile.load")
     budget = find_budget(profile.info, keep, keep_total, max_params)
     limits = find_limits(max_bytes, max_flops, max_latency, latency_table)
     if budget is None and limits:

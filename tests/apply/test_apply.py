@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from rankopt.apply.apply import FactorCache
 from rankopt.apply.surgery import low_rank, replace
 from rankopt.backends import BUILT_IN, find_backend
 from rankopt.backends.statistics import STATISTICS
+from rankopt.errors import OptionError, RankoptError
 from rankopt.measure.accumulate import gather
 from rankopt.measure.estimators import Estimator
 from rankopt.measure.loss import ModelLoss
@@ -364,3 +366,19 @@ def test_the_low_rank_layer_is_its_product() -> None:
     assert torch.allclose(low(x), wanted, atol=1e-4)
     alone = copy.deepcopy(low)
     assert torch.equal(alone(x), low(x))
+
+
+def test_paths_are_not_what_lies_there() -> None:
+    model = tiny.bert()
+    profile = profile_model(model, tiny.batches(model))
+    plan = make_plan(profile, keep=0.7)
+    wrong: list[tuple[type[RankoptError], str, Any]] = [
+        (ModelError, "a Module, .*: load it with transformers", ("model", plan, profile)),
+        (PlanError, "a Plan, not a value of type str: read it", (model, "plan.json", profile)),
+        (PlanError, "a Profile, not a value of type PosixPath", (model, plan, Path("p.st"))),
+    ]
+    for error, said, given in wrong:
+        with pytest.raises(error, match=f"wanted is {said}"):
+            apply_plan(*given)
+    with pytest.raises(OptionError, match=r"a list of names, not one text: give \['svd'\]"):
+        profile_model(model, tiny.batches(model), backends="svd")

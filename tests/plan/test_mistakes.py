@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rankopt import make_plan
+from rankopt import make_lora_plan, make_plan
 from rankopt.errors import BudgetError, InfeasibleBudgetError, OptionError, ProfileError
 from rankopt.plan.planner import known_solvers
 from tests.plan.test_planner import PROFILE, SMOOTH
@@ -22,6 +22,7 @@ from tests.plan.test_planner import PROFILE, SMOOTH
         ({"keep": -0.5}, r"got -0\.5"),
         ({"keep": math.nan}, "got nan"),
         ({"keep": "0.5"}, "got '0.5'"),
+        ({"keep": True}, "got True"),
         ({"keep_total": 2}, "keep_total is a share"),
         ({"keep_total": math.inf}, "got inf"),
         ({"max_params": 0}, "whole number above 0"),
@@ -40,6 +41,13 @@ def test_mistakes_are_budget_errors_that_say_what_is_wanted(
     with pytest.raises(BudgetError, match=message) as caught:
         make_plan(PROFILE, **arguments)
     assert caught.value.exit_code == 2
+
+
+def test_a_path_is_no_profile() -> None:
+    wanted = "wanted is a Profile, not a value of type str: read it with rankopt.Profile.load"
+    for make in (make_plan, make_lora_plan):
+        with pytest.raises(ProfileError, match=wanted):
+            make("profile.safetensors", keep=0.5)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
