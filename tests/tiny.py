@@ -152,6 +152,11 @@ def t5(**changes: Any) -> Any:
     return _scaled(T5ForConditionalGeneration(T5Config(**{**settings, **changes})))
 
 
+def t5_is_eager() -> bool:
+    """Whether its attention is not fused, as in earlier releases of transformers: less exact."""
+    return bool(t5().config._attn_implementation == "eager")
+
+
 def roberta(**changes: Any) -> Any:
     """Positions that depend on the padding; a head of two layers."""
     from transformers import RobertaConfig, RobertaForSequenceClassification

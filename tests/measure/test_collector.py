@@ -124,7 +124,10 @@ def test_moments_equal_those_of_plain_autograd(kind: str) -> None:
     found = moments(collected(model, batches))
     wanted = brute_force(model, batches)
     assert difference(found, wanted) < 1e-10
-    assert difference(in_float32, wanted) < (2e-3 if kind == "t5" else 1e-5)
+    most = 1e-5
+    if kind == "t5":
+        most = 2e-3 if tiny.t5_is_eager() else 1e-3
+    assert difference(in_float32, wanted) < most
     shapes = [weight_of(m).shape for m in find_layers(model).modules.values()]
     assert {s[0] < s[1] for s in shapes} == {True, False}, "one kind of side is not tried"
     if "attention_mask" in batches[0] or kind == "whisper":

@@ -48,7 +48,8 @@ def test_sums_equal_squared_gradients_of_single_examples(kind: str) -> None:
         assert difference(found[statistic], expected) < 1e-10, statistic
         most = 1e-5
         if kind == "t5":
-            most = min(max(most, 3 * difference(by_statistic(own)[statistic], expected)), 2e-3)
+            limit = 2e-3 if tiny.t5_is_eager() else 1e-3
+            most = min(max(most, 3 * difference(by_statistic(own)[statistic], expected)), limit)
         assert difference(in_float32[statistic], expected) < most, statistic
     assert profile.examples == 6
     assert profile.info.targets == targets_by_hand(model, batches)

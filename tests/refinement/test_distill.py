@@ -31,7 +31,8 @@ def test_the_held_out_divergence_falls(name: str) -> None:
     # A divergence is the little that is left of logits in float32.
     assert found.before == pytest.approx(before, rel=1e-4, abs=3e-8)
     assert found.after == pytest.approx(apart(model, dense, [batches[7]]), rel=1e-4, abs=3e-8)
-    assert found.after < (0.96 if name in ("bert-regression", "t5") else 0.9) * found.before
+    slow = name == "bert-regression" or (name == "t5" and tiny.t5_is_eager())
+    assert found.after < (0.96 if slow else 0.9) * found.before
     assert changed(start, model) and not changed(teacher, dense)
     # Three in a batch; of steps that are taken back, as of these two, none are counted.
     least = {"bert-classification": 7, "bert-regression": 4}.get(name, 8)
