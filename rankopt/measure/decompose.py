@@ -7,7 +7,7 @@ dictionary or a folder: no more than the layers in hand are in memory.
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +28,9 @@ from rankopt.model.weights import weight_of as whole_weight_of
 from rankopt.profile.curves import LossCurve
 from rankopt.progress import bar
 
+#: Singular vectors are kept if they fit in this many bytes; without, ``apply`` decomposes again.
+BASES_LIMIT = 2 * 2**30
+
 #: Where arrays go: name -> float32.
 Store = MutableMapping[str, npt.NDArray[Any]]
 
@@ -47,6 +50,34 @@ class ScaledCurve:
     factors: dict[str, float]
     valued: FloatArray | None = None
     rounding: Mapping[Bits, FloatArray] = dataclasses.field(default_factory=dict)
+
+
+def left_out_bytes(
+    layers: Iterable[Layer], backends: Iterable[Backend], form: Form, keep_bases: bool | None
+) -> int:
+    """What the singular vectors would take that are not stored though nobody said so; 0 is none."""
+    size = sum(
+        4 * min(x.out_features, x.in_features) * x.largest_rank(form) * len(x.members)
+        for x in layers
+    )
+    # fwsvd_two_sided keeps two arrays where the others keep one.
+    size *= sum(1 + ("columns" in each.needs) for each in backends if recomputable(each))
+    return size if keep_bases is None and size > BASES_LIMIT else 0
+
+
+def storing(
+    layers: Iterable[Layer], backends: Iterable[Backend], form: Form, keep_bases: bool | None
+) -> Callable[[Backend], bool]:
+    """Which backends' arrays are stored: those that cannot be computed again, or all.
+
+    Args:
+        layers: to decompose.
+        backends: of the profile.
+        form: whose largest rank the arrays reach to.
+        keep_bases: all of them, or no others; None is all if they fit.
+    """
+    fits = keep_bases is None and not left_out_bytes(layers, backends, form, keep_bases)
+    return lambda backend: bool(keep_bases) or fits or not recomputable(backend)
 
 
 def decompose_layers(

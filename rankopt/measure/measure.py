@@ -15,7 +15,6 @@ from torch import nn
 from tqdm import tqdm
 
 from rankopt.backends import find_backends, rounding, valued
-from rankopt.backends.base import Backend, recomputable
 from rankopt.data.mixtures import Mixture
 from rankopt.errors import OptionError, few
 from rankopt.layers import Bits, Form, Layer
@@ -28,6 +27,7 @@ from rankopt.measure.decompose import (
     decompose_layers,
     put_together,
     roundable,
+    storing,
     workers_of,
 )
 from rankopt.measure.estimators import Estimator, Kind, Unit
@@ -49,9 +49,6 @@ Stop = Callable[[Profile, Sequence[float]], tuple[Sequence[float], str | None]]
 
 _SILENT = "are silent on the first batch, and left alone if they are on all"
 
-#: Bases are kept while they fit in this many bytes; beyond, ``apply_plan`` decomposes again.
-BASES_LIMIT = 2 * 2**30
-
 
 def profile_model(
     model: nn.Module,
@@ -72,7 +69,7 @@ def profile_model(
     cross_fit: bool = False,
     form: Form = "pivoted",
     bits: Sequence[Bits] = (),
-    keep_bases: bool = True,
+    keep_bases: bool | None = None,
     store: Store | None = None,
     layers_at_a_time: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -128,8 +125,9 @@ def profile_model(
             pairs. A profile for ``pivoted`` can be planned in pairs too.
         bits: 8, 4: also measure what rounding weights to so many bits loses, of linear layers that
             share their matrix with none: what ``make_plan(bits=...)`` needs. Needs moments.
-        keep_bases: store singular vectors too, so that applying a plan is fast. What a backend
-            needs and could not compute again without the data is always stored.
+        keep_bases: store singular vectors too, so that applying a plan is fast; by default if they
+            take 2 GiB at most. What a backend could not compute again without the data is always
+            stored.
         store: where these arrays go; memory by default. ``rankopt.SpilledArrays`` is a folder.
         layers_at_a_time: collect statistics of so many layers in one pass over the data, and take
             several: for moments that do not fit in memory together.
@@ -184,7 +182,7 @@ def profile_model(
             more = again is not None
             saved = Checkpoint(Path(checkpoint), checkpoint_every, settings, whole=more)
         arrays: Store = {} if store is None else store
-        stored = _storing(subject, chosen.values(), keep_bases)
+        stored = storing(subject.selection.layers, chosen.values(), form, keep_bases)
         decomposed = functools.partial(_decomposed, subject, workers, moments)
         whole, lost = Parts(), dict[str, str]()
         for layers in passes:
@@ -378,18 +376,3 @@ def _passes(
         passes[-1].append(layer)
         heard += speaks
     return passes
-
-
-def _storing(
-    subject: Subject, backends: Iterable[Backend], keep_bases: bool
-) -> Callable[[Backend], bool]:
-    """Which backends' arrays are stored: those that cannot be computed again, or all that fit."""
-    spare = [backend for backend in backends if recomputable(backend)]
-    size = sum(
-        4 * min(x.out_features, x.in_features) * x.largest_rank(subject.form) * len(x.members)
-        for x in subject.selection.layers
-    )
-    # fwsvd_two_sided keeps two arrays where the others keep one.
-    arrays = sum(1 + ("columns" in backend.needs) for backend in spare)
-    fits = keep_bases and size * arrays <= BASES_LIMIT
-    return lambda backend: fits or not recomputable(backend)

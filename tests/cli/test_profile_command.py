@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rankopt import Profile
+from rankopt.measure import decompose
 from tests.cli.test_cli import Run, done, files, run
 
 __all__ = ["files", "run"]
@@ -191,3 +192,22 @@ def test_a_second_round(run: Run, files: Path, tmp_path: Path) -> None:
     ):
         code, out, err = run(*arguments(files, tmp_path / "new", *more))
         assert (code, out) == (2, "") and said in err and not (tmp_path / "new").exists()
+
+
+def test_singular_vectors_that_are_many_are_left_out_and_that_is_said(
+    run: Run, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.safetensors"
+    monkeypatch.setattr(decompose, "BASES_LIMIT", 1000)
+    cases = (
+        (("--backend", "svd"), False),
+        (("--backend", "svd", "--bases"), True),
+        (("--backend", "svd", "--no-bases"), False),
+    )
+    for number, (more, kept) in enumerate(cases):
+        code, _, err = run(*arguments(files, path, *more, "--force"))
+        assert code == 0 and ("singular vectors are not in it, 0.0 GiB" in err) == (number == 0)
+        profile = Profile.load(path)
+        assert bool(profile.kept("svd", profile.info.layers[0].name)) == kept
+    monkeypatch.undo()
+    assert "singular vectors" not in run(*arguments(files, path, *cases[0][0], "--force"))[2]

@@ -143,8 +143,11 @@ def profile(
     ] = None,
     dtype: DtypeOption = "float32",
     bases: Annotated[
-        bool, typer.Option(help="Keep singular vectors: a larger file, a faster apply.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Keep singular vectors: a larger file, a faster apply; by default up to 2 GiB."
+        ),
+    ] = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -179,7 +182,9 @@ def profile(
         refuse_with(ctx, "checkpoint_every", "--layers-at-a-time", "which saves no checkpoints")
     source = asked.read(model)
     from rankopt.apply.compressed import Compressed
+    from rankopt.backends import find_backend
     from rankopt.cli.tables import profile_summary
+    from rankopt.measure.decompose import left_out_bytes
     from rankopt.measure.measure import profile_model
     from rankopt.measure.processes import Processes
     from rankopt.plan.stability import Stability
@@ -237,3 +242,10 @@ def profile(
         else:
             show(profile_summary(found))
         note(f"profile written to {output} ({output.stat().st_size / 2**20:.1f} MiB)")
+        chosen = [find_backend(one.name) for one in found.info.backends]
+        left_out = left_out_bytes(found.info.layers, chosen, found.info.form, bases)
+        if left_out:
+            note(
+                f"singular vectors are not in it, {left_out / 2**30:.1f} GiB: apply decomposes "
+                "again; --bases keeps them"
+            )
