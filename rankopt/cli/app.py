@@ -91,6 +91,10 @@ def main() -> None:
     if not sys.stderr.isatty():
         # Ours hide themselves; those of transformers and datasets want to be told.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Torch's threads wait for each other busily, thirty times as long as this: on a machine
+        # that computes something else, too, for one that is not even running.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Schedulers send it: what is temporary is removed on the way out, as it is after Ctrl-C.
     signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -3,6 +3,9 @@
 import importlib
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -97,3 +100,32 @@ def test_plug_ins_are_loaded(
     # Any function may be a solver; a backend has attributes.
     works = sound is None and group == "rankopt.solvers"
     assert (code, "problem: " in printed) == ((0, False) if works else (2, True))
+
+
+def test_threads_wait_for_each_other_but_shortly_unless_somebody_said_how() -> None:
+    """OpenMP reads the environment when torch is loaded: that must be later."""
+    code = """
+import os, sys
+from rankopt.cli import main
+assert "torch" not in sys.modules
+sys.argv = ["rankopt", "--version"]
+try:
+    main()
+except SystemExit:
+    print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    plain = {name: value for name, value in os.environ.items() if name not in names}
+    for given, wanted in (
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "5"}, "5"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ):
+        said = subprocess.run(
+            [sys.executable, "-c", code],
+            env=plain | given,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said.stdout.split()[-1] == wanted
