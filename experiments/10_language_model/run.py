@@ -189,7 +189,7 @@ def table(found: Mapping[str, Any]) -> str:
         "| strategy | " + " | ".join(f"kept {keep:g}" for keep in keeps) + " |",
         "|---|" + "---|" * len(keeps),
     ]
-    for strategy in dict.fromkeys(line["strategy"] for line in lines):
+    for strategy in _in_order(lines):
         by_keep = {x["keep"]: x for x in lines if x["strategy"] == strategy}
         cells = (_cell(by_keep.get(keep), dense[other], other) for keep in keeps)
         text.append(f"| {strategy} | {' | '.join(cells)} |")
@@ -204,6 +204,12 @@ def table(found: Mapping[str, Any]) -> str:
     ]
     text += _samples(lines, keeps)
     return "\n".join(text) + "\n"
+
+
+def _in_order(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Strategies by backend, whenever they were measured."""
+    named = dict.fromkeys(line["strategy"] for line in lines)
+    return sorted(named, key=lambda text: BACKENDS.index(text.split("@")[1]))
 
 
 def _cell(line: Mapping[str, Any] | None, dense: float, other: str) -> str:
@@ -227,7 +233,7 @@ def _samples(lines: Iterable[Mapping[str, Any]], keeps: Sequence[float]) -> list
         "| strategy | " + " | ".join(f"kept {keep:g}" for keep in keeps) + " |",
         "|---|" + "---|" * len(keeps),
     ]
-    for strategy in dict.fromkeys(line["strategy"] for line in chosen):
+    for strategy in _in_order(chosen):
         by_keep = {x["keep"]: x for x in chosen if x["strategy"] == strategy}
         cells = []
         for x in (by_keep[keep] for keep in keeps):
