@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -120,3 +121,11 @@ def full_profile() -> Profile:
         batch_units=np.array([1.0, 2.0, 1.0, 2.0, 1.0]),
         kept_arrays=kept,
     )
+
+
+def recurved(profile: Profile, backend: str, change: Any) -> dict[str, Any]:
+    """The field ``curves`` with the curve of the third layer changed."""
+    layer = "block.2.proj"
+    curve = profile.curves[backend][layer]
+    changed = {**profile.curves[backend], layer: LossCurve(*change(curve), curve.on_grid)}
+    return {"curves": {**profile.curves, backend: changed}}
