@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
-from rankopt import ModelError, profile_model
+from rankopt import ModelError
 from rankopt.backends.statistics import STATISTICS
 from rankopt.measure.accumulate import Gathered, gather
 from rankopt.measure.collector import Collector
@@ -363,40 +363,6 @@ def test_activation_checkpointing_and_draws_change_no_statistic(reentrant: bool)
     plain, saved = sums(False), sums(True)
     assert plain.keys() == saved.keys()
     assert all(torch.allclose(plain[n], saved[n], rtol=1e-10, atol=1e-14) for n in plain)
-
-
-class SequenceFirst(nn.Module):
-    """Positions in the first dimension, examples in the second."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = self.inner(x.transpose(0, 1)).transpose(0, 1)
-        return out
-
-
-def test_examples_in_another_dimension_are_refused_naming_the_layer() -> None:
-    model = tiny.bert()
-    block = model.bert.encoder.layer[1]
-    block.intermediate.dense = SequenceFirst(block.intermediate.dense)
-    batches = tiny.batches(model, size=4)
-    name = r"bert\.encoder\.layer\.1\.intermediate\.dense\.inner"
-    with pytest.raises(ModelError, match=rf"layer {name}: which example an input belongs to"):
-        profile_model(model, batches)
-    one = profile_model(model, one_by_one(batches))
-    assert one.examples == 8
-
-
-def test_positions_that_all_examples_share_are_refused() -> None:
-    model = tiny.gpt2()
-    with pytest.raises(ModelError, match=r"transformer\.wpe.*batch size 1"):
-        profile_model(model, tiny.batches(model), include=["transformer.wpe"])
-    model = tiny.t5(relative_attention_num_buckets=8)
-    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
-    with pytest.raises(ModelError, match="batch size 1"):
-        profile_model(model, tiny.batches(model, size=4), include=[bias])
 
 
 def test_what_a_layer_does_outside_the_loss_is_an_error_or_nothing() -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, prune
 from rankopt import ModelError, apply_plan, make_plan, profile_model
 from rankopt.plan.stability import Stability
 from tests import tiny
+from tests.measure.exact import one_by_one
 from tests.measure.nets import Batch, Net, data, exact, left, measured, names
 
 
@@ -304,3 +305,37 @@ def test_an_unmerged_adapter_is_refused_before_anything_else() -> None:
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ModelError, match=r"adapter .*get_base_model\(\)"):
         profile_model(peft.get_peft_model(tiny.llama(), prompt), iter(()), progress=False)
+
+
+class SequenceFirst(nn.Module):
+    """Positions in the first dimension, examples in the second."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.inner(x.transpose(0, 1)).transpose(0, 1)
+        return out
+
+
+def test_examples_in_another_dimension_are_refused_naming_the_layer() -> None:
+    model = tiny.bert()
+    block = model.bert.encoder.layer[1]
+    block.intermediate.dense = SequenceFirst(block.intermediate.dense)
+    batches = tiny.batches(model, size=4)
+    name = r"bert\.encoder\.layer\.1\.intermediate\.dense\.inner"
+    with pytest.raises(ModelError, match=rf"layer {name}: which example an input belongs to"):
+        profile_model(model, batches)
+    one = profile_model(model, one_by_one(batches))
+    assert one.examples == 8
+
+
+def test_positions_that_all_examples_share_are_refused() -> None:
+    model = tiny.gpt2()
+    with pytest.raises(ModelError, match=r"transformer\.wpe.*batch size 1"):
+        profile_model(model, tiny.batches(model), include=["transformer.wpe"])
+    model = tiny.t5(relative_attention_num_buckets=8)
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+    with pytest.raises(ModelError, match="batch size 1"):
+        profile_model(model, tiny.batches(model, size=4), include=[bias])
