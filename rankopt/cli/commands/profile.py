@@ -36,7 +36,7 @@ Examples:
   torchrun --nproc-per-node 4 -m rankopt profile ./model \\
     --data train.txt -o p.st
 
-A profile that was interrupted goes on where it was when the same command is called again.
+The same command goes on where a pass over the data was interrupted; decomposing begins again.
 """
 
 
