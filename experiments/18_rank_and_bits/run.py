@@ -231,6 +231,7 @@ def full(names: Sequence[str], data: Path | None, folder: Path) -> None:
     tasks: dict[str, Any] = {}
     for task in TASKS:
         if not names or task.name in names:
+            (folder / task.name).mkdir(parents=True, exist_ok=True)
             tasks[task.name] = run(task, source, data, folder / task.name)
         elif task.name in before:
             tasks[task.name] = before[task.name]
