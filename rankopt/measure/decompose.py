@@ -76,8 +76,9 @@ def storing(
         form: whose largest rank the arrays reach to.
         keep_bases: all of them, or no others; None is all if they fit.
     """
-    fits = keep_bases is None and not left_out_bytes(layers, backends, form, keep_bases)
-    return lambda backend: bool(keep_bases) or fits or not recomputable(backend)
+    left_out = left_out_bytes(layers, backends, form, keep_bases)
+    every = not left_out if keep_bases is None else keep_bases
+    return lambda backend: every or not recomputable(backend)
 
 
 def decompose_layers(

@@ -182,7 +182,7 @@ def profile(
         refuse_with(ctx, "checkpoint_every", "--layers-at-a-time", "which saves no checkpoints")
     source = asked.read(model)
     from rankopt.apply.compressed import Compressed
-    from rankopt.backends import find_backend
+    from rankopt.backends import find_backends
     from rankopt.cli.tables import profile_summary
     from rankopt.measure.decompose import left_out_bytes
     from rankopt.measure.measure import profile_model
@@ -242,8 +242,8 @@ def profile(
         else:
             show(profile_summary(found))
         note(f"profile written to {output} ({output.stat().st_size / 2**20:.1f} MiB)")
-        chosen = [find_backend(one.name) for one in found.info.backends]
-        left_out = left_out_bytes(found.info.layers, chosen, found.info.form, bases)
+        measured = find_backends(found.backends).values()
+        left_out = left_out_bytes(found.info.layers, measured, found.info.form, bases)
         if left_out:
             note(
                 f"singular vectors are not in it, {left_out / 2**30:.1f} GiB: apply decomposes "
