@@ -35,8 +35,6 @@ PAGES = {
 HOME = {"README.md": "index.md", ".": "index.md"}
 COMMANDS = "<!-- every command, from its own help -->"
 _LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))|(?<=src=\")([^\"]+)(?=\")")
-#: An experiment may write several; they are a part of its page.
-_TABLE = re.compile(r"/table\w*\.md$")
 _FENCE = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
 _DRAWING = re.compile(r"^!\[([^\]]*)\]\(([^)\s]+\.svg)\)$", re.MULTILINE)
 
@@ -102,13 +100,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     pages = {**PAGES, **_experiments(), **_notebooks()}
     sources = {target: source for source, target in pages.items()}
     source = sources.get(uri, f"docs/{uri}")
-    folder = ROOT / posixpath.dirname(source)
-    tables = sorted(folder.glob("table*.md"))
-    if uri in _experiments().values() and tables:
-        text = "\n\n".join(table.read_text(encoding="utf-8") for table in tables)
-        # Their headings, if they have any, are below the one that they get here.
-        figures = re.sub(r"^#", "##", text, flags=re.MULTILINE)
-        pictures = [f"![{path.stem}]({path.name})" for path in sorted(folder.glob("*.png"))]
+    table = ROOT / posixpath.dirname(source) / "table.md"
+    if uri in _experiments().values() and table.exists():
+        # Its headings, if it has any, are below the one that it gets here.
+        figures = re.sub(r"^#", "##", table.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        pictures = [f"![{path.stem}]({path.name})" for path in sorted(table.parent.glob("*.png"))]
         markdown += "\n\n".join(["", "## Figures", figures, *pictures])
     markdown = markdown.replace(COMMANDS, _commands() if COMMANDS in markdown else "")
     parts = _FENCE.split(markdown)
@@ -142,14 +138,15 @@ def _linked(link: str, source: str, uri: str, config: MkDocsConfig, files: Files
             found = f"files/{wanted}"
             if files.get_file_from_path(found) is None:
                 files.append(File.generated(config, found, abs_src_path=str(path)))
-    if _TABLE.search(wanted) and not anchor:
+    if wanted.endswith("/table.md") and not anchor:
         hash_, anchor = "#", "figures"
     return posixpath.relpath(found, posixpath.dirname(uri) or ".") + hash_ + anchor
 
 
 def _page_of(wanted: str) -> str | None:
     pages = {**HOME, **PAGES, **_experiments()}
-    wanted = _TABLE.sub("/README.md", wanted)
+    if wanted.endswith("/table.md"):
+        wanted = wanted.replace("table.md", "README.md")
     return pages.get(wanted, pages.get(f"{wanted}/README.md"))
 
 

@@ -20,15 +20,14 @@ WORDS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of the model, its data, and what is planned."""
+    """Of the model, its data and its ranks."""
 
     blocks: int = 32
     hidden: int = 4096
     wide: int = 11008
     heads: int = 32
     vocabulary: int = 32000
-    planned: tuple[str, ...] = ("0.self_attn.q_proj", "0.mlp.up_proj", "0.mlp.down_proj")
-    windows: int = 1
+    windows: int = 4
     tokens: int = 32
     rank_multiple: int = 64
     killed_after: int = 60
