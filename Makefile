@@ -10,9 +10,13 @@ RUN := HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 PYTEST := OMP_NUM_THREADS=1 $(RUN) $(VENV)/bin/python -m pytest -n auto --dist worksteal
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# Some have nothing to keep between two runs. ONLY="09_glue 10_language_model" runs these.
+# Some have nothing to keep between two runs. ONLY="09_glue 10_language_model" runs these; DATA=FOLDER takes the data
+# sets from there (sst2/train.tsv, ..., wikitext2/test.raw.txt, ...) and not through the datasets library.
 ONLY ?= $(notdir $(patsubst %/run.py,%,$(sort $(wildcard experiments/*/run.py))))
 WITHOUT_FOLDER := 01_exactness 02_profile_cost 08_faults 16_other_solvers
+DATA ?=
+WITH_DATA := 03_estimators 05_backends 09_glue 10_language_model 12_forms 13_refinement 14_classifiers 15_domains \
+    18_rank_and_bits 19_lora
 
 .PHONY: demo test test-slow test-all test-min lint docs notebooks dist experiments clean
 
@@ -30,9 +34,11 @@ test-all: $(VENV)/.test
 
 experiments: $(VENV)/.experiments
 	@set -e; for name in $(ONLY); do \
-	    case " $(WITHOUT_FOLDER) " in *" $$name "*) kept= ;; *) kept="--folder .experiments/$$name" ;; esac; \
+	    set --; \
+	    case " $(WITHOUT_FOLDER) " in *" $$name "*) ;; *) set -- --folder ".experiments/$$name" ;; esac; \
+	    case " $(if $(DATA),$(WITH_DATA)) " in *" $$name "*) set -- "$$@" --data "$(DATA)" ;; esac; \
 	    echo "== $$name"; mkdir -p ".experiments/$$name"; \
-	    PYTHONUNBUFFERED=1 $(VENV)/bin/python "experiments/$$name/run.py" $$kept; \
+	    PYTHONUNBUFFERED=1 $(VENV)/bin/python "experiments/$$name/run.py" "$$@"; \
 	done
 
 # The oldest versions that pyproject.toml promises, each at its lower bound; uv finds them. torch comes from the

@@ -1,52 +1,101 @@
-"""Tables that take hours: each row is written when it is measured, and not measured again."""
+"""Tables that take hours: a row is kept in a folder once it is measured, and not measured again."""
 
 import dataclasses
 import json
+import math
 import platform
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rankopt.files import whole_file
+
 
 def measure_rows(
     here: Path,
+    folder: Path,
     rows: Iterable[Any],
     dense: Callable[[], Mapping[str, float]],
     measure: Callable[[Any], Mapping[str, Any]],
     table: Callable[[Mapping[str, Any]], str],
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Bring results.json and table.md of an experiment up to date, row by row.
+    """Measure the rows that a folder lacks, and write results.json and table.md after each.
+
+    Rows of results.json that the folder lacks stay, unless the dense model's losses are others than
+    theirs: then they are of another model or text. A folder whose settings were others is refused.
 
     Args:
-        here: folder of the experiment.
-        rows: dataclasses; one is there if all its fields are those of a row in results.json.
+        here: folder of the experiment, where results.json and table.md are.
+        folder: keeps what was measured, as rows.json.
+        rows: dataclasses; one is there if all its fields are those of a row that is kept.
         dense: the dense model's losses; asked once.
         measure: a row -> what is written beside its fields.
         table: what results.json holds, as Markdown.
+        settings: written into results.json beside the versions.
 
     Returns:
         What results.json holds.
     """
-    file = here / "results.json"
-    found: dict[str, Any] = {"rows": []}
-    if file.exists():
-        found = json.loads(file.read_text("utf-8"))
+    file, kept = here / "results.json", folder / "rows.json"
+    if kept.exists():
+        state: dict[str, Any] = json.loads(kept.read_text("utf-8"))
+        if state["settings"] != settings:
+            sys.exit(
+                f"{kept}: measured with {state['settings']}, not {settings}; give another --folder"
+            )
     else:
-        found["dense"] = dense()
-    found["settings"] = {name: version(name) for name in ("rankopt", "torch", "transformers")} | {
-        "python": platform.python_version(),
-        "command": f"python experiments/{here.name}/run.py",
+        state = {"settings": settings, "dense": dict(dense()), "rows": []}
+    before: list[dict[str, Any]] = []
+    if file.exists():
+        published = json.loads(file.read_text("utf-8"))
+        before = published["rows"] if _alike(published["dense"], state["dense"]) else []
+    found = {
+        "rows": before,
+        "dense": state["dense"],
+        "settings": {name: version(name) for name in ("rankopt", "torch", "transformers")}
+        | {
+            "python": platform.python_version(),
+            "command": f"python experiments/{here.name}/run.py",
+        }
+        | settings,
     }
     for row in rows:
         fields = dataclasses.asdict(row)
-        if any(each.items() >= fields.items() for each in found["rows"]):
-            continue
-        measured = measure(row)
-        assert fields.keys().isdisjoint(measured), f"{row}: a measure has the name of a field"
-        found["rows"].append({**fields, **measured})
-        print(row, {name: found["rows"][-1][name] for name in found["dense"]}, flush=True)
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (here / "table.md").write_text(table(found), encoding="utf-8")
+        known = _of(fields, state["rows"])
+        if known is None:
+            measured = measure(row)
+            assert fields.keys().isdisjoint(measured), f"{row}: a measure has the name of a field"
+            known = {**fields, **measured}
+            print(row, {name: known[name] for name in found["dense"]}, flush=True)
+            state["rows"].append(known)
+            _write(kept, json.dumps(state, indent=1) + "\n")
+        earlier = _of(fields, found["rows"])
+        if earlier is None:
+            found["rows"].append(known)
+        else:
+            found["rows"][found["rows"].index(earlier)] = known
+        _write(file, json.dumps(found, indent=1) + "\n")
+        _write(here / "table.md", table(found))
     print(table(found))
     return found
+
+
+def _of(fields: Mapping[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row with these fields."""
+    return next((row for row in rows if row.items() >= fields.items()), None)
+
+
+def _alike(some: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether they are the same losses but for rounding."""
+    return some.keys() == other.keys() and all(
+        math.isclose(some[name], other[name], rel_tol=1e-4) for name in some
+    )
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it or nothing."""
+    with whole_file(file) as whole:
+        whole.write_text(text, encoding="utf-8")

@@ -267,12 +267,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the model and what is measured there")
     wikitext.add_options(parser)
     parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
+    given = wikitext.parsed(parser)
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         files = given.calibration, given.held_out
         size = QUICK if given.quick else Settings()
         found = experiment(prepared(folder, size, given.quick, files, given.device))
+        named = zip(files, ("validation", "test"), strict=True)
+        found["settings"]["texts"] = [wikitext.named(file, split) for file, split in named]
     check(found)
     print(table(found))
     if not given.quick:

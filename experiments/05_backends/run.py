@@ -157,7 +157,7 @@ def full(only: list[str], folder: Path, calibration: Path | None, held_out: Path
         (0.8, 0.65),
         tuple(only) or BACKENDS,
     )
-    found["settings"]["command"] = "python experiments/05_backends/run.py"
+    found["settings"] |= {"command": "python experiments/05_backends/run.py", "texts": given.texts}
     if only:
         before = json.loads((HERE / "results.json").read_text("utf-8"))
         same = math.isclose(before["dense"], found["dense"], rel_tol=1e-5)

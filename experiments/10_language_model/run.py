@@ -287,6 +287,7 @@ def full(given: argparse.Namespace, folder: Path) -> None:
         "model": given.model or "SmolLM2-135M-Instruct",
     }
     settings |= {"protocol": dataclasses.asdict(cut), "dtype": given.dtype}
+    settings["held_out"] = wikitext.named(given.held_out, "test")
     place = folder if given.model else HERE
     text = json.dumps({"settings": settings, **found}, indent=1) + "\n"
     # The measured plans themselves are results.json of the folder.
@@ -343,7 +344,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="whose strategies")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    wikitext.run(parser, quick, full)
+    wikitext.run(parser, quick, full, ("test",))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python experiments/11_latency/run.py --device cuda           on a GPU, beside the CPU's figures
     python experiments/11_latency/run.py --quick                 a tiny random model, no figure
 
-Writes results.json and table.md beside this file (not with --quick), one row after the other; rows
-that are there are not measured again.
+Writes results.json and table.md beside this file (not with --quick), one row after the other;
+--folder keeps them, too, and they are not measured again.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def full(device: str, dtype: str, folder: Path) -> None:
         for form in FORMS
     ]
     whole = functools.partial(measure, dense, compressed, loads=LOADS, rounds=5)
-    resumable.measure_rows(HERE, rows, dict, whole, table)
+    resumable.measure_rows(HERE, folder, rows, dict, whole, table)
 
 
 def quick() -> None:
@@ -215,6 +215,7 @@ def quick() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         found = resumable.measure_rows(
             Path(temporary),
+            Path(temporary),
             rows,
             dict,
             lambda row: measure(dense, compressed, row, loads, 2),
@@ -228,7 +229,7 @@ def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--folder", type=Path, help="keep the model there")
+    parser.add_argument("--folder", type=Path, help="keep the model and what is measured there")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32")
     given = parser.parse_args()

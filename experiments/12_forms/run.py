@@ -179,6 +179,7 @@ def full(only: str | None, folder: Path, calibration: Path | None, held_out: Pat
     if only in (None, "loss"):
         given = wikitext.protocol(folder, calibration, held_out)
         found["loss"] = losses(given.model, given.calibration, given.held_out, KEEPS)
+        found["texts"] = given.texts
         check(found, loosely=False)
     if only in (None, "latency"):
         found["latency"] = latencies(SHAPES, TOKENS, 15)

@@ -6,9 +6,10 @@
 WikiText-2 comes through the datasets library, or from text files:
 
     python experiments/13_refinement/run.py --calibration valid.txt --held-out test.txt
+    python experiments/13_refinement/run.py --data FOLDER             wikitext2/valid.raw.txt, ...
 
-Writes results.json and table.md beside this file (not with --quick) after each row; rows that are
-there are not measured again, so an interruption costs one.
+Writes results.json and table.md beside this file (not with --quick) after each row; --folder
+keeps them, too, and they are not measured again, so an interruption costs one.
 """
 
 import argparse
@@ -289,14 +290,20 @@ def full(
         given.held_out,
         python_help(given.tokenizer),
     )
-    measured_rows(HERE, work, (row for part in parts for row in PARTS[part]))
+    rows = (row for part in parts for row in PARTS[part])
+    measured_rows(HERE, folder, work, rows, texts=given.texts)
 
 
-def measured_rows(here: Path, work: Work, rows: Iterable[Row]) -> dict[str, Any]:
+def measured_rows(
+    here: Path, folder: Path, work: Work, rows: Iterable[Row], **settings: Any
+) -> dict[str, Any]:
     """See resumable."""
-    return resumable.measure_rows(
-        here, rows, lambda: work.measured(work.model), lambda row: measure(work, row), table
-    )
+
+    def dense() -> Mapping[str, float]:
+        return work.measured(work.model)
+
+    one = functools.partial(measure, work)
+    return resumable.measure_rows(here, folder, rows, dense, one, table, **settings)
 
 
 def quick() -> None:
@@ -313,8 +320,9 @@ def quick() -> None:
     rows = [Row(method, 0.8, refined, 4) for method in methods for refined in ("", "distill")]
     rows.append(Row("anchored 0.5/pairs", 0.8, "blocks", 4))
     with tempfile.TemporaryDirectory() as temporary:
-        found = measured_rows(Path(temporary), work, rows)
-        assert found == measured_rows(Path(temporary), work, rows), "rows are measured twice"
+        here = Path(temporary)
+        found = measured_rows(here, here, work, rows)
+        assert found == measured_rows(here, here, work, rows), "rows are measured twice"
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ WikiText-2 comes through the datasets library, or from text files:
     python experiments/15_domains/run.py --calibration valid.txt --held-out test.txt
 
 The other texts are Python's help and sources of its standard library. Writes results.json and
-table.md beside this file (not with --quick) after each row; rows that are there are not measured
-again.
+table.md beside this file (not with --quick) after each row; --folder keeps them, too, and they are
+not measured again.
 """
 
 import argparse
@@ -173,14 +173,19 @@ def full(folder: Path, calibration: Path | None, held_out: Path | None) -> None:
     rest = [batch for batch in every if tuple(batch["input_ids"][0].tolist()) not in shown]
     assert len(rest) == len(every) - 16
     work = Work(given.model, (single(given.text, batch_size=1), rest), measured)
-    measured_rows(HERE, work, ROWS)
+    measured_rows(HERE, folder, work, ROWS, texts=given.texts)
 
 
-def measured_rows(here: Path, work: Work, rows: Iterable[Row]) -> dict[str, Any]:
+def measured_rows(
+    here: Path, folder: Path, work: Work, rows: Iterable[Row], **settings: Any
+) -> dict[str, Any]:
     """See resumable."""
-    return resumable.measure_rows(
-        here, rows, lambda: work.measured(work.model), lambda row: measure(work, row), table
-    )
+
+    def dense() -> Mapping[str, float]:
+        return work.measured(work.model)
+
+    one = functools.partial(measure, work)
+    return resumable.measure_rows(here, folder, rows, dense, one, table, **settings)
 
 
 def quick() -> None:
@@ -194,8 +199,9 @@ def quick() -> None:
     work = Work(model, (batches[:3], batches[3:6]), held_out)
     rows = (Row(2, 0), Row(1, 1), Row(1, 1, 0.1), Row(1, 1, learn=4))
     with tempfile.TemporaryDirectory() as temporary:
-        found = measured_rows(Path(temporary), work, rows)
-        assert found == measured_rows(Path(temporary), work, rows), "rows are measured twice"
+        here = Path(temporary)
+        found = measured_rows(here, here, work, rows)
+        assert found == measured_rows(here, here, work, rows), "rows are measured twice"
     same, other = found["rows"][1], found["rows"][2]
     assert any(same[name] != other[name] for name in TEXTS), "the damping changes nothing"
     assert all(len(text) > 1000 for text in sources())

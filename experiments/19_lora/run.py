@@ -9,8 +9,8 @@ SST-2 comes through the datasets library, or from a folder with sst2/train.tsv a
 
     python experiments/19_lora/run.py --data glue --folder lora-run
 
-With --folder, profiles are kept there. Writes results.json and table.md beside this file (not with
---quick), row by row: rows that are there are not measured again.
+Profiles and rows are kept in --folder, and not measured again. Writes results.json and table.md
+beside this file (not with --quick), row by row.
 """
 
 import argparse
@@ -298,7 +298,8 @@ def run(size: Size, here: Path, source: str, data: Path | None, folder: Path) ->
     """Measure what is not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(size, source, data, folder)
-    return measure_rows(here, rows_to_measure(size), bench.head_alone, bench.measure, table)
+    rows = rows_to_measure(size)
+    return measure_rows(here, folder, rows, bench.head_alone, bench.measure, table)
 
 
 def quick(folder: Path) -> None:
@@ -330,7 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--data", type=Path, help="a folder with the TSV files of GLUE")
-    parser.add_argument("--folder", type=Path, help="keep profiles there")
+    parser.add_argument("--folder", type=Path, help="keep profiles and what is measured there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.quick:
