@@ -35,7 +35,8 @@ def parsed(
     if given.data is not None:
         found = files_in(given.data / "wikitext2", splits)
         if found is None:
-            parser.error(f"{given.data}: no wikitext2/ with {' and '.join(splits)}.raw.txt in it")
+            names = " and ".join(f"wikitext2/{split}.raw.txt" for split in splits)
+            parser.error(f"{given.data}: wanted are {names}, or .tokens.txt instead of .raw.txt")
         given.calibration = given.calibration or found.get("valid")
         given.held_out = given.held_out or found["test"]
     return given
