@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import math
-import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rankopt.files import whole_file
+from published import provenance, publish, write
 
 
 def measure_rows(
@@ -40,6 +38,7 @@ def measure_rows(
         What results.json holds.
     """
     file, kept = here / "results.json", folder / "rows.json"
+    how = provenance(here, folder=folder)
     if kept.exists():
         state: dict[str, Any] = json.loads(kept.read_text("utf-8"))
         if state["settings"] != settings:
@@ -48,20 +47,12 @@ def measure_rows(
             )
     else:
         state = {"settings": settings, "dense": dict(dense()), "rows": []}
-    before: list[dict[str, Any]] = []
+    before: dict[str, Any] = {"rows": []}
     if file.exists():
         published = json.loads(file.read_text("utf-8"))
-        before = published["rows"] if _alike(published["dense"], state["dense"]) else []
-    found = {
-        "rows": before,
-        "dense": state["dense"],
-        "settings": {name: version(name) for name in ("rankopt", "torch", "transformers")}
-        | {
-            "python": platform.python_version(),
-            "command": f"python experiments/{here.name}/run.py",
-        }
-        | settings,
-    }
+        before = published if _alike(published["dense"], state["dense"]) else before
+    found = {"settings": settings, "dense": state["dense"], "rows": [*before["rows"]]}
+    made: dict[str, Any] = found
     for row in rows:
         fields = dataclasses.asdict(row)
         known = _of(fields, state["rows"])
@@ -71,16 +62,16 @@ def measure_rows(
             known = {**fields, **measured}
             print(row, {name: known[name] for name in found["dense"]}, flush=True)
             state["rows"].append(known)
-            _write(kept, json.dumps(state, indent=1) + "\n")
+            write(kept, json.dumps(state, indent=1) + "\n")
         earlier = _of(fields, found["rows"])
         if earlier is None:
             found["rows"].append(known)
         else:
             found["rows"][found["rows"].index(earlier)] = known
-        _write(file, json.dumps(found, indent=1) + "\n")
-        _write(here / "table.md", table(found))
+        whole = all(each in state["rows"] for each in found["rows"])
+        made = publish(here, how, found, table(found), None if whole else before)
     print(table(found))
-    return found
+    return made
 
 
 def _of(fields: Mapping[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
@@ -93,9 +84,3 @@ def _alike(some: Mapping[str, float], other: Mapping[str, float]) -> bool:
     return some.keys() == other.keys() and all(
         math.isclose(some[name], other[name], rel_tol=1e-4) for name in some
     )
-
-
-def _write(file: Path, text: str) -> None:
-    """All of it or nothing."""
-    with whole_file(file) as whole:
-        whole.write_text(text, encoding="utf-8")

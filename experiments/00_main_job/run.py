@@ -9,7 +9,6 @@ split, the windows and the generation are deterministic.
 
 import argparse
 import io
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from pictures import keep_pictures  # noqa: E402 (beside the folders of the experiments)
+from published import provenance, publish  # noqa: E402
 
 #: Pictures of the README.
 SHOWN = ("frontier.png", "ranks_1.png")
@@ -31,18 +31,17 @@ def full(folder: Path) -> None:
     from rankopt.profile.profile import Profile
     from rankopt.results import summarise
 
+    how = provenance(HERE, folder=folder)
     result = run_demo(folder)
     check(result.to_dict(), dense_loss=result.results.dense.loss)
     printed = io.StringIO()
     results = result.results
     Console(file=printed, width=200).print(comparison(summarise(results), results.dense))
     table = "".join(f"{x.rstrip()}\n" for x in printed.getvalue().splitlines() if x.strip())
-    (HERE / "table.md").write_text(table, encoding="utf-8")
     profile = Profile.load(folder / "profile.safetensors")
     shown = {name: HERE / name for name in SHOWN}
     keep_pictures(shown, profile, {"exact at 0.8": result.plan}, results)
-    text = json.dumps(result.to_dict(), indent=1) + "\n"
-    (HERE / "results.json").write_text(text, encoding="utf-8")
+    publish(HERE, how, result.to_dict(), table)
 
 
 def quick(folder: Path) -> None:

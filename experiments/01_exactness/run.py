@@ -14,10 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy; CPU seconds are o
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import math
-import platform
 import sys
 import tempfile
 import time
@@ -35,6 +33,9 @@ import tables
 from cases import Case, cases
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import published  # noqa: E402 (beside the folders of the experiments)
+
 #: HiGHS solves larger cases at BIG_KEEP only; knapsack is compared up to this many options.
 BIG, BIG_KEEP = 100_000, 0.5
 GRID_LIMIT, KNAPSACK_LIMIT = 10.0, 5.0
@@ -252,13 +253,10 @@ def again(found: Found, new: Sequence[claims.Claim], before: Row) -> Found:
     return found
 
 
-def write(found: Found, settings: Settings, seconds: float, folder: Path, command: str) -> None:
+def write(found: Found, settings: Settings, seconds: float, folder: Path, how: Row) -> None:
     """results.json, a row on each line, and table.md."""
-    packages = ("numpy", "scipy", "cvxpy", "highspy")
     head = {
-        "command": command,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "made": how,
         "seed": instances.SEED,
         "settings": dataclasses.asdict(settings),
         "highs_relative_gap": {"full": milp.RELATIVE_GAP, "grid": milp.DEFAULT_GAP},
@@ -272,9 +270,9 @@ def write(found: Found, settings: Settings, seconds: float, folder: Path, comman
     }  # fmt: skip
     for name, lines in parts.items():
         text += f',\n "{name}": [\n' + ",\n".join("  " + json.dumps(x) for x in lines) + "\n ]"
-    (folder / "results.json").write_text(text + "\n}\n", encoding="utf-8")
+    published.write(folder / "results.json", text + "\n}\n")
     table = tables.document(found.rows, found.concave, found.verdicts, found.left_out)
-    (folder / "table.md").write_text(table, encoding="utf-8")
+    published.write(folder / "table.md", f"{table.rstrip()}\n\n{published.footer(how)}\n")
 
 
 def main() -> None:
@@ -307,7 +305,8 @@ def main() -> None:
         settings = Settings(
             (0.2, 0.5, 0.8), (1, 16, 64), given.highs_limit, given.workers, watched=1, budgets=200
         )
-    command = " ".join(["python", "experiments/01_exactness/run.py", *sys.argv[1:]])
+    how = published.provenance(HERE, "numpy", "scipy", "cvxpy", "highspy")
+    how["command"] = " ".join([how["command"], *sys.argv[1:]])
     rows, verdicts = [], []
     if not given.watch_again:
         pivoted = ("tiny", (0.75, 0.5)) if given.quick else ("llama-70b", (0.8, 0.5))
@@ -316,8 +315,9 @@ def main() -> None:
         before = json.loads((given.results / "results.json").read_text(encoding="utf-8"))
         verdicts += watch(watched, settings) if given.watch_again else []
         found, skipped = again(Found(concave=rows), verdicts, before), []
-        earlier = [part for part in before["command"].split("; ") if part != command]
-        command, started = "; ".join([*earlier, command]), started - before["wall_seconds"]
+        commands = [*before["made"]["command"].split("; "), how["command"]]
+        how = published.beside(how, before) | {"command": "; ".join(dict.fromkeys(commands))}
+        started -= before["wall_seconds"]
     else:
         with tempfile.TemporaryDirectory() as temporary:
             found = study(chosen, watched, settings, Path(temporary))
@@ -325,7 +325,7 @@ def main() -> None:
         found.verdicts += verdicts
     found.left_out += [f"{name}: its package is not installed" for name in skipped]
     if not given.quick:
-        write(found, settings, time.perf_counter() - started, given.results, command)
+        write(found, settings, time.perf_counter() - started, given.results, how)
     for note in found.left_out:
         print(f"left out: {note}")
     for claim in found.verdicts:

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,9 @@ from timing import interleaved, ratio
 from rankopt.measure.collector import Collector
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from published import provenance, publish  # noqa: E402 (beside the folders of the experiments)
+
 PARTS = ("cost", "memory", "spectra", "iterations")
 ROUNDS, QUICK_ROUNDS = 3, 2
 #: Relative to the largest row of a layer.
@@ -146,11 +148,12 @@ def _status(key: str) -> int:
 def full(folder: Path, parts: Sequence[str]) -> None:
     """Run parts and keep the others; both files are written after each."""
     results = folder / "results.json"
-    found: Row = json.loads(results.read_text("utf-8")) if results.is_file() else {}
+    before: Row = json.loads(results.read_text("utf-8")) if results.is_file() else {}
+    found = dict(before)
     for part in parts:
         print(part, flush=True)
         found[part] = measured(part)
-        write(folder, found)
+        write(folder, found, None if set(parts) == {*PARTS} else before)
     print(goals.goals_table(found["goals"]))
 
 
@@ -170,10 +173,8 @@ def measured(part: str) -> list[Row] | Row:
     return rows
 
 
-def write(folder: Path, found: Row) -> None:
+def write(folder: Path, found: Row, earlier: Row | None) -> None:
     """Both files, of the parts that there are."""
-    names = ("torch", "transformers", "opacus", "backpack-for-pytorch")
-    found["versions"] = {name: _version(name) for name in names}
     found["rounds"] = ROUNDS
     promised: list[goals.Goal] = []
     tables: list[str] = []
@@ -192,18 +193,10 @@ def write(folder: Path, found: Row) -> None:
         # As they are after a round trip through JSON, whichever part was run now.
         tables += [goals.iterations_table(json.loads(json.dumps(found["iterations"])))]
     found["goals"] = [goal.row() for goal in promised]
-    (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if promised:
         tables.insert(0, goals.goals_table(found["goals"]))
-    text = "\n".join(tables)
-    (folder / "table.md").write_text(text, encoding="utf-8")
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except ImportError:
-        return "not installed"
+    how = provenance(HERE, "opacus", "backpack-for-pytorch")
+    publish(folder, how, found, "\n".join(tables), earlier)
 
 
 def quick() -> None:

@@ -18,12 +18,10 @@ import hashlib
 import json
 import math
 import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from shortcuts import Rows
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import wikitext  # noqa: E402 (beside the folders of the experiments)
+from published import provenance, publish  # noqa: E402
 
 QUICK = Settings(keep=0.7, windows=16, held_out=4, tokens=12)
 
@@ -103,12 +102,7 @@ def experiment(work: Work) -> dict[str, Any]:
     reference = rows_of(work, "exact")
     again = shortcuts.mean_of(one_by_one(work).windows)
     found: dict[str, Any] = {
-        "settings": {
-            **dataclasses.asdict(work.size),
-            **{name: version(name) for name in ("rankopt", "torch", "transformers")},
-            "python": platform.python_version(),
-            "data_digest": work.profile.info.data_digest,
-        },
+        "settings": dataclasses.asdict(work.size) | {"data_digest": work.profile.info.data_digest},
         "dense": evaluate(work.model, work.held_out).loss,
         "autograd_difference": max(
             float(abs(again[name] - wanted).max() / wanted.max())
@@ -272,14 +266,14 @@ def main() -> None:
         folder = given.folder or Path(temporary)
         files = given.calibration, given.held_out
         size = QUICK if given.quick else Settings()
+        how = provenance(HERE, folder=folder)
         found = experiment(prepared(folder, size, given.quick, files, given.device))
         named = zip(files, ("validation", "test"), strict=True)
         found["settings"]["texts"] = [wikitext.named(file, split) for file, split in named]
     check(found)
     print(table(found))
     if not given.quick:
-        write(HERE / "results.json", found)
-        (HERE / "table.md").write_text(table(found), encoding="utf-8")
+        publish(HERE, how, found, table(found))
     print("ok")
 
 

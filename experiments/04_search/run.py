@@ -12,20 +12,19 @@ searches is killed with kill -9 on the way and resumed.
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from published import provenance, publish  # noqa: E402 (beside the folders of the experiments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +180,7 @@ def table(found: dict[str, Any]) -> str:
 
 def full(folder: Path, on: str, quick: bool, device: str) -> None:
     """Search with every sampler and seed, test the winners, check the promises."""
-    size = settings(on, quick)
+    size, how = settings(on, quick), provenance(HERE, "optuna", "cmaes", folder=folder)
     made = prepared(folder, size, quick, device)
     options = ["--on", on, *(["--quick"] if quick else []), "--device", device]
     before = killed(folder, size, options)
@@ -203,9 +202,7 @@ def full(folder: Path, on: str, quick: bool, device: str) -> None:
     losses = {n: t.loss for t in resumed.found.trials for n in t.source.split(" = ")}
     marks = sorted({n for n in (10, 20, 30, size.trials) if n <= size.trials})
     found = {
-        "settings": dataclasses.asdict(size)
-        | {name: version(name) for name in ("torch", "transformers", "optuna", "cmaes")}
-        | {"python": platform.python_version(), "profile_digest": made[1].digest()},
+        "settings": dataclasses.asdict(size) | {"profile_digest": made[1].digest()},
         "killed_after": before,
         "measured_after_resuming": resumed.found.measured_now,
         "dense": {"search": resumed.dense.loss, "test": dense},
@@ -229,9 +226,7 @@ def full(folder: Path, on: str, quick: bool, device: str) -> None:
     print(table(found))
     if not quick:
         of_table = "table.md" if on == "fwsvd" else f"{size.name}.md"
-        (HERE / of_table).write_text(table(found), encoding="utf-8")
-        text = json.dumps(found, indent=1) + "\n"
-        (HERE / f"{size.name}.json").write_text(text, encoding="utf-8")
+        publish(HERE, how, found, table(found), names=(f"{size.name}.json", of_table))
 
 
 def main() -> None:

@@ -15,16 +15,15 @@ several times, the rows of the others stay what they were.
 import argparse
 import json
 import math
-import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import wikitext  # noqa: E402 (beside the folders of the experiments)
+from published import provenance, publish  # noqa: E402
 
 BACKENDS = ("svd", "fwsvd", "fwsvd_two_sided", "tfwsvd", "whitened", "kronecker")
 #: Strategy and scale; None is the backend's default. The others are the backend's own error.
@@ -82,10 +81,6 @@ def measured(
     errors = sorted(profile.standard_errors().values())
     return {
         "settings": {
-            "rankopt": version("rankopt"),
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
             "estimator": profile.info.estimator,
             "unit": profile.info.unit,
             "examples": profile.info.examples,
@@ -149,6 +144,7 @@ def table(found: dict[str, Any]) -> str:
 
 def full(only: list[str], folder: Path, calibration: Path | None, held_out: Path | None) -> None:
     """SmolLM2 on WikiText-2: 32 windows of 256 tokens to calibrate, 16 to measure."""
+    how = provenance(HERE, folder=folder)
     given = wikitext.protocol(folder, calibration, held_out)
     found = measured(
         given.model,
@@ -157,15 +153,15 @@ def full(only: list[str], folder: Path, calibration: Path | None, held_out: Path
         (0.8, 0.65),
         tuple(only) or BACKENDS,
     )
-    found["settings"] |= {"command": "python experiments/05_backends/run.py", "texts": given.texts}
+    found["settings"]["texts"] = given.texts
+    before: dict[str, Any] | None = None
     if only:
         before = json.loads((HERE / "results.json").read_text("utf-8"))
         same = math.isclose(before["dense"], found["dense"], rel_tol=1e-5)
         assert same, "another model or text: run it whole"
         others = [row for row in before["rows"] if row["backend"] not in only]
         found = before | {"rows": sorted([*others, *found["rows"]], key=_place)}
-    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (HERE / "table.md").write_text(table(found), encoding="utf-8")
+    publish(HERE, how, found, table(found), before)
     print(table(found))
     check(found, loosely=False)
 

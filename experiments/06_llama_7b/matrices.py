@@ -182,8 +182,6 @@ def collected(
     stage: Callable[[dict[str, Any], str], AbstractContextManager[dict[str, Any]]],
 ) -> dict[str, Any]:
     """A window through one random block in bfloat16: rows of all layers, then moments in parts."""
-    from importlib.metadata import version
-
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from rankopt.measure.accumulate import gather
@@ -219,8 +217,7 @@ def collected(
             _require_all(gather(model, some, batches, objective, needs).sums, some)
     with stage(found, "and moments, all layers at once"):
         _require_all(gather(model, modules, batches, objective, needs).sums, modules)
-    settings = {name: version(name) for name in ("rankopt", "torch", "transformers")}
-    return {"settings": {**dataclasses.asdict(sizes), **settings}, "stages": found}
+    return {"settings": dataclasses.asdict(sizes), "stages": found}
 
 
 def _require_all(sums: Mapping[str, Any], modules: Mapping[str, Any]) -> None:

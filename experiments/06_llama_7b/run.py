@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,6 @@ from matrices import Sizes, Stopwatch
 from tables import table
 
 from rankopt.backends import find_backend
-from rankopt.files import whole_file
 from rankopt.layers import Layer, fingerprint
 from rankopt.measure.decompose import ScaledCurve, decompose_layers
 from rankopt.plan.planner import make_plan
@@ -39,6 +38,9 @@ from rankopt.profile.profile import Profile
 from rankopt.profile.spilled import SpilledArrays
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from published import provenance, publish  # noqa: E402 (beside the folders of the experiments)
+
 LIMIT = 24 * 2**30
 #: Matrices of each shape whose factors are held against their curve.
 CHECKED = 2
@@ -186,8 +188,6 @@ def experiment(
     found: dict[str, Any] = {
         "settings": {
             **dataclasses.asdict(sizes),
-            **{name: version(name) for name in ("rankopt", "torch")},
-            "python": platform.python_version(),
             "workers": workers,
             "threads": torch.get_num_threads(),
         },
@@ -248,10 +248,8 @@ def keep(found: Mapping[str, Any]) -> None:
     """Add to results.json and table.md."""
     path = HERE / "results.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    merged = {**before, **found}
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
-    (HERE / "table.md").write_text(table(merged), encoding="utf-8")
+    merged = {name: part for name, part in {**before, **found}.items() if name != "made"}
+    publish(HERE, provenance(HERE), merged, table(merged), None if merged == found else before)
 
 
 def main() -> None:

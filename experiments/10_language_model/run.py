@@ -14,14 +14,11 @@ table.md are written beside this file, of another model into its folder.
 
 import argparse
 import dataclasses
-import json
 import math
-import platform
 import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import wikitext  # noqa: E402 (beside the folders of the experiments)
 from pictures import keep_pictures  # noqa: E402
+from published import provenance, publish  # noqa: E402
 
 BACKENDS = ("kronecker", "fwsvd", "fwsvd_two_sided", "whitened", "svd")
 #: Of every SHARE articles of the test split, the first calibrates.
@@ -260,7 +258,7 @@ def full(given: argparse.Namespace, folder: Path) -> None:
     from rankopt.demo import smollm2
     from rankopt.model.loading import load_model, load_tokenizer
 
-    folder.mkdir(parents=True, exist_ok=True)
+    how = provenance(HERE, folder=folder)
     source = given.model or str(smollm2(folder / "model"))
     model, tokenizer = load_model(source, given.dtype), load_tokenizer(source)
     cut = PROTOCOLS[given.protocol]
@@ -281,19 +279,16 @@ def full(given: argparse.Namespace, folder: Path) -> None:
     results = work.measured(given.only or PARTS, given.backend or BACKENDS)
     found = summed_up(results)
     check(found)
-    settings = {name: version(name) for name in ("rankopt", "torch", "transformers")}
-    settings |= {
-        "python": platform.python_version(),
+    settings = {
         "model": given.model or "SmolLM2-135M-Instruct",
+        "protocol": dataclasses.asdict(cut),
+        "dtype": given.dtype,
+        "held_out": wikitext.named(given.held_out, "test"),
     }
-    settings |= {"protocol": dataclasses.asdict(cut), "dtype": given.dtype}
-    settings["held_out"] = wikitext.named(given.held_out, "test")
     place = folder if given.model else HERE
-    text = json.dumps({"settings": settings, **found}, indent=1) + "\n"
     # The measured plans themselves are results.json of the folder.
     name = "figures.json" if given.model else "results.json"
-    (place / name).write_text(text, encoding="utf-8")
-    (place / "table.md").write_text(table(found), encoding="utf-8")
+    publish(place, how, {"settings": settings, **found}, table(found), names=(name, "table.md"))
     shown = {"predicted.png": place / "predicted.png"}
     keep_pictures(shown, work.profile(0), None, results)
     print(table(found))

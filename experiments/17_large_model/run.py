@@ -13,7 +13,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,9 @@ from rankopt.files import whole_file
 from rankopt.model.loading import hide_bars, load_model
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from published import provenance, publish  # noqa: E402 (beside the folders of the experiments)
+
 LIMIT = 8 * 10**9
 QUICK = Sizes(
     blocks=4,
@@ -142,8 +143,6 @@ def experiment(sizes: Sizes, folder: Path) -> dict[str, Any]:
     return {
         "settings": {
             **dataclasses.asdict(sizes),
-            **{name: version(name) for name in ("rankopt", "torch", "transformers", "accelerate")},
-            "python": platform.python_version(),
             "threads": torch.get_num_threads(),
         },
         "stages": stages,
@@ -288,12 +287,12 @@ def main() -> None:
     sizes = QUICK if given.quick else Sizes()
     hide_bars()
     with tempfile.TemporaryDirectory() as temporary:
-        found = experiment(sizes, given.folder or Path(temporary))
+        folder = given.folder or Path(temporary)
+        how = provenance(HERE, "accelerate", folder=folder)
+        found = experiment(sizes, folder)
     print(table(found))
     if not given.quick:
-        with whole_file(HERE / "results.json") as path:
-            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (HERE / "table.md").write_text(table(found), encoding="utf-8")
+        publish(HERE, how, found, table(found))
     check(sizes, found)
     print("ok")
 

