@@ -1,12 +1,12 @@
 """Llama-2-7B's shapes from decomposition to factors, one matrix at a time, in 24 GB of memory.
 
     python experiments/06_llama_7b/run.py            a sample: each shape once a core
-    python experiments/06_llama_7b/run.py --all      all 224 matrices
+    python experiments/06_llama_7b/run.py --only fwsvd --all   all 224 matrices
     python experiments/06_llama_7b/run.py --quick    tiny shapes: does the line still hold?
 
 Weights and statistics are random, made when they are asked for and let go. Needs rankopt[torch].
---backend kronecker decomposes with moments on both sides; --collector measures a pass over data
-through one block. Each adds to results.json and table.md beside this file (not with --quick).
+kronecker decomposes with moments on both sides; the collector is a pass over data through one
+block. Writes results.json and table.md beside this file (not with --quick); --only replaces a part.
 """
 
 import argparse
@@ -41,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from published import provenance, publish  # noqa: E402 (beside the folders of the experiments)
 
+PARTS = ("fwsvd", "kronecker", "collector")
 LIMIT = 24 * 2**30
 #: Matrices of each shape whose factors are held against their curve.
 CHECKED = 2
@@ -256,11 +257,10 @@ def main() -> None:
     """Parse the arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=PARTS, action="append", help="may be repeated")
     parser.add_argument("--all", action="store_true", help="all matrices")
     parser.add_argument("--matrices", type=int, help="of each shape; by default the workers")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--backend", choices=("fwsvd", "kronecker"), default="fwsvd")
-    parser.add_argument("--collector", action="store_true", help="only a pass over data")
     parser.add_argument("--folder", type=Path, help="for the profile; 20 GB free with --all")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -271,11 +271,14 @@ def main() -> None:
             for backend, each, workers in (("fwsvd", None, 1), ("kronecker", 2, 2)):
                 found[backend] = experiment(QUICK, backend, each, workers, folder)
             found["collector"] = matrices.collected(QUICK, stage)
-        elif given.collector:
-            found["collector"] = matrices.collected(Sizes(), stage)
         else:
             each = None if given.all else given.matrices or given.workers
-            found[given.backend] = experiment(Sizes(), given.backend, each, given.workers, folder)
+            for part in given.only or PARTS:
+                if part == "collector":
+                    found[part] = matrices.collected(Sizes(), stage)
+                else:
+                    found[part] = experiment(Sizes(), part, each, given.workers, folder)
+                print(part, "is measured", flush=True)
     check(found)
     print(table(found))
     if not given.quick:
