@@ -135,6 +135,10 @@ def _linked(link: str, source: str, uri: str, config: MkDocsConfig, files: Files
             if not path.is_file():
                 LOG.warning("%s: there is no %s", source, wanted)
                 return link
+            # A copied one would be taken for a page that nobody made.
+            if path.suffix == ".md":
+                LOG.warning("%s: %s has no page in this site to link to", source, wanted)
+                return link
             found = f"files/{wanted}"
             if files.get_file_from_path(found) is None:
                 files.append(File.generated(config, found, abs_src_path=str(path)))
