@@ -32,13 +32,15 @@ def full(folder: Path) -> None:
     from rankopt.results import summarise
 
     how = provenance(HERE, folder=folder)
-    result = run_demo(folder)
+    # Beside what says which commits measured: the demo's own folder holds nothing else.
+    demo = folder / "demo"
+    result = run_demo(demo)
     check(result.to_dict(), dense_loss=result.results.dense.loss)
     printed = io.StringIO()
     results = result.results
     Console(file=printed, width=200).print(comparison(summarise(results), results.dense))
     table = "".join(f"{x.rstrip()}\n" for x in printed.getvalue().splitlines() if x.strip())
-    profile = Profile.load(folder / "profile.safetensors")
+    profile = Profile.load(demo / "profile.safetensors")
     shown = {name: HERE / name for name in SHOWN}
     keep_pictures(shown, profile, {"exact at 0.8": result.plan}, results)
     publish(HERE, how, result.to_dict(), table)
