@@ -1,6 +1,7 @@
 """Tables that take hours: a row is kept in a folder once it is measured, and not measured again."""
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -49,13 +50,18 @@ def measure_rows(
         state = {"settings": settings, "dense": dict(dense()), "rows": []}
     before: dict[str, Any] = {"rows": []}
     if file.exists():
-        published = json.loads(file.read_text("utf-8"))
-        before = published if _alike(published["dense"], state["dense"]) else before
+        earlier = json.loads(file.read_text("utf-8"))
+        before = earlier if _alike(earlier["dense"], state["dense"]) else before
     found = {"settings": settings, "dense": state["dense"], "rows": [*before["rows"]]}
-    made: dict[str, Any] = found
+
+    def published() -> dict[str, Any]:
+        whole = all(each in state["rows"] for each in found["rows"])
+        return publish(here, how, found, table(found), None if whole else before)
+
     for row in rows:
         fields = dataclasses.asdict(row)
-        known = _of(fields, state["rows"])
+        known, there = _of(fields, state["rows"]), _of(fields, found["rows"])
+        new = known is None
         if known is None:
             measured = measure(row)
             assert fields.keys().isdisjoint(measured), f"{row}: a measure has the name of a field"
@@ -63,15 +69,30 @@ def measure_rows(
             print(row, {name: known[name] for name in found["dense"]}, flush=True)
             state["rows"].append(known)
             write(kept, json.dumps(state, indent=1) + "\n")
-        earlier = _of(fields, found["rows"])
-        if earlier is None:
+        if there is None:
             found["rows"].append(known)
         else:
-            found["rows"][found["rows"].index(earlier)] = known
-        whole = all(each in state["rows"] for each in found["rows"])
-        made = publish(here, how, found, table(found), None if whole else before)
+            found["rows"][found["rows"].index(there)] = known
+        if new:
+            published()
     print(table(found))
-    return made
+    return published()
+
+
+def measure_work(
+    here: Path,
+    folder: Path,
+    work: Any,
+    rows: Iterable[Any],
+    measure: Callable[[Any, Any], Mapping[str, Any]],
+    table: Callable[[Mapping[str, Any]], str],
+    **settings: Any,
+) -> dict[str, Any]:
+    """measure_rows of an experiment's ``Work``, which measures its dense model itself."""
+    one = functools.partial(measure, work)
+    return measure_rows(
+        here, folder, rows, lambda: work.measured(work.model), one, table, **settings
+    )
 
 
 def _of(fields: Mapping[str, Any], rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:

@@ -109,7 +109,21 @@ def test_what_a_killed_run_measured_is_there(tmp_path: Path, shared: dict[str, A
         yield 0.5
         raise KeyboardInterrupt
 
-    run(0.5)
+    def stopping(row: Row) -> dict[str, float]:
+        if row.keep != 0.5:
+            raise KeyboardInterrupt
+        asked.append(row.keep)
+        return {"loss": 1.0 + row.keep}
+
+    with pytest.raises(KeyboardInterrupt):
+        shared["resumable"].measure_rows(
+            tmp_path / "one",
+            tmp_path / "kept",
+            map(Row, (0.5, 0.9)),
+            lambda: {"loss": 1.0},
+            stopping,
+            lambda found: "",
+        )
     with pytest.raises(KeyboardInterrupt):
         shared["resumable"].measure_rows(
             tmp_path / "one",

@@ -75,9 +75,9 @@ def main() -> None:
         path = HERE / "results.json"
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         whole = {part: {**before.get(part, {}), **rows} for part, rows in found.items()}
-        how = beside(provenance(HERE), None if whole == found else before)
-        merged = {"made": how, **{k: v for k, v in before.items() if k != "made"}, **whole}
-        write(path, json.dumps(merged, indent=1) + "\n")
+        merged = {name: part for name, part in {**before, **whole}.items() if name != "made"}
+        how = beside(provenance(HERE), None if merged == found else before)
+        write(path, json.dumps({"made": how, **merged}, indent=1) + "\n")
     faults = [x["faults"] for part in found.values() for x in part.values() if x["faults"]]
     assert not faults, faults
     print("ok")

@@ -20,7 +20,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,19 +291,7 @@ def full(
         python_help(given.tokenizer),
     )
     rows = (row for part in parts for row in PARTS[part])
-    measured_rows(HERE, folder, work, rows, texts=given.texts)
-
-
-def measured_rows(
-    here: Path, folder: Path, work: Work, rows: Iterable[Row], **settings: Any
-) -> dict[str, Any]:
-    """See resumable."""
-
-    def dense() -> Mapping[str, float]:
-        return work.measured(work.model)
-
-    one = functools.partial(measure, work)
-    return resumable.measure_rows(here, folder, rows, dense, one, table, **settings)
+    resumable.measure_work(HERE, folder, work, rows, measure, table, texts=given.texts)
 
 
 def quick() -> None:
@@ -321,8 +309,10 @@ def quick() -> None:
     rows.append(Row("anchored 0.5/pairs", 0.8, "blocks", 4))
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
-        found = measured_rows(here, here, work, rows)
-        assert found == measured_rows(here, here, work, rows), "rows are measured twice"
+        found, again = (
+            resumable.measure_work(here, here, work, rows, measure, table) for _ in range(2)
+        )
+        assert found == again, "rows are measured twice"
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -173,19 +173,7 @@ def full(folder: Path, calibration: Path | None, held_out: Path | None) -> None:
     rest = [batch for batch in every if tuple(batch["input_ids"][0].tolist()) not in shown]
     assert len(rest) == len(every) - 16
     work = Work(given.model, (single(given.text, batch_size=1), rest), measured)
-    measured_rows(HERE, folder, work, ROWS, texts=given.texts)
-
-
-def measured_rows(
-    here: Path, folder: Path, work: Work, rows: Iterable[Row], **settings: Any
-) -> dict[str, Any]:
-    """See resumable."""
-
-    def dense() -> Mapping[str, float]:
-        return work.measured(work.model)
-
-    one = functools.partial(measure, work)
-    return resumable.measure_rows(here, folder, rows, dense, one, table, **settings)
+    resumable.measure_work(HERE, folder, work, ROWS, measure, table, texts=given.texts)
 
 
 def quick() -> None:
@@ -200,8 +188,10 @@ def quick() -> None:
     rows = (Row(2, 0), Row(1, 1), Row(1, 1, 0.1), Row(1, 1, learn=4))
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
-        found = measured_rows(here, here, work, rows)
-        assert found == measured_rows(here, here, work, rows), "rows are measured twice"
+        found, again = (
+            resumable.measure_work(here, here, work, rows, measure, table) for _ in range(2)
+        )
+        assert found == again, "rows are measured twice"
     same, other = found["rows"][1], found["rows"][2]
     assert any(same[name] != other[name] for name in TEXTS), "the damping changes nothing"
     assert all(len(text) > 1000 for text in sources())
